@@ -1,0 +1,184 @@
+"""Attention per stage through the kernels behind ``torch.nn.functional.scaled_dot_product_attention``.
+
+They are called by their own names because they return the log-sum-exp of the scores, which the public
+function drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from msd_kernels import allocate
+from msd_kernels.library.segments import gather
+from msd_kernels.reference.attention import flatten_heads, one_part, scale_of, stage_heads, stage_outputs
+
+aten = torch.ops.aten
+
+# Scores that the formulation through matrix products holds at once; the CPU's stay in the second-level cache.
+SCORES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Up to this many scores per head, matrix products beat the CPU's fused backward in bfloat16. They also are
+# more exact: the fused one takes sum(p * dp) as sum(dy * y), from the rounded output.
+FEW_SCORES = 256 * 256
+# Up to this inner dimension, one float32 product is faster than two in half precision.
+SHORT_PRODUCT = 64
+HALF = (torch.bfloat16, torch.float16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    counts: Sequence[int],
+    heads: Sequence[int],
+    head_dims: Sequence[int],
+    tokens: int,
+    context: int,
+    order: str,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As the dispatcher op ``msd_kernels::attention``."""
+    stages = stage_heads(q, k, v, counts, heads, head_dims, tokens, context, order)
+    log_sums: dict[int, Tensor] = {}
+
+    def stage_output(s: int) -> Tensor:
+        inputs = [_with_dense_rows(part) for part in stages[s]]
+        factor = scale_of(inputs[0], scale)
+        y, log_sum = _fused_forward(*inputs, factor) or _forward_by_products(*inputs, factor)
+        log_sums[s] = log_sum.reshape(-1)
+        return flatten_heads(y, one_part(order))
+
+    y = gather(q, counts, stage_output)
+    if not log_sums:
+        return allocate.attention_outputs(q, counts, heads, head_dims, tokens)
+    return y, gather(q, counts, lambda s: log_sums[s])
+
+
+def attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    y: Tensor,
+    log_sum: Tensor,
+    counts: Sequence[int],
+    heads: Sequence[int],
+    head_dims: Sequence[int],
+    tokens: int,
+    context: int,
+    order: str,
+    scale: float | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(q, k, v)``, None where not wanted; for a packed ``q`` one gradient in its layout."""
+    layout = (counts, heads, head_dims, tokens)
+    inputs = stage_heads(q, k, v, *layout, context, order)
+    cotangents, outputs = (stage_outputs(t, *layout, order) for t in (dy, y))
+    log_sums = log_sum.split([n * h * tokens for n, h in zip(counts, heads, strict=True)])
+    gradients = allocate.gradients_like((q, k, v), wanted)
+    targets = stage_heads(*gradients, *layout, context, order)
+    for s, n in enumerate(counts):
+        if n:
+            saved = (outputs[s], log_sums[s].view(n, heads[s], tokens))
+            _write_gradients(cotangents[s], *inputs[s], *saved, scale_of(inputs[s][0], scale), targets[s])
+    return gradients
+
+
+def _write_gradients(dy, q, k, v, y, log_sum, scale, targets) -> None:
+    """Writes the gradients of one stage into ``targets``, views for q, k and v; None where not wanted."""
+    if not _takes_fused_backward(q, k):
+        _write_gradients_by_products(dy, q, k, v, scale, targets)
+        return
+    inputs = [_with_dense_rows(part) for part in (dy, q, k, v, y)]
+    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *inputs, log_sum, 0.0, False, scale=scale
+    )
+    for target, gradient in zip(targets, found, strict=True):
+        if target is not None:
+            target.copy_(gradient)
+
+
+def _takes_fused_backward(q: Tensor, k: Tensor) -> bool:
+    """Only the CPU's: those of CUDA add up with atomics, so their results differ from run to run."""
+    if not q.is_cpu:
+        return False
+    products_are_better = (
+        q.dtype == torch.bfloat16
+        and q.shape[-2] * k.shape[-2] <= FEW_SCORES
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return not products_are_better
+
+
+def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp from the kernel that SDPA would take, or None where none takes this call."""
+    if q.is_cpu:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    head_dim = q.shape[-1]
+    if q.dtype == torch.float64 or head_dim * q.element_size() % 16:
+        return None
+    if q.dtype in HALF and head_dim <= 256:
+        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    y, log_sum, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    return y, log_sum[..., : q.shape[-2]]
+
+
+def _forward_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    ys, log_sums = [], []
+    for samples in _chunks(q, k):
+        queries, keys, values = (_as_matrices(part[samples]) for part in (q, k, v))
+        scores = _product(queries, keys.mT).mul_(scale)
+        log_sum = scores.logsumexp(dim=-1, keepdim=True)
+        ys.append(scores.sub_(log_sum).exp_().to(q.dtype) @ values)
+        log_sums.append(log_sum)
+    return torch.cat(ys).view(q.shape), torch.cat(log_sums).view(q.shape[:-1])
+
+
+def _write_gradients_by_products(dy, q, k, v, scale, targets) -> None:
+    """Takes the softmax again, and ``ds = p * (dp - sum(p * dp))``."""
+    for samples in _chunks(q, k):
+        cotangents, queries, keys, values = (_as_matrices(part[samples]) for part in (dy, q, k, v))
+        p = _product(queries, keys.mT).mul_(scale).softmax(dim=-1)
+        dp = _product(cotangents, values.mT)
+        ds = aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+        factors = ((ds, keys), (ds.mT, queries), (p.to(q.dtype).mT, cotangents))
+        for target, (left, right) in zip(targets, factors, strict=True):
+            if target is not None:
+                part = target[samples]
+                part.copy_(torch.bmm(left, right).view(part.shape))
+
+
+def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Samples to treat at once, so that few scores exist at any time."""
+    n, heads, tokens, _ = q.shape
+    step = max(1, SCORES_AT_ONCE[q.device.type] // (heads * tokens * k.shape[-2]))
+    return (slice(start, start + step) for start in range(0, n, step))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of half-precision matrices in float32; other dtypes in their own.
+
+    The CPU's product rounds its result to the dtype of its inputs. A second product, from which the rounded
+    result is subtracted before it is rounded in turn, gives what the first rounding lost.
+    """
+    if a.dtype not in HALF:
+        return torch.bmm(a, b)
+    if not a.is_cpu:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    if a.shape[-1] <= SHORT_PRODUCT:
+        return torch.bmm(a.float(), b.float())
+    rounded = torch.bmm(a, b)
+    lost = torch.baddbmm(rounded, a, b, beta=-1)
+    return rounded.float().add_(lost)
+
+
+def _as_matrices(heads: Tensor) -> Tensor:
+    """``[n, h, t, d]`` as ``[n * h, t, d]`` with dense rows."""
+    return _with_dense_rows(heads).flatten(0, 1)
+
+
+def _with_dense_rows(heads: Tensor) -> Tensor:
+    """The same tensor with neighbouring elements along the head dimension, which every kernel asks for."""
+    return heads if heads.stride(-1) == 1 else heads.contiguous()

@@ -1,0 +1,154 @@
+"""GroupNorm per stage through ``torch.nn.functional``, its backward through ``aten``'s own kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msd_kernels.library.segments import gather, split
+from msd_kernels.reference.dtypes import wide
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    groups: Sequence[int],
+    spatial: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the dispatcher op ``msd_kernels::group_norm``."""
+    arguments = _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channels_last)
+    stats: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def stage_output(s: int) -> Tensor:
+        planes, w, b, a, d = arguments[s]
+        y, mean, rstd = _normalise(planes, w, b, groups[s], eps)
+        stats[s] = (mean.reshape(-1), rstd.reshape(-1))
+        return _flatten(_modulate(y, a, d, silu), channels_last)
+
+    y = gather(x, [n * spatial * c for n, c in zip(counts, channels, strict=True)], stage_output)
+    sizes = [n * g for n, g in zip(counts, groups, strict=True)]
+    mean, rstd = (gather(x, sizes, lambda s, i=i: stats[s][i]) for i in (0, 1))
+    return y, mean.to(wide(x.dtype)), rstd.to(wide(x.dtype))
+
+
+def group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    groups: Sequence[int],
+    spatial: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(x, weight, bias, scale, shift)``. The statistics come from a new forward, in the dtype that the
+    library's own backward expects on this device."""
+    arguments = _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channels_last)
+    cotangents = [
+        t[0] for t in _per_stage(dy, None, None, None, None, counts, channels, spatial, channels_last)
+    ]
+    found = {
+        s: _stage_gradients(cotangents[s], *arguments[s], groups[s], eps, silu, wanted)
+        for s, n in enumerate(counts)
+        if n
+    }
+    return [
+        _join_gradient(argument, position, found, counts, channels, channels_last)
+        if argument is not None and wanted[position]
+        else None
+        for position, argument in enumerate((x, weight, bias, scale, shift))
+    ]
+
+
+def _stage_gradients(dy, x, weight, bias, scale, shift, groups, eps, silu, wanted):
+    n, c, height, width = x.shape
+    normalised, mean, rstd = _normalise(x, weight, bias, groups, eps)
+    dz = dy if not silu else torch.ops.aten.silu_backward(dy, _modulate(normalised, scale, shift, silu=False))
+    dscale = (dz * normalised).sum(dim=(2, 3)) if wanted[3] else None
+    dshift = dz.sum(dim=(2, 3)) if wanted[4] else None
+    dnormalised = dz if scale is None else dz * (1 + scale.to(dz.dtype))
+    gamma = _as_kernel_takes(x, weight, bias)[0]
+    # All three are asked for: the CPU kernel of PyTorch 2.13 reads the input's gradient even where it is masked out.
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        dnormalised, x, mean, rstd, gamma, n, c, height * width, groups, [True, True, True]
+    )
+    return dx, dweight, dbias, dscale, dshift
+
+
+def _join_gradient(argument, position, found, counts, channels, channels_last):
+    """Joins one input's gradients over the stages, in that input's dtype; an empty stage's weights get zeros."""
+
+    def part(stage: int) -> Tensor:
+        gradient = found[stage][position].to(argument.dtype)
+        return _flatten(gradient, channels_last) if position == 0 else gradient.reshape(-1)
+
+    if position in (1, 2):
+        return torch.cat([part(s) if n else argument.new_zeros(channels[s]) for s, n in enumerate(counts)])
+    return gather(argument, counts, part)
+
+
+def _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channels_last):
+    """Each stage's planes in NCHW, which CUDA's kernel copies to anyway: PyTorch's channels_last kernel for the CPU
+    computes the variance as E[x²] - E[x]² and is wrong by 0.7 standard deviations at a mean of 1,000 of them."""
+    samples = [n * c for n, c in zip(counts, channels, strict=True)]
+    views = [
+        (part.view(n, spatial, c).transpose(1, 2).contiguous() if channels_last else part).view(
+            n, c, 1, spatial
+        )
+        for part, n, c in zip(x.split([m * spatial for m in samples]), counts, channels, strict=True)
+    ]
+    modulation = (
+        [
+            None if t is None else t.view(n, c, 1, 1)
+            for t, n, c in zip(split(flat, samples), counts, channels, strict=True)
+        ]
+        for flat in (scale, shift)
+    )
+    return list(zip(views, split(weight, channels), split(bias, channels), *modulation, strict=True))
+
+
+def _normalise(planes, weight, bias, groups, eps):
+    n, c, height, width = planes.shape
+    weight, bias = _as_kernel_takes(planes, weight, bias)
+    return torch.native_group_norm(planes, weight, bias, n, c, height * width, groups, eps)
+
+
+def _as_kernel_takes(planes, weight, bias):
+    """On the CPU the wide dtype, which the kernel keeps its statistics in, too; elsewhere the dtype of ``planes``."""
+    if not planes.is_cpu:
+        return tuple(None if t is None else t.to(planes.dtype) for t in (weight, bias))
+    dtype, channels = wide(planes.dtype), planes.shape[1]
+    weight = planes.new_ones(channels, dtype=dtype) if weight is None else weight.to(dtype)
+    bias = planes.new_zeros(channels, dtype=dtype) if bias is None else bias.to(dtype)
+    return weight, bias
+
+
+def _modulate(y, scale, shift, silu):
+    if scale is not None:
+        y = y * (1 + scale.to(y.dtype))
+    if shift is not None:
+        y = y + shift.to(y.dtype)
+    return F.silu(y) if silu else y
+
+
+def _flatten(y: Tensor, channels_last: bool) -> Tensor:
+    return (y.permute(0, 2, 3, 1) if channels_last else y).reshape(-1)

@@ -1,0 +1,187 @@
+"""A convolution with one weight per stage: one cuDNN or oneDNN convolution per non-empty stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msd_kernels.library.segments import flat_nhwc, gather, nhwc, split
+from msd_kernels.reference.grouped_conv2d import resampled_size
+
+
+@dataclass(frozen=True)
+class _Layout:
+    counts: Sequence[int]
+    channels: Sequence[int]
+    skip_channels: Sequence[int]
+    out_channels: Sequence[int]
+    height: int
+    width: int
+    kernel: int
+    resample: str
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return resampled_size(self.height, self.width, self.resample)
+
+    def image(
+        self, flat: Tensor | None, channels: Sequence[int], *, out: bool = False
+    ) -> list[Tensor | None]:
+        """A flat buffer as one ``[n, C, H, W]`` view per stage, or None per stage."""
+        height, width = self.out_size if out else (self.height, self.width)
+        parts = split(flat, self.image_sizes(channels, out=out))
+        return [None if p is None else p.view(n, height, width, c).permute(0, 3, 1, 2)
+                for p, n, c in zip(parts, self.counts, channels, strict=True)]  # fmt: skip
+
+    def image_sizes(self, channels: Sequence[int], *, out: bool = False) -> list[int]:
+        height, width = self.out_size if out else (self.height, self.width)
+        return [n * height * width * c for n, c in zip(self.counts, channels, strict=True)]
+
+    def weights(self, flat: Tensor) -> list[Tensor]:
+        """One ``[O, I, k, k]`` channels_last view per stage."""
+        in_channels = [c + d for c, d in zip(self.channels, self.skip_channels, strict=True)]
+        sizes = [o * i * self.kernel**2 for o, i in zip(self.out_channels, in_channels, strict=True)]
+        return [
+            nhwc(p, o, self.kernel, self.kernel)
+            for p, o in zip(flat.split(sizes), self.out_channels, strict=True)
+        ]
+
+
+def grouped_conv2d(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    skip_channels: Sequence[int],
+    out_channels: Sequence[int],
+    height: int,
+    width: int,
+    kernel: int,
+    resample: str,
+    scale: float,
+) -> Tensor:
+    """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
+    layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
+    weights, biases = layout.weights(weight), split(bias, out_channels)
+    residuals = layout.image(residual, out_channels, out=True)
+    samples = split(sample_bias, [n * o for n, o in zip(counts, out_channels, strict=True)])
+
+    def stage_output(s: int) -> Tensor:
+        y = _convolve(sources[s], weights[s], biases[s], resample)
+        if samples[s] is not None:
+            y += samples[s].view(counts[s], -1, 1, 1)
+        if residuals[s] is not None:
+            y += residuals[s]
+        if scale != 1.0:
+            y *= scale
+        return flat_nhwc(y)
+
+    return gather(x, layout.image_sizes(out_channels, out=True), stage_output)
+
+
+def grouped_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    skip_channels: Sequence[int],
+    out_channels: Sequence[int],
+    height: int,
+    width: int,
+    kernel: int,
+    resample: str,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
+    layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
+    weights = layout.weights(weight)
+    cotangents = layout.image(dy, out_channels, out=True)
+    found = {
+        s: _stage_gradients(cotangents[s], sources[s], weights[s], resample, wanted)
+        for s, n in enumerate(counts)
+        if n
+    }
+
+    def activations(position: int) -> Tensor | None:
+        return gather(x, counts, lambda s: found[s][position]) if wanted[position] else None
+
+    def parameters(position: int, sizes: Sequence[int]) -> Tensor | None:
+        if not wanted[position]:
+            return None
+        return torch.cat(
+            [found[s][position] if s in found else weight.new_zeros(n) for s, n in enumerate(sizes)]
+        )
+
+    return [
+        activations(0),
+        activations(1),
+        parameters(2, [w.numel() for w in weights]),
+        parameters(3, out_channels),
+        activations(4),
+    ]
+
+
+def _stage_gradients(dy, sources, weight, resample, wanted):
+    """Flat gradients of one stage, None where not wanted."""
+    want_x, want_skip, want_weight, want_bias, want_sample_bias = wanted
+    source = _resample(_join(sources), resample)
+    padding = weight.shape[2] // 2
+    dsource, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, source, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1,
+        [want_x or want_skip, want_weight, False],
+    )  # fmt: skip
+    dx, dskip = (
+        _split_sources(_resample_adjoint(dsource, resample), sources) if want_x or want_skip else (None, None)
+    )
+    dsample_bias = dy.sum(dim=(2, 3)) if want_bias or want_sample_bias else None
+    return (
+        flat_nhwc(dx) if want_x else None,
+        flat_nhwc(dskip) if want_skip else None,
+        flat_nhwc(dweight) if want_weight else None,
+        dsample_bias.sum(dim=0) if want_bias else None,
+        dsample_bias.reshape(-1) if want_sample_bias else None,
+    )
+
+
+def _convolve(sources, weight, bias, resample) -> Tensor:
+    kernel = weight.shape[2]
+    if kernel == 1 and resample == "up":
+        # A 1x1 convolution and nearest up-sampling commute: convolve the four times smaller map.
+        return _resample(F.conv2d(_join(sources), weight, bias), resample).contiguous(
+            memory_format=torch.channels_last
+        )
+    return F.conv2d(_resample(_join(sources), resample), weight, bias, padding=kernel // 2)
+
+
+def _join(sources) -> Tensor:
+    x, skip = sources
+    return x if skip is None else torch.cat((x, skip), dim=1)
+
+
+def _split_sources(dsource, sources):
+    x, skip = sources
+    return (dsource, None) if skip is None else dsource.split([x.shape[1], skip.shape[1]], dim=1)
+
+
+def _resample(source: Tensor, resample: str) -> Tensor:
+    if resample == "up":
+        return F.interpolate(source, scale_factor=2, mode="nearest")
+    return F.avg_pool2d(source, 2) if resample == "down" else source
+
+
+def _resample_adjoint(d: Tensor, resample: str) -> Tensor:
+    if resample == "up":
+        return F.avg_pool2d(d, 2, divisor_override=1)
+    return F.interpolate(d, scale_factor=2, mode="nearest").mul_(0.25) if resample == "down" else d

@@ -1,0 +1,24 @@
+"""The contract of each op: docstring, checks, dispatcher registration, fake, backward, choice of backend."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from msd_kernels.backends import Explanation
+
+NAMES = ("attention", "group_norm", "grouped_conv2d", "grouped_linear", "optimal_denoiser", "resample2d")
+
+
+def explain(op: str, *args, **kwargs) -> Explanation:
+    """Names the backend that would serve ``op(*args, **kwargs)`` and the reason why each other one would not.
+
+    The arguments are checked as in the call itself, and nothing is computed::
+
+        print(msd_kernels.explain("group_norm", x, 16, weight, bias, activation="silu"))
+
+    Raises:
+        ValueError: ``op`` is not an op of this library; and whatever the op's own checks raise.
+    """
+    if op not in NAMES:
+        raise ValueError(f"explain: unknown op {op!r}; there are {', '.join(NAMES)}")
+    return import_module(f"msd_kernels.ops.{op}").explain(*args, **kwargs)

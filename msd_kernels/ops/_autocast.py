@@ -1,0 +1,31 @@
+"""What ``torch.autocast`` does to the arguments of an op: the same as to the PyTorch layers that it stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lower_precision_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the active autocast region, or None outside of one."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts floating tensors, except float64, to ``dtype``; autocast leaves float64 alone too."""
+    if dtype is None:
+        return tensors
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def to_lower_precision(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For ops like convolution and matrix product: the autocast dtype."""
+    return cast(lower_precision_dtype(device_type), *tensors)
+
+
+def to_float32_on_cuda(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For normalisations: autocast runs them in float32 on CUDA and leaves them alone on the CPU."""
+    active = device_type == "cuda" and lower_precision_dtype(device_type) is not None
+    return cast(torch.float32 if active else None, *tensors)

@@ -1,0 +1,91 @@
+"""Checks that every op needs. Each raises before any kernel runs, with the op's name first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msd_kernels.stage_batch import StageBatch, StageWeights
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def require_like(
+    op: str, name: str, tensor: Tensor, x: Tensor, *, also: tuple[torch.dtype, ...] = ()
+) -> None:
+    """``tensor`` must be on the device of ``x`` and have its dtype, or one of ``also``."""
+    require_floating(op, name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but x is on {x.device}")
+    if tensor.dtype != x.dtype and tensor.dtype not in also:
+        allowed = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, *also)))
+        raise TypeError(f"{op}: {name} must be {allowed} for x of {x.dtype}, got {tensor.dtype}")
+
+
+def per_stage(op: str, name: str, value: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Spreads one integer over the stages, or checks that there is one per stage."""
+    if isinstance(value, Sequence):
+        if len(value) != num_stages:
+            raise ValueError(
+                f"{op}: {name} must be one integer or one per stage ({num_stages}), got {tuple(value)}"
+            )
+        return tuple(value)
+    return (value,) * num_stages
+
+
+def pack_weights(
+    op: str, name: str, weights: StageWeights | Sequence[Tensor], shapes: Sequence[tuple[int | None, ...]]
+) -> StageWeights:
+    """One weight per stage, packed; ``shapes`` holds what each must be, with None where any size goes."""
+    if isinstance(weights, Tensor):
+        raise TypeError(f"{op}: {name} must be a StageWeights or one tensor per stage, got a single tensor")
+    given = weights.shapes if isinstance(weights, StageWeights) else tuple(tuple(w.shape) for w in weights)
+    if len(given) != len(shapes):
+        raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(shapes)}), got {len(given)}")
+    for stage, (shape, expected) in enumerate(zip(given, shapes, strict=True)):
+        fits = len(shape) == len(expected) and all(
+            e is None or s == e for s, e in zip(shape, expected, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in expected)
+            raise ValueError(f"{op}: {name} of stage {stage} must be [{wanted}], got {list(shape)}")
+    if isinstance(weights, StageWeights):
+        return weights
+    first = weights[0]
+    for stage, tensor in enumerate(weights):
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise TypeError(
+                f"{op}: {name} of stage {stage} is {tensor.dtype} on {tensor.device}, "
+                f"stage 0 is {first.dtype} on {first.device}"
+            )
+    return StageWeights.from_tensors(weights)
+
+
+def require_layout(
+    op: str,
+    name: str,
+    batch: StageBatch,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    height: int,
+    width: int,
+) -> None:
+    """``batch`` must be a StageBatch of exactly this layout."""
+    if not isinstance(batch, StageBatch):
+        raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")
+    got = (batch.counts, batch.channels, batch.height, batch.width)
+    expected = (tuple(counts), tuple(channels), height, width)
+    if got != expected:
+        raise ValueError(
+            f"{op}: {name} must have counts={expected[0]}, channels={expected[1]} at {height}x{width}, "
+            f"got counts={got[0]}, channels={got[1]} at {got[2]}x{got[3]}"
+        )

@@ -1,0 +1,247 @@
+"""A convolution in which every sample goes through its own stage's weight, with the neighbouring steps fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msd_kernels import allocate
+from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.library import grouped_conv2d as library
+from msd_kernels.ops import _autocast, _checks
+from msd_kernels.reference import autodiff
+from msd_kernels.reference import grouped_conv2d as reference
+from msd_kernels.stage_batch import StageBatch, StageWeights
+
+__all__ = ["grouped_conv2d"]
+
+OP = "grouped_conv2d"
+RESAMPLE = (None, "up", "down")
+
+BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+
+
+def grouped_conv2d(
+    x: StageBatch,
+    weight: StageWeights | Sequence[Tensor],
+    bias: StageWeights | Sequence[Tensor] | None = None,
+    *,
+    skip: StageBatch | Tensor | None = None,
+    sample_bias: StageBatch | None = None,
+    residual: StageBatch | None = None,
+    scale: float = 1.0,
+    resample: str | None = None,
+) -> StageBatch:
+    """Convolution with one weight per stage, stride 1, zero padding k // 2, in one call for all stages.
+
+    For every sample of stage ``s``::
+
+        y = scale * (conv(resample([x, skip]), weight[s]) + bias[s] + sample_bias + residual)
+
+    ``[x, skip]`` puts the channels of ``skip`` behind those of ``x``. ``"up"`` doubles height and width (nearest),
+    ``"down"`` halves them (mean of 2×2): the resampling of a U-Net with the filter [1, 1]; others go through
+    :func:`msd_kernels.resample2d`. Sums are float32 at least.
+    Source: the per-stage decoders of Zhang et al., CVPR 2024 (arXiv 2312.09181); the fused steps are those of the U-Net
+    blocks of Karras et al. (arXiv 2206.00364).
+
+    Args:
+        x: StageBatch with channels ``C_s``; float32, bfloat16, float16 or float64.
+        weight: ``[O_s, C_s + D_s, k, k]`` per stage, k odd and the same for all, as a sequence or a StageWeights.
+        bias: ``[O_s]`` per stage, or None.
+        skip: second source: a StageBatch with the counts and size of ``x`` and channels ``D_s``, or a dense
+            ``[B, D, H, W]`` tensor in stage order (D the same for all stages). None: ``D_s = 0``.
+        sample_bias: one value per sample and out channel: a StageBatch of channels ``O_s``, height and width 1.
+        residual: StageBatch of the output's layout.
+        scale: factor on the whole sum.
+        resample: None, ``"up"`` or ``"down"``; ``"down"`` needs even height and width.
+
+    All tensors share the dtype and device of ``x``.
+
+    Returns:
+        A StageBatch of ``O_s`` channels with the counts of ``x``, at the resampled size.
+
+    Raises:
+        TypeError: a wrong type or dtype, or dtypes that differ.
+        ValueError: shapes, counts or devices that do not fit; the message names the stage.
+
+    Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
+    """
+    call, (out_height, out_width) = _prepare(
+        x, weight, bias, skip=skip, sample_bias=sample_bias, residual=residual, scale=scale, resample=resample
+    )
+    return StageBatch(torch.ops.msd_kernels.grouped_conv2d(*call), x.counts, call[9], out_height, out_width)
+
+
+def explain(*args, **kwargs) -> Explanation:
+    """Which backend serves ``grouped_conv2d(*args, **kwargs)``, and why the others do not."""
+    call, _ = _prepare(*args, **kwargs)
+    return BACKENDS.explain(call[0].device.type, {})
+
+
+def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None, scale=1.0, resample=None):
+    """Checks a call; returns the arguments of the dispatcher op and the output's height and width."""
+    if not isinstance(x, StageBatch):
+        raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
+    _checks.require_floating(OP, "x", x.values)
+    out_size = _resampled_size(x, resample)
+    skip = _skip_batch(x, skip)
+    skip_channels = skip.channels if skip is not None else (0,) * x.num_stages
+    in_channels = [c + d for c, d in zip(x.channels, skip_channels, strict=True)]
+    weight = _checks.pack_weights(OP, "weight", weight, [(None, c, None, None) for c in in_channels])
+    kernel = _kernel_size(weight)
+    out_channels = tuple(shape[0] for shape in weight.shapes)
+    if bias is not None:
+        bias = _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_channels]).values
+    if sample_bias is not None:
+        _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
+    if residual is not None:
+        _checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
+    batches = [None if batch is None else batch.values for batch in (skip, sample_bias, residual)]
+    values, skip, weight, bias, sample_bias, residual = _autocast.to_lower_precision(
+        x.device.type, x.values, batches[0], weight.values, bias, *batches[1:]
+    )
+    others = {"skip": skip, "weight": weight, "bias": bias, "sample_bias": sample_bias, "residual": residual}
+    for name, tensor in others.items():
+        if tensor is not None:
+            _checks.require_like(OP, name, tensor, values)
+    layout = (x.counts, x.channels, skip_channels, out_channels, x.height, x.width, kernel)
+    call = (values, skip, weight, bias, sample_bias, residual, *layout, resample or "none", float(scale))
+    return call, out_size
+
+
+def _resampled_size(x: StageBatch, resample: str | None) -> tuple[int, int]:
+    if resample not in RESAMPLE:
+        raise ValueError(f"{OP}: resample must be None, 'up' or 'down', got {resample!r}")
+    if resample == "down" and (x.height % 2 or x.width % 2):
+        raise ValueError(f"{OP}: resample='down' needs even height and width, got {x.height}x{x.width}")
+    return reference.resampled_size(x.height, x.width, resample or "none")
+
+
+def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch | None:
+    if skip is None:
+        return None
+    if isinstance(skip, Tensor):
+        if skip.dim() != 4 or skip.shape[0] != x.num_samples:
+            raise ValueError(
+                f"{OP}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(skip.shape)}"
+            )
+        skip = StageBatch.from_dense(skip, x.counts)
+    _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
+    return skip
+
+
+def _kernel_size(weight: StageWeights) -> int:
+    kernels = {shape[2:] for shape in weight.shapes}
+    kernel = next(iter(kernels))
+    if len(kernels) > 1 or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+        raise ValueError(
+            f"{OP}: weight must have one odd, square kernel size for all stages, got {sorted(kernels)}"
+        )
+    return kernel[0]
+
+
+@torch.library.custom_op("msd_kernels::grouped_conv2d", mutates_args=())
+def _forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    skip_channels: Sequence[int],
+    out_channels: Sequence[int],
+    height: int,
+    width: int,
+    kernel: int,
+    resample: str,
+    scale: float,
+) -> Tensor:
+    layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    implementation = BACKENDS.choose(x.device.type, {})
+    return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, *layout, scale)
+
+
+@_forward.register_fake
+def _(
+    x, skip, weight, bias, sample_bias, residual,
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample, scale,
+):  # fmt: skip
+    out_height, out_width = reference.resampled_size(height, width, resample)
+    return allocate.grouped_output(x, [n * out_height * out_width for n in counts], out_channels)
+
+
+@torch.library.custom_op("msd_kernels::grouped_conv2d_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    skip_channels: Sequence[int],
+    out_channels: Sequence[int],
+    height: int,
+    width: int,
+    kernel: int,
+    resample: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    implementation = BACKENDS.choose(x.device.type, {})
+    gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)
+    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+
+
+@_backward.register_fake
+def _(
+    dy, x, skip, weight,
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample, wanted,
+):  # fmt: skip
+    bias = weight.new_empty(sum(out_channels))
+    sample_bias = allocate.grouped_output(x, counts, out_channels)
+    gradients = allocate.gradients_like((x, skip, weight, bias, sample_bias), wanted)
+    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, skip, weight = inputs[:3]
+    ctx.save_for_backward(x, skip, weight)
+    ctx.layout, ctx.scale = inputs[6:14], inputs[14]
+
+
+def _differentiate(ctx, dy):
+    """The residual's gradient is the cotangent of the unscaled sum; all the others follow from it."""
+    wanted = list(ctx.needs_input_grad[:5])
+    dsum = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
+    gradients = torch.ops.msd_kernels.grouped_conv2d_backward(dsum, *ctx.saved_tensors, *ctx.layout, wanted)
+    found = [g if flag else None for g, flag in zip(gradients, wanted, strict=True)]
+    return (*found, dsum if ctx.needs_input_grad[5] else None, *(None,) * 9)
+
+
+def _save_for_double_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.layout, ctx.wanted = inputs[4:12], inputs[12]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_twice(ctx, *grad_gradients):
+    dy, x, skip, weight = ctx.saved_tensors
+    counts, out_channels = ctx.layout[0], ctx.layout[3]
+    bias, sample_bias = (
+        weight.new_zeros(sum(out_channels)),
+        allocate.grouped_output(x, counts, out_channels).zero_(),
+    )
+
+    def forward(x, skip, weight, bias, sample_bias):
+        return reference.grouped_conv2d(x, skip, weight, bias, sample_bias, None, *ctx.layout, 1.0)
+
+    found = autodiff.second_vjp(forward, dy, (x, skip, weight, bias, sample_bias), ctx.wanted, grad_gradients)
+    return (*found[:4], *(None,) * 9)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward.register_autograd(_differentiate_twice, setup_context=_save_for_double_backward)

@@ -1,0 +1,176 @@
+"""A linear layer in which every sample goes through its own stage's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msd_kernels import allocate
+from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.library import grouped_linear as library
+from msd_kernels.ops import _autocast, _checks
+from msd_kernels.reference import autodiff
+from msd_kernels.reference import grouped_linear as reference
+from msd_kernels.stage_batch import StageBatch, StageWeights
+
+__all__ = ["grouped_linear"]
+
+OP = "grouped_linear"
+
+BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+
+
+def grouped_linear(
+    x: Tensor | StageBatch,
+    weight: StageWeights | Sequence[Tensor],
+    bias: StageWeights | Sequence[Tensor] | None = None,
+    *,
+    counts: Sequence[int] | None = None,
+) -> StageBatch:
+    """Linear layer with one weight per stage: ``y = x @ weight[s].T + bias[s]`` for every pixel of stage ``s``.
+
+    In and out features may differ from stage to stage; sums are float32 at least.
+    Source: the per-stage decoders of Zhang et al., CVPR 2024 (arXiv 2312.09181).
+
+    Args:
+        x: dense ``[B, I]`` with the samples in stage order (the same I for all stages), or a StageBatch, whose
+            pixels are the rows; float32, bfloat16, float16 or float64.
+        weight: ``[O_s, I_s]`` per stage, as a sequence or a StageWeights, in the dtype of ``x``.
+        bias: ``[O_s]`` per stage, or None.
+        counts: samples per stage of a dense ``x``; not needed with one stage. A StageBatch brings its own.
+
+    Returns:
+        A StageBatch of ``O_s`` channels with the counts and the height and width of ``x`` (1×1 for dense input).
+
+    Raises:
+        TypeError: a wrong type or dtype, or dtypes that differ.
+        ValueError: shapes, counts or devices that do not fit; the message names the stage.
+
+    Under autocast: the autocast dtype, as ``torch.nn.functional.linear``.
+    """
+    batch, call = _prepare(x, weight, bias, counts=counts)
+    return StageBatch(
+        torch.ops.msd_kernels.grouped_linear(*call), batch.counts, call[5], batch.height, batch.width
+    )
+
+
+def explain(*args, **kwargs) -> Explanation:
+    """Which backend serves ``grouped_linear(*args, **kwargs)``, and why the others do not."""
+    _, call = _prepare(*args, **kwargs)
+    return BACKENDS.explain(call[0].device.type, {})
+
+
+def _prepare(x, weight, bias=None, *, counts=None):
+    """Checks a call; returns the input as a StageBatch and the arguments of the dispatcher op."""
+    batch = _as_stage_batch(x, weight, counts)
+    weight = _checks.pack_weights(OP, "weight", weight, [(None, c) for c in batch.channels])
+    out_features = tuple(shape[0] for shape in weight.shapes)
+    if bias is not None:
+        bias = _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_features]).values
+    device_type = batch.device.type
+    values, weight, bias = _autocast.to_lower_precision(device_type, batch.values, weight.values, bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _checks.require_like(OP, name, tensor, values)
+    rows = tuple(n * batch.height * batch.width for n in batch.counts)
+    return batch, (values, weight, bias, rows, batch.channels, out_features)
+
+
+def _as_stage_batch(x, weight, counts) -> StageBatch:
+    if isinstance(x, StageBatch):
+        _checks.require_floating(OP, "x", x.values)
+        if counts is not None and tuple(counts) != x.counts:
+            raise ValueError(f"{OP}: counts={tuple(counts)} contradict those of the StageBatch, {x.counts}")
+        return x
+    _checks.require_floating(OP, "x", x)
+    if x.dim() != 2:
+        raise ValueError(f"{OP}: a dense x must be [B, I], got shape {tuple(x.shape)}")
+    if counts is None:
+        num_stages = len(weight.shapes) if isinstance(weight, StageWeights) else len(weight)
+        if num_stages != 1:
+            raise ValueError(
+                f"{OP}: a dense x with the weights of {num_stages} stages needs counts, got None"
+            )
+        counts = (x.shape[0],)
+    if sum(counts) != x.shape[0]:
+        raise ValueError(f"{OP}: counts must sum up to the batch size {x.shape[0]}, got {tuple(counts)}")
+    return StageBatch.from_dense(x, counts)
+
+
+@torch.library.custom_op("msd_kernels::grouped_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Sequence[int],
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> Tensor:
+    return BACKENDS.choose(x.device.type, {}).grouped_linear(x, weight, bias, rows, in_features, out_features)
+
+
+@_forward.register_fake
+def _(x, weight, bias, rows, in_features, out_features):
+    return allocate.grouped_output(x, rows, out_features)
+
+
+@torch.library.custom_op("msd_kernels::grouped_linear_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Sequence[int],
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = BACKENDS.choose(x.device.type, {})
+    gradients = implementation.grouped_linear_backward(dy, x, weight, rows, in_features, out_features, wanted)
+    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+
+
+@_backward.register_fake
+def _(dy, x, weight, rows, in_features, out_features, wanted):
+    bias = weight.new_empty(sum(out_features))
+    gradients = allocate.gradients_like((x, weight, bias), wanted)
+    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, weight, _, *layout = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.layout = layout
+
+
+def _differentiate(ctx, dy):
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.msd_kernels.grouped_linear_backward(
+        dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted
+    )
+    return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), None, None, None)
+
+
+def _save_for_double_backward(ctx, inputs, output):
+    dy, x, weight, *layout, wanted = inputs
+    ctx.save_for_backward(dy, x, weight)
+    ctx.layout, ctx.wanted = layout, wanted
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_twice(ctx, *grad_gradients):
+    dy, x, weight = ctx.saved_tensors
+    bias = weight.new_zeros(sum(ctx.layout[2]))
+    found = autodiff.second_vjp(
+        lambda *leaves: reference.grouped_linear(*leaves, *ctx.layout),
+        dy,
+        (x, weight, bias),
+        ctx.wanted,
+        grad_gradients,
+    )
+    return (*found[:3], None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward.register_autograd(_differentiate_twice, setup_context=_save_for_double_backward)

@@ -1,0 +1,174 @@
+"""FIR resampling by 2, up or down, on dense tensors and stage batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msd_kernels import allocate
+from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.library import resample2d as library
+from msd_kernels.ops import _autocast, _checks
+from msd_kernels.reference import resample2d as reference
+from msd_kernels.stage_batch import StageBatch
+
+__all__ = ["resample2d"]
+
+OP = "resample2d"
+MAX_TAPS = 8
+
+BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+
+
+def resample2d(
+    x: Tensor | StageBatch, filter: Sequence[float], up: int = 1, down: int = 1
+) -> Tensor | StageBatch:
+    """Halves or doubles height and width with a separable FIR filter, each channel alone.
+
+    With the L taps f, divided by their sum, and p = (L - 1) // 2, along each of the two axes::
+
+        down = 2:  y[i] = sum_t f[t] * x[2 * i + t - p]                     # x is 0 outside of its range
+        up = 2:    y[2 * i + t - p] += 2 * f[t] * x[i]  for all i and t     # the adjoint of down, times 2
+        neither:   y[i] = sum_t f[t] * x[i + t - p]                         # a plain filter
+
+    Sums are float32 at least. ``[1, 1]`` is the mean of 2×2 pixels and nearest-neighbour upsampling. With
+    ``[1, 3, 3, 1]``, and any other symmetric filter of even length, it is ``upfirdn2d`` of StyleGAN2 and score
+    SDE with its usual padding. Source: the depthwise convolutions of Karras et al., EDM (arXiv 2206.00364).
+
+    An axis of size H becomes
+
+    - down = 2: H // 2 with an even number of taps, (H + 1) // 2 with an odd one. H may be odd; then two taps
+      do not read its last pixel.
+    - up = 2: 2 * H with an even number of taps, 2 * H - 1 with an odd one.
+    - neither: H - 1 with an even number of taps, H with an odd one.
+
+    Args:
+        x: dense ``[B, C, H, W]``, NCHW or channels_last, or a StageBatch; float32, bfloat16, float16 or float64.
+        filter: 1 to 8 numbers, the same for both axes; their sum must not be 0.
+        up, down: 1 or 2, not both 2.
+
+    Returns:
+        The same kind, dtype and memory format as ``x``, never ``x`` itself.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: not ``[B, C, H, W]``, a wrong filter or factor, or an output without pixels.
+
+    Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
+    """
+    call = _prepare(x, filter, up, down)
+    y = torch.ops.msd_kernels.resample2d(*call)
+    out_height, out_width, channels_last = call[8:]
+    if isinstance(x, StageBatch):
+        return StageBatch(y, x.counts, x.channels, out_height, out_width)
+    batch, channels = x.shape[:2]
+    if channels_last:
+        return y.view(batch, out_height, out_width, channels).permute(0, 3, 1, 2)
+    return y.view(batch, channels, out_height, out_width)
+
+
+def explain(*args, **kwargs) -> Explanation:
+    """Which backend serves ``resample2d(*args, **kwargs)``, and why the others do not."""
+    call = _prepare(*args, **kwargs)
+    return BACKENDS.explain(call[0].device.type, _predicate_arguments(*call[:4]))
+
+
+def _prepare(x, filter, up=1, down=1):
+    """Checks a call and flattens it to the arguments of the dispatcher op."""
+    taps = _normalised(filter)
+    if (up, down) not in ((1, 1), (2, 1), (1, 2)):
+        raise ValueError(f"{OP}: up and down must be 1 or 2 and not both 2, got up={up} and down={down}")
+    if isinstance(x, StageBatch):
+        _checks.require_floating(OP, "x", x.values)
+        flat, counts, channels, channels_last = x.values, x.counts, x.channels, True
+        height, width = x.height, x.width
+    else:
+        _checks.require_floating(OP, "x", x)
+        if x.dim() != 4 or 0 in x.shape[1:]:
+            raise ValueError(f"{OP}: x must be [B, C, H, W], none 0 but B, got {list(x.shape)}")
+        counts, channels = (x.shape[0],), (x.shape[1],)
+        height, width = x.shape[2:]
+        channels_last = x.stride(1) == 1 and not x.is_contiguous()
+        flat = (x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1)
+    out_height, out_width = (_out_size(n, len(taps), up, down) for n in (height, width))
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
+            f"{OP}: {len(taps)} taps with up={up} and down={down} leave no pixels of {height}x{width}, "
+            f"but {out_height}x{out_width}"
+        )
+    (flat,) = _autocast.to_lower_precision(flat.device.type, flat)
+    taps = [up * tap for tap in taps]
+    layout = (counts, channels, height, width, out_height, out_width, channels_last)
+    return (flat, taps, up == 2, max(up, down), *layout)
+
+
+def _normalised(filter) -> list[float]:
+    if isinstance(filter, Tensor) or not isinstance(filter, Sequence):
+        raise TypeError(f"{OP}: filter must be a sequence of numbers, got {type(filter).__name__}")
+    if not 1 <= len(filter) <= MAX_TAPS:
+        raise ValueError(f"{OP}: filter must have 1 to {MAX_TAPS} taps, got {len(filter)}")
+    total = math.fsum(filter)
+    if not math.isfinite(total) or total == 0:
+        raise ValueError(f"{OP}: filter must have finite taps whose sum is not 0, got {list(filter)}")
+    return [float(tap) / total for tap in filter]
+
+
+def _out_size(size: int, taps: int, up: int, down: int) -> int:
+    padding = (taps - 1) // 2
+    if up == 2:
+        return 2 * (size - 1) - 2 * padding + taps
+    return (size + 2 * padding - taps) // down + 1
+
+
+def _predicate_arguments(x: Tensor, taps: Sequence[float], upward: bool, stride: int) -> dict:
+    return {"dtype": x.dtype, "taps": taps, "upward": upward, "stride": stride}
+
+
+@torch.library.custom_op("msd_kernels::resample2d", mutates_args=())
+def _forward(
+    x: Tensor,
+    taps: Sequence[float],
+    upward: bool,
+    stride: int,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    height: int,
+    width: int,
+    out_height: int,
+    out_width: int,
+    channels_last: bool,
+) -> Tensor:
+    """Downward it correlates with ``taps``, gain included, at ``stride``; upward it is the adjoint of that.
+
+    The input's size of a downward pass does not follow from the output's: hence both are arguments.
+    """
+    layout = (counts, channels, height, width, out_height, out_width, channels_last)
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, taps, upward, stride))
+    return implementation.resample2d(x, taps, upward, stride, *layout)
+
+
+@_forward.register_fake
+def _(x, taps, upward, stride, counts, channels, height, width, out_height, out_width, channels_last):
+    return allocate.grouped_output(x, [n * out_height * out_width for n in counts], channels)
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.arguments = inputs[1:]
+
+
+def _differentiate(ctx, dy):
+    """The op is linear, and its adjoint is the same op in the other direction."""
+    taps, upward, stride, counts, channels, height, width, out_height, out_width, channels_last = (
+        ctx.arguments
+    )
+    layout = (counts, channels, out_height, out_width, height, width, channels_last)
+    return (
+        torch.ops.msd_kernels.resample2d(dy.contiguous(), taps, not upward, stride, *layout),
+        *(None,) * 10,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

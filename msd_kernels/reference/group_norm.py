@@ -1,0 +1,138 @@
+"""GroupNorm, scale and shift, SiLU: the formulas, one after the other, on packed stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msd_kernels.reference.dtypes import wide
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage's inputs as ``[n, c, pixels]``, ``[1, c, 1]`` and ``[n, c, 1]``, in the wide dtype."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    groups: int
+
+    def group_mean(self, t: Tensor) -> Tensor:
+        """The mean over each group's channels and pixels, at every channel: ``[n, c, 1]``."""
+        n, c, pixels = t.shape
+        mean = t.reshape(n, self.groups, c // self.groups * pixels).mean(dim=2)
+        return mean.repeat_interleave(c // self.groups, dim=1)[:, :, None]
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    groups: Sequence[int],
+    spatial: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable in plain autograd; arguments and results as the dispatcher op ``msd_kernels::group_norm``."""
+    ys, means, rstds = [], [], []
+    for stage in _stages(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last):
+        x_hat, mean, rstd = _normalise(stage, eps)
+        z = (x_hat * stage.weight + stage.bias) * (1 + stage.scale) + stage.shift
+        y = z * torch.sigmoid(z) if silu else z
+        ys.append(_flatten(y, channels_last).to(x.dtype))
+        first_of_group = slice(None, None, y.shape[1] // stage.groups)
+        means.append(mean[:, first_of_group].reshape(-1))
+        rstds.append(rstd[:, first_of_group].reshape(-1))
+    return torch.cat(ys), torch.cat(means), torch.cat(rstds)
+
+
+def group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    groups: Sequence[int],
+    spatial: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
+    stages = _stages(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last)
+    cotangents = _stages(dy, None, None, None, None, counts, channels, groups, spatial, channels_last)
+    gradients = [_stage_gradients(d.x, stage, eps, silu) for d, stage in zip(cotangents, stages, strict=True)]
+    dx, *others = zip(*gradients, strict=True)
+    joined = [torch.cat([_flatten(d, channels_last) for d in dx])]
+    joined += [torch.cat([d.reshape(-1) for d in parts]) for parts in others]
+    inputs = (x, weight, bias, scale, shift)
+    return [
+        d.to(t.dtype) if t is not None and flag else None
+        for d, t, flag in zip(joined, inputs, wanted, strict=True)
+    ]
+
+
+def _stage_gradients(dy: Tensor, stage: _Stage, eps: float, silu: bool) -> tuple[Tensor, ...]:
+    x_hat, _, rstd = _normalise(stage, eps)
+    affine = x_hat * stage.weight + stage.bias
+    z = affine * (1 + stage.scale) + stage.shift
+    sigmoid = torch.sigmoid(z)
+    dz = dy * sigmoid * (1 + z * (1 - sigmoid)) if silu else dy
+    d_affine = dz * (1 + stage.scale)
+    dx_hat = d_affine * stage.weight
+    dx = rstd * (dx_hat - stage.group_mean(dx_hat) - x_hat * stage.group_mean(dx_hat * x_hat))
+    dweight = (d_affine * x_hat).sum(dim=(0, 2))
+    dbias = d_affine.sum(dim=(0, 2))
+    return dx, dweight, dbias, (dz * affine).sum(dim=2), dz.sum(dim=2)
+
+
+def _normalise(stage: _Stage, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = stage.group_mean(stage.x)
+    centred = stage.x - mean
+    rstd = torch.rsqrt(stage.group_mean(centred.square()) + eps)
+    return centred * rstd, mean, rstd
+
+
+def _stages(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last) -> list[_Stage]:
+    samples = [n * c for n, c in zip(counts, channels, strict=True)]
+    planes = [
+        part.view(n, spatial, c).transpose(1, 2) if channels_last else part.view(n, c, spatial)
+        for part, n, c in zip(x.split([m * spatial for m in samples]), counts, channels, strict=True)
+    ]
+    weights = [_split(flat, channels, x, default) for flat, default in ((weight, 1.0), (bias, 0.0))]
+    modulation = [_split(flat, samples, x, 0.0) for flat in (scale, shift)]
+    return [
+        _Stage(
+            planes[s].to(wide(x.dtype)),
+            *(parts[s].view(1, channels[s], 1) for parts in weights),
+            *(parts[s].view(counts[s], channels[s], 1) for parts in modulation),
+            groups[s],
+        )
+        for s in range(len(counts))
+    ]
+
+
+def _split(flat: Tensor | None, sizes: Sequence[int], x: Tensor, default: float) -> Sequence[Tensor]:
+    if flat is None:
+        return [x.new_full((size,), default, dtype=wide(x.dtype)) for size in sizes]
+    return flat.to(wide(x.dtype)).split(list(sizes))
+
+
+def _flatten(planes: Tensor, channels_last: bool) -> Tensor:
+    return (planes.transpose(1, 2) if channels_last else planes).reshape(-1)

@@ -1,0 +1,266 @@
+"""The packed stage batch: one flat buffer for a batch whose samples belong to different stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+__all__ = ["StageBatch", "StageWeights"]
+
+
+@dataclass(frozen=True)
+class StageBatch:
+    """A feature map of a mixed batch, sorted by stage, without padding.
+
+    ``values`` is ONE flat buffer. It holds stage after stage; the segment of stage ``s`` is a dense NHWC block
+    ``[counts[s], height, width, channels[s]]``. Stages may have different channel counts, and a stage without
+    samples (``counts[s] == 0``) is normal. What is elementwise is one ordinary call on ``values``::
+
+        y = x.with_values(x.values * 0.5)
+
+    Args:
+        values: flat tensor of ``sum(counts[s] * height * width * channels[s])`` elements.
+        counts: samples per stage, known on the host.
+        channels: channels per stage.
+        height, width: spatial size, the same for all stages. Vectors per sample have ``height = width = 1``.
+
+    Raises:
+        TypeError: ``values`` is not a tensor.
+        ValueError: ``values`` is not flat or its size does not follow from the other fields.
+    """
+
+    values: Tensor
+    counts: tuple[int, ...]
+    channels: tuple[int, ...]
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"StageBatch: values must be a tensor, got {type(self.values).__name__}")
+        if len(self.counts) != len(self.channels) or not self.counts:
+            raise ValueError(
+                f"StageBatch: counts and channels must name the same stages, at least one, "
+                f"got counts={self.counts} and channels={self.channels}"
+            )
+        if min(self.counts) < 0 or min(self.channels) < 1 or self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"StageBatch: counts must be >= 0, channels, height and width >= 1, got counts={self.counts}, "
+                f"channels={self.channels}, height={self.height}, width={self.width}"
+            )
+        if self.values.dim() != 1 or self.values.numel() != sum(self.sizes):
+            raise ValueError(
+                f"StageBatch: values must be flat with {sum(self.sizes)} elements for counts={self.counts}, "
+                f"channels={self.channels}, height={self.height}, width={self.width}, "
+                f"got shape {tuple(self.values.shape)}"
+            )
+
+    @staticmethod
+    def from_segments(segments: Sequence[Tensor]) -> StageBatch:
+        """Packs one ``[n_s, C_s, H, W]`` tensor per stage, in any memory format, ``n_s`` may be 0.
+
+        Raises:
+            TypeError: an entry is not a tensor, or dtypes or devices differ.
+            ValueError: no segments, an entry that is not 4-D, or spatial sizes that differ.
+        """
+        segments = list(segments)
+        if not segments:
+            raise ValueError("StageBatch: from_segments needs at least one segment, got none")
+        for stage, segment in enumerate(segments):
+            if not isinstance(segment, Tensor):
+                raise TypeError(
+                    f"StageBatch: segment of stage {stage} must be a tensor, got {type(segment).__name__}"
+                )
+            if segment.dim() != 4 or segment.shape[2:] != segments[0].shape[2:]:
+                raise ValueError(
+                    f"StageBatch: segment of stage {stage} must be [n, C, {', '.join(map(str, segments[0].shape[2:]))}]"
+                    f" like stage 0, got {tuple(segment.shape)}"
+                )
+            if segment.dtype != segments[0].dtype or segment.device != segments[0].device:
+                raise TypeError(
+                    f"StageBatch: segment of stage {stage} is {segment.dtype} on {segment.device}, "
+                    f"stage 0 is {segments[0].dtype} on {segments[0].device}"
+                )
+        flat = [segment.permute(0, 2, 3, 1).reshape(-1) for segment in segments]
+        return StageBatch(
+            flat[0] if len(flat) == 1 else torch.cat(flat),
+            tuple(segment.shape[0] for segment in segments),
+            tuple(segment.shape[1] for segment in segments),
+            segments[0].shape[2],
+            segments[0].shape[3],
+        )
+
+    @staticmethod
+    def from_dense(x: Tensor, counts: Sequence[int] | None = None) -> StageBatch:
+        """Views a dense ``[B, C, H, W]`` or ``[B, C]`` tensor, its samples in stage order, as a stage batch.
+
+        No copy where ``x`` is channels_last (or ``[B, C]``). ``counts`` defaults to one stage.
+
+        Raises:
+            ValueError: another rank, or counts that do not sum up to B.
+        """
+        if x.dim() not in (2, 4):
+            raise ValueError(
+                f"StageBatch: from_dense takes [B, C, H, W] or [B, C], got shape {tuple(x.shape)}"
+            )
+        counts = (x.shape[0],) if counts is None else tuple(counts)
+        if sum(counts) != x.shape[0]:
+            raise ValueError(
+                f"StageBatch: counts must sum up to the batch size {x.shape[0]}, got {counts} (sum {sum(counts)})"
+            )
+        height, width = (x.shape[2], x.shape[3]) if x.dim() == 4 else (1, 1)
+        values = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+        return StageBatch(values.reshape(-1), counts, (x.shape[1],) * len(counts), height, width)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.counts)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements per stage."""
+        pixels = self.height * self.width
+        return tuple(n * pixels * c for n, c in zip(self.counts, self.channels, strict=True))
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The first element of each stage in ``values``, and the total at the end."""
+        return tuple(accumulate(self.sizes, initial=0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def segments(self) -> list[Tensor]:
+        """Each stage as a ``[n_s, C_s, H, W]`` channels_last view, without a copy."""
+        return [
+            part.view(n, self.height, self.width, c).permute(0, 3, 1, 2)
+            for part, n, c in zip(self.values.split(self.sizes), self.counts, self.channels, strict=True)
+        ]
+
+    def dense(self) -> Tensor:
+        """All samples as one ``[B, C, H, W]`` channels_last view; every stage must have the same channels.
+
+        Raises:
+            ValueError: channel counts differ.
+        """
+        if len(set(self.channels)) > 1:
+            raise ValueError(f"StageBatch: dense needs the same channels in every stage, got {self.channels}")
+        return self.values.view(-1, self.height, self.width, self.channels[0]).permute(0, 3, 1, 2)
+
+    def with_values(self, values: Tensor) -> StageBatch:
+        """The same layout over another flat buffer of the same size."""
+        return StageBatch(values, self.counts, self.channels, self.height, self.width)
+
+    def restage(self, counts: Sequence[int]) -> StageBatch:
+        """The same samples cut into other stages, without a copy; every stage must have the same channels.
+
+        Raises:
+            ValueError: channel counts differ, or ``counts`` do not sum up to the number of samples.
+        """
+        return StageBatch.from_dense(self.dense(), counts)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StageBatch:
+        """Applies an elementwise function to the flat buffer."""
+        return self.with_values(function(self.values))
+
+    def to(self, *args, **kwargs) -> StageBatch:
+        """``torch.Tensor.to`` on the flat buffer."""
+        return self.with_values(self.values.to(*args, **kwargs))
+
+    @staticmethod
+    def concatenate(first: StageBatch, second: StageBatch) -> StageBatch:
+        """Per stage the channels of ``first``, then those of ``second``: ``[n_s, C_s + D_s, H, W]``, a copy.
+
+        Raises:
+            ValueError: counts or spatial sizes differ.
+        """
+        if (first.counts, first.height, first.width) != (second.counts, second.height, second.width):
+            raise ValueError(
+                f"StageBatch: concatenate needs the same counts and size, got {first.counts} at "
+                f"{first.height}x{first.width} and {second.counts} at {second.height}x{second.width}"
+            )
+        pairs = zip(first.segments(), second.segments(), strict=True)
+        return StageBatch.from_segments([torch.cat(pair, dim=1) for pair in pairs])
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """The weights that one layer holds for all stages, packed in one flat tensor.
+
+    ``values`` holds stage after stage. A stage's weight of shape ``(O, I, kh, kw)`` lies in memory as
+    ``[O, kh, kw, I]`` (channels last, so that every slice of a convolution's reduction is one contiguous load);
+    ``(O, I)`` and ``(C,)`` as they are. One launch reads all stages through one pointer, and one
+    ``torch.nn.Parameter`` can be the storage.
+
+    Args:
+        values: flat tensor of ``sum(prod(shape) for shape in shapes)`` elements.
+        shapes: per stage the weight's shape in PyTorch's own order.
+
+    Raises:
+        ValueError: the size of ``values`` does not follow from ``shapes``.
+    """
+
+    values: Tensor
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
+        if self.values.dim() != 1 or self.values.numel() != sum(self.sizes):
+            raise ValueError(
+                f"StageWeights: values must be flat with {sum(self.sizes)} elements for shapes={self.shapes}, "
+                f"got shape {tuple(self.values.shape)}"
+            )
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor]) -> StageWeights:
+        """Packs one weight per stage, in a copy that autograd sees."""
+        tensors = list(tensors)
+        if not tensors:
+            raise ValueError("StageWeights: from_tensors needs at least one weight, got none")
+        flat = [t.permute(0, 2, 3, 1).reshape(-1) if t.dim() == 4 else t.reshape(-1) for t in tensors]
+        return StageWeights(
+            flat[0] if len(flat) == 1 else torch.cat(flat), tuple(tuple(t.shape) for t in tensors)
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements per stage."""
+        return tuple(_product(shape) for shape in self.shapes)
+
+    def tensors(self) -> list[Tensor]:
+        """Each stage's weight in PyTorch's own shape: views, without a copy."""
+        parts = self.values.split(self.sizes)
+        return [_unpack(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def with_values(self, values: Tensor) -> StageWeights:
+        """The same shapes over another flat tensor of the same size."""
+        return StageWeights(values, self.shapes)
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _unpack(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) == 4:
+        out_channels, in_channels, height, width = shape
+        return part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
+    return part.view(shape)
