@@ -1,0 +1,183 @@
+// GroupNorm on a matrix of `rows` rows, `stride` elements apart, and `columns` columns. A tile is
+// some pairs of vectors wide and as high as the matrix; it holds its columns' parameters or sums in
+// registers. Arrays of columns are float32 and padded.
+#pragma once
+
+#include <type_traits>
+
+#include "group_norm_unit.h"
+#include "vec.h"
+
+namespace msd::MSD_ISA {
+
+// Sums run over so many rows before they are added to the column's.
+constexpr int64_t kChunkRows = 64;
+// The first sweep asks for data so many rows ahead.
+constexpr int64_t kPrefetchRows = 32;
+
+// z = (x - mean) gain + offset;  dx = gain dz + constant + (x - mean) slope
+struct ColumnParameters {
+  const float *mean, *gain, *offset, *constant, *slope;
+};
+
+// A column's mean is origin + mean; m2 is its sum of squared differences from it.
+struct ColumnMoments {
+  float *origin, *mean, *m2;
+};
+
+template <class T, int n>
+MSD_INLINE void load_tile(const float* p, Pair (&tile)[n]) {
+  for (int i = 0; i < n; ++i) tile[i] = load_lanes<T>(p + i * kPair);
+}
+
+// Adds to the moments of `seen` rows those of `rows` further ones, with the mean shift + sum /
+// rows.
+template <class T>
+MSD_INLINE void merge_chunk(ColumnMoments moments, int64_t seen, int64_t rows, Pair shift, Pair sum,
+                            Pair squares) {
+  const Pair mean = sum * broadcast_pair(1.0f / static_cast<float>(rows));
+  const Pair m2 = clamp_negative(squares - sum * mean);
+  if (seen == 0) {
+    store_lanes<T>(moments.origin, shift);
+    store_lanes<T>(moments.mean, mean);
+    store_lanes<T>(moments.m2, m2);
+    return;
+  }
+  const float part = static_cast<float>(rows) / static_cast<float>(seen + rows);
+  const Pair old_mean = load_lanes<T>(moments.mean);
+  const Pair difference = (shift - load_lanes<T>(moments.origin)) + mean - old_mean;
+  const Pair spread = difference * difference * broadcast_pair(part * static_cast<float>(seen));
+  store_lanes<T>(moments.mean, fma(difference, broadcast_pair(part), old_mean));
+  store_lanes<T>(moments.m2, load_lanes<T>(moments.m2) + m2 + spread);
+}
+
+// Moments of the columns, by sums of differences from each chunk's first row. As that row is part
+// of the chunk, the relative error of m2 stays below (1 + kChunkRows) roundings whatever the data.
+template <class T>
+void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
+                    ColumnMoments moments) {
+  for (int64_t row = 0; row < rows; row += kChunkRows) {
+    const int64_t chunk = rows - row < kChunkRows ? rows - row : kChunkRows;
+    for_column_tiles<kWideTile>(columns, [=](int64_t column, auto pairs, auto access) {
+      constexpr int n = decltype(pairs)::value;
+      const T* first = x + row * stride + column;
+      Pair shift[n], sum[n], squares[n];
+      for (int i = 0; i < n; ++i) {
+        shift[i] = access.load(first + i * kPair);
+        sum[i] = squares[i] = broadcast_pair(0.0f);
+      }
+      for (int64_t r = 1; r < chunk; ++r) {
+        for (int i = 0; i < n; ++i) {
+          const T* here = first + r * stride + i * kPair;
+          prefetch_pair(here + kPrefetchRows * stride);
+          const Pair difference = access.load(here) - shift[i];
+          sum[i] = sum[i] + difference;
+          squares[i] = fma(difference, difference, squares[i]);
+        }
+      }
+      for (int i = 0; i < n; ++i) {
+        const int64_t at = column + i * kPair;
+        merge_chunk<T>({moments.origin + at, moments.mean + at, moments.m2 + at}, row, chunk,
+                       shift[i], sum[i], squares[i]);
+      }
+    });
+  }
+}
+
+// y = z or z sigmoid(z)
+template <class T, bool kSilu>
+void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
+               ColumnParameters parameters) {
+  constexpr bool kCoarse = std::is_same_v<T, BFloat16>;
+  for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
+    constexpr int n = decltype(pairs)::value;
+    Pair mean[n], gain[n], offset[n];
+    load_tile<T>(parameters.mean + column, mean);
+    load_tile<T>(parameters.gain + column, gain);
+    load_tile<T>(parameters.offset + column, offset);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * stride + column;
+      for (int i = 0; i < n; ++i) {
+        const Pair z = fma(access.load(x + at + i * kPair) - mean[i], gain[i], offset[i]);
+        access.store(y + at + i * kPair, kSilu ? z * sigmoid<kCoarse>(z) : z);
+      }
+    }
+  });
+}
+
+// dz = dy s (1 + z (1 - s)) with s = sigmoid(z)
+MSD_INLINE Pair silu_gradient(Pair dy, Pair z) {
+  const Pair s = sigmoid<false>(z);
+  return dy * fma(z * s, broadcast_pair(1.0f) - s, s);
+}
+
+// Per column, the sums of dz and of dz (x - mean). With kSilu, dz itself goes to `dz` unless that
+// is null: padded(columns) floats per row, in the order of the lanes.
+template <class T, bool kSilu>
+void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t rows, int64_t columns,
+                   ColumnParameters parameters, float* dz, float* sums, float* moment_sums) {
+  const int64_t dz_stride = padded(columns);
+  for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
+    constexpr int n = decltype(pairs)::value;
+    Pair mean[n], gain[n], offset[n], total[n], moment_total[n];
+    load_tile<T>(parameters.mean + column, mean);
+    load_tile<T>(parameters.gain + column, gain);
+    load_tile<T>(parameters.offset + column, offset);
+    for (int i = 0; i < n; ++i) total[i] = moment_total[i] = broadcast_pair(0.0f);
+    for (int64_t row = 0; row < rows; row += kChunkRows) {
+      const int64_t end = rows - row < kChunkRows ? rows : row + kChunkRows;
+      Pair sum[n], moment[n];
+      for (int i = 0; i < n; ++i) sum[i] = moment[i] = broadcast_pair(0.0f);
+      for (int64_t r = row; r < end; ++r) {
+        for (int i = 0; i < n; ++i) {
+          const int64_t at = r * stride + column + i * kPair;
+          prefetch_pair(x + at + kPrefetchRows * stride);
+          prefetch_pair(dy + at + kPrefetchRows * stride);
+          const Pair difference = access.load(x + at) - mean[i];
+          Pair gradient = access.load(dy + at);
+          if (kSilu) {
+            gradient = silu_gradient(gradient, fma(difference, gain[i], offset[i]));
+            if (dz != nullptr) store_pair(dz + r * dz_stride + column + i * kPair, gradient);
+          }
+          sum[i] = sum[i] + gradient;
+          moment[i] = fma(gradient, difference, moment[i]);
+        }
+      }
+      for (int i = 0; i < n; ++i) {
+        total[i] = total[i] + sum[i];
+        moment_total[i] = moment_total[i] + moment[i];
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      store_lanes<T>(sums + column + i * kPair, total[i]);
+      store_lanes<T>(moment_sums + column + i * kPair, moment_total[i]);
+    }
+  });
+}
+
+// dx = gain dz + constant + (x - mean) slope, with dz as gradient_sums left it, or dy without
+// kSilu.
+template <class T, bool kSilu>
+void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t stride, int64_t rows,
+                    int64_t columns, ColumnParameters parameters) {
+  const int64_t dz_stride = padded(columns);
+  for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
+    constexpr int n = decltype(pairs)::value;
+    Pair mean[n], gain[n], constant[n], slope[n];
+    load_tile<T>(parameters.mean + column, mean);
+    load_tile<T>(parameters.gain + column, gain);
+    load_tile<T>(parameters.constant + column, constant);
+    load_tile<T>(parameters.slope + column, slope);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int i = 0; i < n; ++i) {
+        const int64_t at = r * stride + column + i * kPair;
+        const Pair gradient =
+            kSilu ? load_pair(dz + r * dz_stride + column + i * kPair) : access.load(dy + at);
+        const Pair difference = access.load(x + at) - mean[i];
+        access.store(dx + at, fma(gain[i], gradient, fma(difference, slope[i], constant[i])));
+      }
+    }
+  });
+}
+
+}  // namespace msd::MSD_ISA

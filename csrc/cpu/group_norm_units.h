@@ -1,0 +1,439 @@
+// The steps of GroupNorm's passes over one unit, from column sums to channels to groups.
+#pragma once
+
+#include "group_norm_tiles.h"
+#include "group_norm_unit.h"
+
+namespace msd::MSD_ISA {
+
+// One plane's piece as a matrix.
+struct Item {
+  const Piece& piece;
+  int64_t plane, offset, stride, columns;
+
+  Item(const Unit& unit, int64_t item)
+      : piece(unit.pieces[item % unit.piece_count]), plane(item / unit.piece_count) {
+    offset = unit.x + plane * unit.plane_stride + piece.pixel * unit.pixel_stride;
+    stride = piece.fold * unit.pixel_stride;
+    columns = piece.fold * unit.plane_channels;
+  }
+};
+
+// Scratch of a unit: `arrays` arrays of its channels for every piece, then `parameters` for the
+// whole.
+struct Scratch {
+  float* base;
+  int64_t channels, pieces, arrays;
+
+  Scratch(const Unit& unit, float* scratch, int64_t arrays_per_piece)
+      : base(scratch),
+        channels(padded(unit.channels)),
+        pieces(unit.piece_count),
+        arrays(arrays_per_piece) {}
+  float* sums(int64_t piece, int64_t array) const {
+    return base + (piece * arrays + array) * channels;
+  }
+  float* parameters(int64_t array) const { return base + (pieces * arrays + array) * channels; }
+};
+
+template <class T>
+MSD_INLINE float element(ConstArray array, int64_t i) {
+  return array.is_float ? static_cast<const float*>(array.data)[i]
+                        : to_float(static_cast<const T*>(array.data)[i]);
+}
+
+template <class T>
+MSD_INLINE void set_element(MutableArray array, int64_t i, float value) {
+  if (array.is_float) {
+    static_cast<float*>(array.data)[i] = value;
+  } else {
+    from_float(value, static_cast<T*>(array.data) + i);
+  }
+}
+
+template <class T>
+MSD_INLINE void read_elements(ConstArray array, int64_t first, int64_t count, float missing,
+                              float* out) {
+  if (array.data == nullptr) {
+    for (int64_t i = 0; i < count; ++i) out[i] = missing;
+  } else if (array.is_float) {
+    __builtin_memcpy(out, static_cast<const float*>(array.data) + first, count * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = element<T>(array, first + i);
+  }
+}
+
+// gain = weight (1 + scale), offset = bias (1 + scale) + shift, for the unit's channels.
+template <class T>
+void read_affine(const Affine& affine, const Unit& unit, float* gain, float* offset) {
+  const int64_t channels = unit.channels;
+  read_elements<T>(affine.weight, unit.channel, channels, 1.0f, gain);
+  read_elements<T>(affine.bias, unit.channel, channels, 0.0f, offset);
+  if (affine.scale.data != nullptr) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const float factor = 1.0f + element<T>(affine.scale, unit.sample_channel + c);
+      gain[c] *= factor;
+      offset[c] *= factor;
+    }
+  }
+  if (affine.shift.data != nullptr) {
+    for (int64_t c = 0; c < channels; ++c) {
+      offset[c] += element<T>(affine.shift, unit.sample_channel + c);
+    }
+  }
+}
+
+// Sum of f(0), ..., f(count - 1) in a fixed order that vectorises.
+template <class F>
+MSD_INLINE double ordered_sum(int64_t count, const F& f) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += f(i + lane);
+  }
+  for (; i < count; ++i) lanes[i % kLanes] += f(i);
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
+         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+// Repeats the unit's parameters for the columns of a folded row, one buffer after another.
+class FoldedParameters {
+ public:
+  FoldedParameters(const Unit& unit, const Item& item) : unit_(unit), item_(item) {}
+
+  const float* operator()(const float* channels) {
+    const int64_t width = unit_.plane_channels;
+    const float* first = channels + item_.plane * width;
+    if (item_.columns == width) return first;
+    float* out = buffers_[used_++];
+    if (width == 1) {
+      for (int64_t j = 0; j < item_.columns; ++j) out[j] = *first;
+      return out;
+    }
+    __builtin_memcpy(out, first, width * sizeof(float));
+    for (int64_t filled = width; filled < item_.columns; filled *= 2) {
+      __builtin_memcpy(out + filled, out, filled * sizeof(float));
+    }
+    return out;
+  }
+
+ private:
+  const Unit& unit_;
+  const Item& item_;
+  int used_ = 0;
+  alignas(64) float buffers_[4][kMaxFoldedColumns + kColumnPadding];
+};
+
+// Channel c of the result gathers the columns c, c + width, ... of a folded row.
+MSD_INLINE void unfold_moments(ColumnMoments moments, int64_t columns, int64_t width,
+                               int64_t rows) {
+  float weight = 0.5f * static_cast<float>(rows);
+  for (int64_t half = columns / 2; half >= width; half /= 2, weight *= 2.0f) {
+    for (int64_t j = 0; j < half; ++j) {
+      const float difference = (moments.origin[j + half] - moments.origin[j]) +
+                               (moments.mean[j + half] - moments.mean[j]);
+      moments.mean[j] += 0.5f * difference;
+      moments.m2[j] += moments.m2[j + half] + weight * difference * difference;
+    }
+  }
+}
+
+MSD_INLINE void unfold_sums(float* sums, int64_t columns, int64_t width) {
+  for (int64_t half = columns / 2; half >= width; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+}
+
+template <class T>
+struct ForwardPass {
+  enum { kOrigin, kMean, kM2, kArrays };           // per piece
+  enum { kMeans, kGains, kOffsets, kParameters };  // per unit
+
+  static int64_t scratch_floats(const GroupNormForward&, const Unit& unit) {
+    return (kArrays * unit.piece_count + kParameters) * padded(unit.channels) + kColumnPadding;
+  }
+
+  static void prepare(const GroupNormForward&, const Unit&, float*) {}
+
+  static ColumnMoments piece_moments(const Scratch& scratch, int64_t piece, int64_t channel) {
+    return {scratch.sums(piece, kOrigin) + channel, scratch.sums(piece, kMean) + channel,
+            scratch.sums(piece, kM2) + channel};
+  }
+
+  static void reduce(const GroupNormForward& job, const Unit& unit, float* base, int64_t index) {
+    const Item item(unit, index);
+    const Scratch scratch(unit, base, kArrays);
+    const T* x = static_cast<const T*>(job.x) + item.offset;
+    alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
+    const int64_t width = unit.plane_channels;
+    const ColumnMoments result =
+        piece_moments(scratch, index % unit.piece_count, item.plane * width);
+    if (item.piece.fold == 1 && unit.planes == 1) {
+      column_moments(x, item.stride, item.piece.rows, item.columns, result);
+      return;
+    }
+    const ColumnMoments folded = {columns[kOrigin], columns[kMean], columns[kM2]};
+    column_moments(x, item.stride, item.piece.rows, item.columns, folded);
+    unfold_moments(folded, item.columns, width, item.piece.rows);
+    __builtin_memcpy(result.origin, folded.origin, width * sizeof(float));
+    __builtin_memcpy(result.mean, folded.mean, width * sizeof(float));
+    __builtin_memcpy(result.m2, folded.m2, width * sizeof(float));
+  }
+
+  // Gathers the moments of all pieces in the first one's.
+  static void merge_pieces(const Unit& unit, const Scratch& scratch) {
+    const ColumnMoments all = piece_moments(scratch, 0, 0);
+    double seen = static_cast<double>(unit.pieces[0].rows * unit.pieces[0].fold);
+    for (int64_t piece = 1; piece < unit.piece_count; ++piece) {
+      const ColumnMoments next = piece_moments(scratch, piece, 0);
+      const double count = static_cast<double>(unit.pieces[piece].rows * unit.pieces[piece].fold);
+      const float part = static_cast<float>(count / (seen + count));
+      const float weight = static_cast<float>(seen * count / (seen + count));
+      for (int64_t c = 0; c < unit.channels; ++c) {
+        const float difference = (next.origin[c] - all.origin[c]) + (next.mean[c] - all.mean[c]);
+        all.mean[c] += part * difference;
+        all.m2[c] += next.m2[c] + weight * difference * difference;
+      }
+      seen += count;
+    }
+  }
+
+  // Mean and rstd of every group, then z = (x - mean) gain + offset for its channels. What rounding
+  // takes from the group's mean goes into the offset.
+  static void combine(const GroupNormForward& job, const Unit& unit, float* base) {
+    const Scratch scratch(unit, base, kArrays);
+    merge_pieces(unit, scratch);
+    float* gain = scratch.parameters(kGains);
+    float* offset = scratch.parameters(kOffsets);
+    read_affine<T>(job.affine, unit, gain, offset);
+    const int64_t channels = unit.group_channels;
+    const double count = static_cast<double>(channels * unit.spatial);
+    for (int64_t g = 0; g < unit.groups; ++g) {
+      const int64_t first = g * channels;
+      const ColumnMoments moments = piece_moments(scratch, 0, first);
+      const float origin = moments.origin[0];
+      const auto distance = [&](int64_t c) {
+        return static_cast<double>(moments.origin[c] - origin) + moments.mean[c];
+      };
+      const double centre = ordered_sum(channels, distance) / static_cast<double>(channels);
+      const double between = ordered_sum(channels, [&](int64_t c) {
+        const double difference = distance(c) - centre;
+        return difference * difference;
+      });
+      const double within = ordered_sum(channels, [&](int64_t c) { return double{moments.m2[c]}; });
+      const double variance = (within + between * static_cast<double>(unit.spatial)) / count;
+      const float rstd = static_cast<float>(1.0 / __builtin_sqrt(variance + double{job.eps}));
+      const float mean = static_cast<float>(origin + centre);
+      const float rest = static_cast<float>((origin - double{mean}) + centre);
+      job.mean[unit.group + g] = mean;
+      job.rstd[unit.group + g] = rstd;
+      float* means = scratch.parameters(kMeans);
+      for (int64_t c = first; c < first + channels; ++c) {
+        means[c] = mean;
+        gain[c] *= rstd;
+        offset[c] -= rest * gain[c];
+      }
+    }
+  }
+
+  static void map(const GroupNormForward& job, const Unit& unit, float* base, int64_t index) {
+    const Item item(unit, index);
+    const Scratch scratch(unit, base, kArrays);
+    FoldedParameters fold(unit, item);
+    const ColumnParameters parameters = {fold(scratch.parameters(kMeans)),
+                                         fold(scratch.parameters(kGains)),
+                                         fold(scratch.parameters(kOffsets)), nullptr, nullptr};
+    const T* x = static_cast<const T*>(job.x) + item.offset;
+    T* y = static_cast<T*>(job.y) + item.offset;
+    const auto kernel = job.silu ? normalize<T, true> : normalize<T, false>;
+    kernel(x, y, item.stride, item.piece.rows, item.columns, parameters);
+  }
+};
+
+template <class T>
+struct BackwardPass {
+  enum { kSum, kMoment, kArrays };                                                    // per piece
+  enum { kMeans, kGains, kOffsets, kConstants, kSlopes, kAffineGains, kParameters };  // per unit
+
+  static bool keeps_dz(const GroupNormBackward& job) { return job.silu && job.dx != nullptr; }
+
+  static int64_t head_floats(const Unit& unit) {
+    return (kArrays * unit.piece_count + kParameters) * padded(unit.channels) + kColumnPadding;
+  }
+
+  static int64_t dz_row_floats(const Unit& unit) {
+    return padded(unit.pieces[0].fold * unit.plane_channels);
+  }
+
+  static int64_t scratch_floats(const GroupNormBackward& job, const Unit& unit) {
+    const int64_t dz = unit.planes * unit.plane_rows * dz_row_floats(unit);
+    return head_floats(unit) + (keeps_dz(job) ? dz : 0);
+  }
+
+  static float* dz_of(const GroupNormBackward& job, const Unit& unit, const Item& item,
+                      float* base) {
+    if (!keeps_dz(job)) return nullptr;
+    const int64_t row = item.plane * unit.plane_rows + item.piece.row;
+    return base + head_floats(unit) + row * dz_row_floats(unit);
+  }
+
+  static void prepare(const GroupNormBackward& job, const Unit& unit, float* base) {
+    const Scratch scratch(unit, base, kArrays);
+    float* means = scratch.parameters(kMeans);
+    float* gains = scratch.parameters(kGains);
+    float* affine_gains = scratch.parameters(kAffineGains);
+    read_affine<T>(job.affine, unit, affine_gains, scratch.parameters(kOffsets));
+    for (int64_t g = 0; g < unit.groups; ++g) {
+      const float mean = job.mean[unit.group + g];
+      const float rstd = job.rstd[unit.group + g];
+      const int64_t first = g * unit.group_channels;
+      for (int64_t c = first; c < first + unit.group_channels; ++c) {
+        means[c] = mean;
+        gains[c] = affine_gains[c] * rstd;
+      }
+    }
+  }
+
+  static void reduce(const GroupNormBackward& job, const Unit& unit, float* base, int64_t index) {
+    const Item item(unit, index);
+    const Scratch scratch(unit, base, kArrays);
+    FoldedParameters fold(unit, item);
+    const ColumnParameters parameters = {fold(scratch.parameters(kMeans)),
+                                         fold(scratch.parameters(kGains)),
+                                         fold(scratch.parameters(kOffsets)), nullptr, nullptr};
+    const T* x = static_cast<const T*>(job.x) + item.offset;
+    const T* dy = static_cast<const T*>(job.dy) + item.offset;
+    float* dz = dz_of(job, unit, item, base);
+    const auto kernel = job.silu ? gradient_sums<T, true> : gradient_sums<T, false>;
+    const int64_t piece = index % unit.piece_count;
+    const int64_t width = unit.plane_channels;
+    float* sums = scratch.sums(piece, kSum) + item.plane * width;
+    float* moments = scratch.sums(piece, kMoment) + item.plane * width;
+    if (item.piece.fold == 1 && unit.planes == 1) {
+      kernel(x, dy, item.stride, item.piece.rows, item.columns, parameters, dz, sums, moments);
+      return;
+    }
+    alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
+    kernel(x, dy, item.stride, item.piece.rows, item.columns, parameters, dz, columns[kSum],
+           columns[kMoment]);
+    unfold_sums(columns[kSum], item.columns, width);
+    unfold_sums(columns[kMoment], item.columns, width);
+    __builtin_memcpy(sums, columns[kSum], width * sizeof(float));
+    __builtin_memcpy(moments, columns[kMoment], width * sizeof(float));
+  }
+
+  // From the channels' sums P of dz and Q of dz xhat: dshift = P, dscale = weight Q + bias P, and
+  // the group's means of dxhat and dxhat xhat, which complete dx.
+  static void combine(const GroupNormBackward& job, const Unit& unit, float* base) {
+    const Scratch scratch(unit, base, kArrays);
+    float* sums = scratch.sums(0, kSum);
+    float* moments = scratch.sums(0, kMoment);
+    for (int64_t piece = 1; piece < unit.piece_count; ++piece) {
+      for (int64_t c = 0; c < unit.channels; ++c) sums[c] += scratch.sums(piece, kSum)[c];
+      for (int64_t c = 0; c < unit.channels; ++c) moments[c] += scratch.sums(piece, kMoment)[c];
+    }
+    const double count = static_cast<double>(unit.group_channels * unit.spatial);
+    for (int64_t g = 0; g < unit.groups; ++g) {
+      const int64_t first = g * unit.group_channels;
+      const float rstd = job.rstd[unit.group + g];
+      const float* gain = scratch.parameters(kAffineGains) + first;
+      for (int64_t c = first; c < first + unit.group_channels; ++c) moments[c] *= rstd;
+      const double mean = ordered_sum(unit.group_channels,
+                                      [&](int64_t c) { return double{gain[c]} * sums[first + c]; });
+      const double moment = ordered_sum(
+          unit.group_channels, [&](int64_t c) { return double{gain[c]} * moments[first + c]; });
+      const float constant = static_cast<float>(-rstd * mean / count);
+      const float slope = static_cast<float>(-double{rstd} * rstd * moment / count);
+      for (int64_t c = first; c < first + unit.group_channels; ++c) {
+        scratch.parameters(kConstants)[c] = constant;
+        scratch.parameters(kSlopes)[c] = slope;
+      }
+    }
+    write_channel_gradients(job, unit, sums, moments);
+  }
+
+  static void write_channel_gradients(const GroupNormBackward& job, const Unit& unit,
+                                      const float* sums, const float* moments) {
+    const int64_t at = unit.sample_channel;
+    const Affine& affine = job.affine;
+    for (int64_t c = 0; job.dshift.data != nullptr && c < unit.channels; ++c) {
+      set_element<T>(job.dshift, at + c, sums[c]);
+    }
+    for (int64_t c = 0; job.dscale.data != nullptr && c < unit.channels; ++c) {
+      const int64_t i = unit.channel + c;
+      const float weight = affine.weight.data != nullptr ? element<T>(affine.weight, i) : 1.0f;
+      const float bias = affine.bias.data != nullptr ? element<T>(affine.bias, i) : 0.0f;
+      set_element<T>(job.dscale, at + c, weight * moments[c] + bias * sums[c]);
+    }
+    const int64_t bytes = unit.channels * static_cast<int64_t>(sizeof(float));
+    if (job.dz_sums != nullptr) __builtin_memcpy(job.dz_sums + at, sums, bytes);
+    if (job.dz_xhat_sums != nullptr) __builtin_memcpy(job.dz_xhat_sums + at, moments, bytes);
+  }
+
+  static void map(const GroupNormBackward& job, const Unit& unit, float* base, int64_t index) {
+    if (job.dx == nullptr) return;
+    const Item item(unit, index);
+    const Scratch scratch(unit, base, kArrays);
+    FoldedParameters fold(unit, item);
+    const ColumnParameters parameters = {
+        fold(scratch.parameters(kMeans)), fold(scratch.parameters(kGains)), nullptr,
+        fold(scratch.parameters(kConstants)), fold(scratch.parameters(kSlopes))};
+    const T* x = static_cast<const T*>(job.x) + item.offset;
+    const T* dy = static_cast<const T*>(job.dy) + item.offset;
+    T* dx = static_cast<T*>(job.dx) + item.offset;
+    const auto kernel = job.silu ? input_gradient<T, true> : input_gradient<T, false>;
+    kernel(x, dy, dz_of(job, unit, item, base), dx, item.stride, item.piece.rows, item.columns,
+           parameters);
+  }
+};
+
+// gradient[channel] = sum over samples of (1 + scale) sums, in the samples' order.
+template <class T>
+void sum_over_samples(ConstArray scale, const float* sums, const ParameterBlock& block,
+                      MutableArray gradient) {
+  constexpr int64_t kBlock = 128;
+  if (gradient.data == nullptr) return;
+  for (int64_t first = 0; first < block.channels; first += kBlock) {
+    const int64_t channels = block.channels - first < kBlock ? block.channels - first : kBlock;
+    double total[kBlock] = {};
+    for (int64_t sample = 0; sample < block.count; ++sample) {
+      const int64_t at = block.sample_channel + sample * block.sample_stride + first;
+      float factor[kBlock];
+      read_elements<T>(scale, at, channels, 0.0f, factor);
+      for (int64_t c = 0; c < channels; ++c) {
+        total[c] += (1.0 + factor[c]) * sums[at + c];
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      set_element<T>(gradient, block.channel + first + c, static_cast<float>(total[c]));
+    }
+  }
+}
+
+template <class T>
+void sum_parameter_gradients(const GroupNormBackward& job, const ParameterBlock& block) {
+  sum_over_samples<T>(job.affine.scale, job.dz_xhat_sums, block, job.dweight);
+  sum_over_samples<T>(job.affine.scale, job.dz_sums, block, job.dbias);
+}
+
+template <template <class> class Pass, class Job, class T>
+constexpr UnitPass<Job> unit_pass() {
+  return {Pass<T>::scratch_floats, Pass<T>::prepare, Pass<T>::reduce, Pass<T>::combine,
+          Pass<T>::map};
+}
+
+template <class T>
+constexpr GroupNormKernels kernels() {
+  return {unit_pass<ForwardPass, GroupNormForward, T>(),
+          unit_pass<BackwardPass, GroupNormBackward, T>(), sum_parameter_gradients<T>};
+}
+
+MSD_INLINE const GroupNormKernels& kernels_for(ElementType type) {
+  static constexpr GroupNormKernels kFloat = kernels<float>();
+  static constexpr GroupNormKernels kBFloat16 = kernels<BFloat16>();
+  static constexpr GroupNormKernels kHalf = kernels<Half>();
+  return type == ElementType::kFloat ? kFloat : type == ElementType::kHalf ? kHalf : kBFloat16;
+}
+
+}  // namespace msd::MSD_ISA

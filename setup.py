@@ -1,0 +1,191 @@
+"""Builds the extensions; everything else about the package is in pyproject.toml.
+
+What cannot be built is left out with a warning, and ``msd_kernels/_build_report.json`` says why.
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and
+MSD_KERNELS_CUDA: 0 (no CUDA kernels), 1 (fail without them) or auto (where there is a compiler).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from toolchain import BuildError, Compilation, compile_changed, find_cxx, find_nvcc, gencode, run  # noqa: E402
+
+PACKAGE = "msd_kernels"
+REPORT = "_build_report.json"
+TARGETS = {f"{PACKAGE}._cuda": "cuda", f"{PACKAGE}._native": "cpu", f"{PACKAGE}._host": "host"}
+
+CXX_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+# For the sources named *_<set>.cpp. GCC takes the undefined operands of its own AVX-512 intrinsics
+# for uninitialised variables.
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+X86_ISAS = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2}
+
+
+def cpu_isas() -> dict[str, tuple[str, ...]]:
+    """The instruction sets to compile for, best first, with their compiler flags."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {**(X86_ISAS if x86 else {}), "portable": ()}
+
+
+def cuda_architectures() -> str:
+    """The GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+
+
+def imported(module: str):
+    """A module that a target needs at build time."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BuildError(
+            f"{module} cannot be imported at build time (install it and use --no-build-isolation): {error}"
+        ) from error
+
+
+def isystem(*folders) -> tuple[str, ...]:
+    return tuple(word for folder in folders for word in ("-isystem", str(folder)))
+
+
+def compile_sources(extension: Extension, command_for: Callable[[str], tuple[str, ...]]) -> list[str]:
+    """Compiles each source by ``command_for(source)`` where needed; returns the objects."""
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    folder = Path("build", "objects", tag, extension.name)
+    compilations = [
+        Compilation(Path(source), command_for(source), folder / f"{Path(source).name}.o")
+        for source in extension.sources
+    ]
+    compile_changed(compilations)
+    return [str(compilation.object) for compilation in compilations]
+
+
+class BuildKernels(build_ext):
+    """Builds every target that this machine can build and reports on the others."""
+
+    def run(self):
+        self.report = {}
+        self.source_package = None
+        if self.inplace:
+            self.source_package = Path(self.get_finalized_command("build_py").get_package_dir(PACKAGE))
+        super().run()
+        report = Path(self.build_lib, PACKAGE, REPORT)
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(self.report, indent=2) + "\n")
+        if self.source_package:
+            shutil.copy(report, self.source_package)
+
+    def build_extensions(self):
+        built = []
+        for extension in self.extensions:
+            target = TARGETS[extension.name]
+            try:
+                getattr(self, f"build_{target}")(extension)
+            except BuildError as error:
+                self.leave_out(extension, target, str(error))
+            else:
+                self.report[target] = {"built": True, "reason": ""}
+                built.append(extension)
+        self.extensions = built
+
+    def leave_out(self, extension: Extension, target: str, reason: str):
+        if target == "cuda" and os.environ.get("MSD_KERNELS_CUDA") == "1":
+            raise SystemExit(f"MSD_KERNELS_CUDA=1, but the CUDA kernels cannot be built: {reason}")
+        self.report[target] = {"built": False, "reason": reason}
+        warning = f"WARNING: {PACKAGE} is built without its {target} extension: {reason}"
+        print(warning, file=sys.stderr, flush=True)
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.unlink(missing_ok=True)
+        if self.source_package:
+            (self.source_package / library.name).unlink(missing_ok=True)
+
+    def build_cuda(self, extension: Extension):
+        choice = os.environ.get("MSD_KERNELS_CUDA", "auto")
+        if choice not in ("0", "1", "auto"):
+            raise SystemExit(f"MSD_KERNELS_CUDA={choice} is none of 0, 1, auto")
+        if choice == "0":
+            raise BuildError("MSD_KERNELS_CUDA=0")
+        if not extension.sources:
+            raise BuildError("there are no CUDA sources")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise BuildError("no nvcc found: install the CUDA toolkit or set CUDA_HOME")
+        command = (nvcc, *CUDA_FLAGS, *gencode(cuda_architectures()))
+        self.link(extension, (nvcc,), compile_sources(extension, lambda source: command))
+
+    def build_cpu(self, extension: Extension):
+        include = Path(imported("torch").__file__).parent / "include"
+        includes = isystem(include, include / "torch" / "csrc" / "api" / "include")
+        cxx = self.cxx()
+        command = (*cxx, *self.cxx_flags(), *includes, f"-ffile-prefix-map={include}=.", STABLE_ABI)
+        isas = cpu_isas()
+
+        def command_for(source: str) -> tuple[str, ...]:
+            return (*command, *isas.get(Path(source).stem.rpartition("_")[2], ()))
+
+        objects = compile_sources(extension, command_for)
+        self.link(extension, cxx, objects, f"-L{include.parent / 'lib'}", "-ltorch_cpu")
+
+    def build_host(self, extension: Extension):
+        includes = isystem(imported("pybind11").get_include(), sysconfig.get_path("include"))
+        cpu, cuda = self.report["cpu"]["built"], self.report["cuda"]["built"]
+        facts = {
+            "MSD_FLAGS": " ".join(self.cxx_flags()),
+            "MSD_CPU_ISAS": " ".join(cpu_isas()) if cpu else "",
+            "MSD_TORCH_VERSION": imported("torch").__version__ if cpu else "",
+            "MSD_CUDA_ARCHITECTURES": cuda_architectures().replace(";", " ") if cuda else "",
+        }
+        defines = [f'-D{macro}="{value}"' for macro, value in facts.items()]
+        cxx = self.cxx()
+        command = (*cxx, *self.cxx_flags(), *includes, *defines)
+        self.link(extension, cxx, compile_sources(extension, lambda source: command))
+
+    def cxx(self) -> tuple[str, ...]:
+        return find_cxx(sysconfig.get_config_var("CXX"))
+
+    def cxx_flags(self) -> tuple[str, ...]:
+        return (*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+
+    def link(self, extension: Extension, linker: tuple[str, ...], objects: list[str], *libraries: str):
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        run((*linker, "-shared", *objects, *libraries, *flags, "-o", str(library)))
+
+
+def extension(name: str, *patterns: str, **options) -> Extension:
+    """A target of the sources under csrc/ that match."""
+    csrc = ROOT / "csrc"
+    sources = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in csrc.glob(pattern))
+    shared = [csrc / "toolchain.py", *csrc.rglob("*.h"), *csrc.rglob("*.cuh")]
+    depends = sorted(str(path.relative_to(ROOT)) for path in shared)
+    return Extension(f"{PACKAGE}.{name}", sources, depends=depends, optional=True, **options)
+
+
+setup(
+    ext_modules=[
+        extension("_cuda", "cuda/*.cu", py_limited_api=True),
+        extension("_native", "ops.cpp", "cpu/*.cpp", py_limited_api=True),
+        extension("_host", "host.cpp"),
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
