@@ -4,6 +4,7 @@ The packed mixed-stage batch is :class:`StageBatch`; the ops take it or dense te
 backend serves a call. Nothing in this package knows diffusion; ``multistage_diffusion`` does.
 """
 
+from msd_kernels import nn
 from msd_kernels.backends import BackendError, Explanation, FallbackWarning
 from msd_kernels.ops import explain
 from msd_kernels.ops.attention import attention
@@ -27,6 +28,7 @@ __all__ = [
     "group_norm",
     "grouped_conv2d",
     "grouped_linear",
+    "nn",
     "optimal_denoiser",
     "resample2d",
 ]

@@ -114,11 +114,11 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
             )
         prepare = _prepare_stage_batches if isinstance(q, StageBatch) else _prepare_dense
         tensors, shape, order = prepare(q, k, v, num_heads)
-    for name, tensor in zip("kv", tensors[1:], strict=True):
+    q, k, v = _autocast.to_lower_precision(tensors[0].device.type, *tensors)
+    for name, tensor in (("k", k), ("v", v)):
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, tensors[0])
-    tensors = _autocast.to_lower_precision(tensors[0].device.type, *tensors)
-    return (*tensors, *shape, order, None if scale is None else float(scale))
+            _checks.require_like(OP, name, tensor, q)
+    return (q, k, v, *shape, order, None if scale is None else float(scale))
 
 
 def _prepare_packed(q, num_heads, layout):

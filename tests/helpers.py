@@ -1,0 +1,114 @@
+"""What the tests of the ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msd_kernels import StageBatch
+from msd_kernels.backends import OpBackends
+from msd_kernels.native import load
+
+# The largest relative error of rounding to nearest.
+ROUNDING = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills uninitialised memory with NaN, so that an element that nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def assert_elements_close(actual: Tensor, expected: Tensor, *, rtol: float, atol: float | Tensor) -> None:
+    """Every element within ``atol + rtol * |expected|``; ``expected`` is float64. NaN never passes.
+
+    ``atol`` may be a tensor, one bound per element. Half a step of the subnormal numbers is always allowed: that is
+    the rounding of a result too small for ``rtol``.
+    """
+    assert actual.shape == expected.shape, f"shape is {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not actual.numel():
+        return
+    error = (actual.detach().to("cpu", torch.float64) - expected).abs()
+    limits = torch.finfo(actual.dtype)
+    excess = error - rtol * expected.abs() - atol - limits.smallest_normal * limits.eps / 2
+    worst = excess.nan_to_num(nan=torch.inf).argmax()
+    assert excess.flatten()[worst] <= 0, (
+        f"worst element, flat index {worst}: got {actual.flatten()[worst].item():.6e}, "
+        f"expected {expected.flatten()[worst].item():.6e}, error {error.flatten()[worst].item():.3e}, "
+        f"allowed {(error - excess).flatten()[worst].item():.3e}"
+    )
+
+
+def stage_batch(
+    generator: torch.Generator,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+) -> StageBatch:
+    """A random StageBatch; its flat buffer is the leaf."""
+    size = sum(n * c for n, c in zip(counts, channels, strict=True)) * height * width
+    values = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    return StageBatch(values.requires_grad_(requires_grad), tuple(counts), tuple(channels), height, width)
+
+
+def backend_names(backends: OpBackends, device_type: str = "cpu") -> list[str]:
+    """The op's backends that serve tensors on a device type, the reference last."""
+    return [c.name for c in backends.candidates if c.devices is None or device_type in c.devices]
+
+
+def each_backend(backends: OpBackends, device_type: str = "cpu") -> pytest.MarkDecorator:
+    """Runs a test once per backend of an op, with that backend forced (see the fixture ``backend``)."""
+    return pytest.mark.parametrize("backend", backend_names(backends, device_type), indirect=True)
+
+
+def unavailable(backend: str) -> str:
+    """Why this machine cannot run a backend at all, or an empty string."""
+    if backend in ("cpu", "cuda"):
+        return load(backend).reason
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "msd_kernels":
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+def dispatcher_calls(function: Callable[[], object]) -> list[tuple[Callable, tuple]]:
+    """The calls of this library's dispatcher ops while ``function`` runs, with copies of their arguments."""
+    with _Recorder() as recorder:
+        function()
+    return [(op, tuple(map(_leaf_copy, args))) for op, args in recorder.calls]
+
+
+def _leaf_copy(argument):
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.detach().clone().requires_grad_(argument.is_floating_point())
