@@ -173,17 +173,18 @@ def forced_backend(op: str) -> str | None:
     setting = _forced[-1] if _forced else os.environ.get(VARIABLE, "auto")
     if setting in ("auto", ""):
         return None
-    choice = None
+    general = own = None
     for entry in setting.split(","):
         target, _, name = entry.strip().rpartition("=")
         if name not in (*NAMES, "auto"):
             raise ValueError(
                 f"{VARIABLE}: unknown backend {name!r} in {setting!r}; allowed are auto, {', '.join(NAMES)}"
             )
-        if target == op or (not target and choice is None):
-            choice = name
-        if target == op:
-            break
+        if not target:
+            general = general or name
+        elif target == op:
+            own = own or name
+    choice = own or general
     return None if choice == "auto" else choice
 
 

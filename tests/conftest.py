@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import unavailable
 
+from helpers import unavailable
 from msd_kernels.backends import use
 
 
@@ -32,6 +32,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20240617)
+
+
+@pytest.fixture
+def exact_cuda() -> Iterator[None]:
+    """Sums in float32, without TF32 and without partial sums in 16 bits, in the same order every time."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -26,13 +26,17 @@ ROUNDING = {
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills uninitialised memory with NaN, so that an element that nobody writes shows."""
+    """Fills uninitialised memory with NaN, so that an element that nobody writes shows.
+
+    PyTorch does so under deterministic algorithms; that a peer has no such algorithm on CUDA is not the point here.
+    """
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def assert_elements_close(actual: Tensor, expected: Tensor, *, rtol: float, atol: float | Tensor) -> None:
@@ -44,7 +48,8 @@ def assert_elements_close(actual: Tensor, expected: Tensor, *, rtol: float, atol
     assert actual.shape == expected.shape, f"shape is {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not actual.numel():
         return
-    error = (actual.detach().to("cpu", torch.float64) - expected).abs()
+    actual = actual.detach().cpu()
+    error = (actual.double() - expected).abs()
     limits = torch.finfo(actual.dtype)
     excess = error - rtol * expected.abs() - atol - limits.smallest_normal * limits.eps / 2
     worst = excess.nan_to_num(nan=torch.inf).argmax()
@@ -79,6 +84,11 @@ def backend_names(backends: OpBackends, device_type: str = "cpu") -> list[str]:
 def each_backend(backends: OpBackends, device_type: str = "cpu") -> pytest.MarkDecorator:
     """Runs a test once per backend of an op, with that backend forced (see the fixture ``backend``)."""
     return pytest.mark.parametrize("backend", backend_names(backends, device_type), indirect=True)
+
+
+def on_cuda(t: Tensor) -> Tensor:
+    """A leaf on the GPU with the values of ``t``."""
+    return t.detach().cuda().requires_grad_()
 
 
 def unavailable(backend: str) -> str:

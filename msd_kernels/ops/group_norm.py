@@ -16,6 +16,8 @@ from msd_kernels.ops import _autocast, _checks
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import group_norm as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.triton import group_norm as triton
+from msd_kernels.triton.launch import devices
 
 __all__ = ["group_norm"]
 
@@ -25,6 +27,7 @@ BACKENDS = OpBackends(
     OP,
     [
         Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
+        Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
         Candidate("library", library),
         Candidate("reference", reference),
     ],
@@ -80,8 +83,9 @@ def group_norm(
 
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``group_norm(*args, **kwargs)``, and why the others do not."""
-    x = _prepare(*args, **kwargs)[0]
-    return BACKENDS.explain(x.device.type, _predicate_arguments(x))
+    call = _prepare(*args, **kwargs)
+    x, channels, groups = call[0], call[6], call[7]
+    return BACKENDS.explain(x.device.type, _predicate_arguments(x, channels, groups))
 
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
@@ -155,8 +159,8 @@ def _restore(y: Tensor, x: Tensor, channels_last: bool) -> Tensor:
     return y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
 
-def _predicate_arguments(x: Tensor) -> dict:
-    return {"dtype": x.dtype}
+def _predicate_arguments(x: Tensor, channels: Sequence[int], groups: Sequence[int]) -> dict:
+    return {"device_type": x.device.type, "dtype": x.dtype, "channels": channels, "groups": groups}
 
 
 @torch.library.custom_op("msd_kernels::group_norm", mutates_args=())
@@ -174,7 +178,7 @@ def _forward(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x))
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, channels, groups))
     return implementation.group_norm(
         x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu
     )
@@ -204,7 +208,7 @@ def _backward(
     silu: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x))
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, channels, groups))
     layout = (counts, channels, groups, spatial, channels_last, eps, silu)
     gradients = implementation.group_norm_backward(
         dy, x, mean, rstd, weight, bias, scale, shift, *layout, wanted

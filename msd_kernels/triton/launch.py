@@ -1,0 +1,70 @@
+"""Whether Triton kernels can run, and the one place that launches them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from msd_kernels.triton.compilation import OPTIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_ARCHITECTURE = 80
+# Programs of an interpreted launch: a few, so that the walk over tiles is exercised.
+INTERPRETED_PROGRAMS = 3
+
+
+@cache
+def unavailable() -> str:
+    """Why Triton cannot be used in this process, or an empty string."""
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return ""
+
+
+@cache
+def interpreted() -> bool:
+    """Whether kernels run on CPU tensors in Triton's interpreter: ``TRITON_INTERPRET=1`` from the start."""
+    return not unavailable() and bool(import_module("triton").knobs.runtime.interpret)
+
+
+def devices() -> tuple[str, ...]:
+    """Device types whose tensors the kernels can read in this process."""
+    return ("cuda", "cpu") if interpreted() else ("cuda",)
+
+
+def cannot_run(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel of this package can serve tensors of a device type and dtype, or None."""
+    if unavailable():
+        return unavailable()
+    if dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, got {dtype}"
+    if device_type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter truncates to bfloat16 and multiplies it wrongly"
+    if device_type == "cuda" and torch.cuda.get_device_capability() < divmod(OLDEST_ARCHITECTURE, 10):
+        return f"needs compute capability 8.0, got {torch.cuda.get_device_capability()}"
+    return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
+    """The size of a grid that walks ``tiles`` tiles."""
+    if device.type != "cuda":
+        return min(tiles, INTERPRETED_PROGRAMS)
+    return min(tiles, multiprocessors(device) * per_multiprocessor)
+
+
+def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
+    """Runs ``grid`` programs of a kernel on the device of ``on``."""
+    elsewhere = on.device.type == "cuda" and on.device.index != torch.cuda.current_device()
+    with torch.cuda.device(on.device) if elsewhere else nullcontext():
+        kernel[(grid,)](*arguments, **OPTIONS, **options)

@@ -1,0 +1,167 @@
+"""Launch parameters of the GPU kernels: one table per architecture, ``sm_90.json`` for compute capability 9.0.
+
+A table is keyed by op, pass and arithmetic alone, because nothing else changes the code of a kernel. A GPU without a
+table of its own takes that of the nearest older one of its major version, or ``sm_80.json``, whose kernels fit the
+shared memory of every GPU since then. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = [
+    "ARITHMETICS",
+    "Crossover",
+    "Launch",
+    "ProductParameters",
+    "Tile",
+    "WgradParameters",
+    "architecture_of",
+    "architectures",
+    "arithmetic",
+    "crossover",
+    "product",
+    "wgrad",
+]
+
+# How a kernel multiplies: 16-bit tensor cores, float32 operands rounded to tf32, or float32 exactly.
+ARITHMETICS = ("half", "tf32", "float32")
+# Tensor cores take slices of at least 16.
+SMALLEST_SIDE = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes: ``m × n`` results, ``k`` terms at a time, with ``stages`` slices in flight."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The tiles of one launch; ``narrow`` serves results of at most ``narrow.n`` columns."""
+
+    wide: Tile
+    narrow: Tile | None
+    warps: int
+
+
+@dataclass(frozen=True)
+class ProductParameters:
+    """The forward pass and the input gradients.
+
+    ``pooled`` is the wide tile of a launch whose gather reads 2×2 pixels per value; ``short`` serves all results of a
+    launch in which no stage has more than ``short.m`` rows.
+    """
+
+    wide: Tile
+    narrow: Tile
+    pooled: Tile
+    warps: int
+    short: Tile
+    short_warps: int
+    programs_per_multiprocessor: int
+
+    def launch(self, rows: int, depth: int, pooled: bool) -> Launch:
+        """The tiles for problems of at most ``rows`` rows and at most ``depth`` channels per source."""
+        if rows <= self.short.m and not pooled:
+            return Launch(_shallow(self.short, depth), None, self.short_warps)
+        wide = self.pooled if pooled else self.wide
+        return Launch(_shallow(wide, depth), _shallow(self.narrow, depth), self.warps)
+
+
+@dataclass(frozen=True)
+class WgradParameters:
+    """The weight and bias gradients: ``m`` are channels of a source, ``n`` out channels, ``k`` pixels."""
+
+    wide: Tile
+    narrow: Tile
+    pooled: Tile
+    warps: int
+    sum_rows: int
+    sum_channels: int
+    programs_per_multiprocessor: int
+
+    def launch(self, pooled: bool) -> Launch:
+        """The tiles of a launch; ``pooled`` as in :class:`ProductParameters`."""
+        return Launch(self.pooled if pooled else self.wide, self.narrow, self.warps)
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where ``auto`` leaves the per-stage library loop for one grouped launch.
+
+    Attributes:
+        gflop_per_stage: the grouped launch is taken up to this much forward work per non-empty stage.
+        measured_on: the GPU that the number was measured on, empty for an estimate.
+    """
+
+    gflop_per_stage: float
+    measured_on: str
+
+
+def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """The entry of :data:`ARITHMETICS` for operands of ``dtype``."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if allow_tf32 else "float32"
+
+
+@cache
+def product(architecture: int, arithmetic: str) -> ProductParameters:
+    """Parameters of the forward pass and the input gradients of grouped linear layers and convolutions."""
+    return _parse(ProductParameters, _table(architecture)["grouped"]["product"][arithmetic])
+
+
+@cache
+def wgrad(architecture: int, arithmetic: str) -> WgradParameters:
+    """Parameters of their weight gradients."""
+    return _parse(WgradParameters, _table(architecture)["grouped"]["wgrad"][arithmetic])
+
+
+@cache
+def crossover(architecture: int, op: str) -> Crossover:
+    """The committed rule of one op."""
+    return Crossover(**_table(architecture)["crossover"][op])
+
+
+def architectures() -> tuple[int, ...]:
+    """Those with a table: 80, 90, ..."""
+    return tuple(
+        sorted(int(path.stem.removeprefix("sm_")) for path in Path(__file__).parent.glob("sm_*.json"))
+    )
+
+
+@cache
+def architecture_of(device: torch.device) -> int:
+    """10 × major + minor of a GPU's compute capability; for Triton's interpreter the newest one with a table."""
+    if device.type != "cuda":
+        return architectures()[-1]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _table(architecture: int) -> dict:
+    known = architectures()
+    nearest = max((a for a in known if a <= architecture and a // 10 == architecture // 10), default=known[0])
+    return json.loads((Path(__file__).parent / f"sm_{nearest}.json").read_text())
+
+
+def _parse(kind, entry: dict):
+    return kind(
+        **{name: Tile(**value) if isinstance(value, dict) else value for name, value in entry.items()}
+    )
+
+
+def _shallow(tile: Tile, depth: int) -> Tile:
+    """The tile with slices no longer than ``depth`` needs."""
+    return Tile(tile.m, tile.n, min(tile.k, max(SMALLEST_SIDE, 1 << (depth - 1).bit_length())), tile.stages)

@@ -1,0 +1,539 @@
+"""Values, gradients and errors of group_norm; what every op owes is in test_contract.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers import ROUNDING, assert_elements_close, each_backend, on_cuda, poisoned_memory, stage_batch
+from msd_kernels import StageBatch, StageWeights, group_norm
+from msd_kernels.ops.group_norm import BACKENDS
+
+PARAMETERS = ("weight", "bias", "scale", "shift")
+DTYPES = [
+    pytest.param(dtype, parameter_dtype, id=f"{str(dtype)[6:]}-{str(parameter_dtype)[6:]}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for parameter_dtype in dict.fromkeys((dtype, torch.float32))
+]
+LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+SHAPES = [
+    ((3, 32, 8, 8), 8),
+    ((2, 160, 5, 7), 16),
+    ((1, 288, 4, 4), 16),
+    ((2, 384, 3, 3), 16),
+    ((1, 640, 8, 8), 16),
+    ((2, 3, 9, 11), 1),
+    ((2, 3, 9, 11), 3),
+    ((1, 2048, 2, 2), 32),
+    ((4, 64, 1, 1), 16),
+    ((2, 24, 6, 6), 1),
+    ((1, 32, 64, 64), 8),
+    ((1, 256, 32, 32), 16),
+    ((1, 8, 1, 1), 8),
+    ((5, 32), 8),
+    ((2, 16, 13), 4),
+    ((1, 8, 3, 4, 5), 2),
+]
+
+# Roundings of the terms of its sum that a result may be off by, besides the rounding of the result itself: the worst
+# found over this file, every backend and the random shapes included, is 2.7.
+ROUNDINGS = 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a dense call."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def present(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def map(self, function) -> Inputs:
+        return replace(self, **{name: function(tensor) for name, tensor in self.present().items()})
+
+
+def make_inputs(
+    generator,
+    shape,
+    dtype=torch.float32,
+    parameter_dtype=torch.float32,
+    *,
+    offset=0.0,
+    present=PARAMETERS,
+    channels_last=False,
+) -> Inputs:
+    """Random leaves; ``offset`` is the mean of x in standard deviations."""
+
+    def draw(name, *size):
+        return torch.randn(size, generator=generator).to(parameter_dtype) if name in present else None
+
+    x = (torch.randn(shape, generator=generator) + offset).to(dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    batch, channels = shape[:2]
+    inputs = Inputs(
+        x,
+        draw("weight", channels),
+        draw("bias", channels),
+        draw("scale", batch, channels),
+        draw("shift", batch, channels),
+    )
+    return inputs.map(Tensor.requires_grad_)
+
+
+def double_leaf(t: Tensor) -> Tensor:
+    return t.detach().cpu().double().requires_grad_()
+
+
+def over_channels(t: Tensor | None, x: Tensor, default: float) -> Tensor:
+    """``[C]`` or ``[B, C]``, broadcast to ``x``."""
+    if t is None:
+        return torch.full_like(x, default)
+    return t.reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
+
+
+def group_mean(t: Tensor, groups: int) -> Tensor:
+    """The mean over each group at every element."""
+    grouped = t.reshape(t.shape[0], groups, math.prod(t.shape[1:]) // groups)
+    return grouped.mean(dim=2, keepdim=True).expand_as(grouped).reshape(t.shape)
+
+
+def formula(inputs: Inputs, groups: int, eps: float, silu: bool) -> Tensor:
+    """The definition, in the dtype of the inputs."""
+    x = inputs.x
+    centred = x - group_mean(x, groups)
+    x_hat = centred / torch.sqrt(group_mean(centred.square(), groups) + eps)
+    affine = x_hat * over_channels(inputs.weight, x, 1) + over_channels(inputs.bias, x, 0)
+    z = affine * (1 + over_channels(inputs.scale, x, 0)) + over_channels(inputs.shift, x, 0)
+    return z * torch.sigmoid(z) if silu else z
+
+
+def magnitudes(inputs: Inputs, dy: Tensor, groups: int, eps: float, silu: bool, condition: bool) -> dict:
+    """Per result the sum of the absolute values of the terms that a kernel adds up to get it.
+
+    With ``condition`` an error of x_hat counts ``1 + |mean| / std`` times, because the mean itself is rounded.
+    """
+    x = inputs.x.detach()
+    mean = group_mean(x, groups)
+    rstd = 1 / torch.sqrt(group_mean((x - mean).square(), groups) + eps)
+    x_hat = ((x - mean) * rstd).abs()
+    slip = 1 + mean.abs() * rstd if condition else torch.ones_like(x)
+    weight, bias = over_channels(inputs.weight, x, 1).abs(), over_channels(inputs.bias, x, 0).abs()
+    factor, shift = 1 + over_channels(inputs.scale, x, 0).abs(), over_channels(inputs.shift, x, 0).abs()
+    affine = x_hat * weight + bias
+    y = affine * factor + shift + slip * weight * factor
+    dz = dy.abs() * (1 + y) if silu else dy.abs()
+    dx_hat = dz * weight * factor
+    projection = group_mean(dx_hat * x_hat, groups)
+    dx = dx_hat + group_mean(dx_hat, groups) + x_hat * projection
+    dx = rstd * (dx + slip * (projection + x_hat * group_mean(dx_hat, groups)))
+    channels = (0, *range(2, x.dim()))
+    pixels = tuple(range(2, x.dim()))
+
+    def over_pixels(t: Tensor) -> Tensor:
+        return t.sum(dim=pixels) if pixels else t
+
+    return {
+        "y": y,
+        "x": dx,
+        "weight": (dz * factor * (x_hat + slip)).sum(dim=channels),
+        "bias": (dz * factor).sum(dim=channels),
+        "scale": over_pixels(dz * (affine + slip * weight)),
+        "shift": over_pixels(dz),
+    }
+
+
+def run(inputs: Inputs, dy: Tensor, groups: int, eps: float, silu: bool, function) -> dict[str, Tensor]:
+    """``y`` and the gradients by the names of the inputs."""
+    y = function(inputs, groups, eps, silu)
+    leaves = inputs.present()
+    return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
+
+
+def call(inputs: Inputs, groups: int, eps: float, silu: bool) -> Tensor:
+    arguments = inputs.present()
+    return group_norm(num_groups=groups, eps=eps, activation="silu" if silu else None, **arguments)
+
+
+def check(inputs: Inputs, groups: int, backend: str, dy: Tensor, *, eps=1e-5, silu=True) -> None:
+    """Result and all gradients, per element, against the formula in float64, in poisoned memory."""
+    with poisoned_memory():
+        found = run(inputs, dy, groups, eps, silu, call)
+    exact, dy = inputs.map(double_leaf), dy.cpu().double()
+    expected = run(exact, dy, groups, eps, silu, formula)
+    # The library rounds every step to the dtype of the activations, the other backends work in float32.
+    # Statistics are float32 everywhere.
+    steps = ROUNDING[inputs.x.dtype if backend == "library" else torch.float32]
+    terms, conditioned = (magnitudes(exact, dy, groups, eps, silu, flag) for flag in (False, True))
+    for name, actual in found.items():
+        leaf = inputs.x if name == "y" else getattr(inputs, name)
+        assert actual.dtype == leaf.dtype
+        atol = ROUNDINGS * (steps * terms[name] + ROUNDING[torch.float32] * conditioned[name])
+        assert_elements_close(actual, expected[name].detach(), rtol=ROUNDING[leaf.dtype], atol=atol.detach())
+
+
+def cotangent(inputs: Inputs, generator) -> Tensor:
+    """Random, in the memory format of x."""
+    dy = torch.randn(inputs.x.shape, generator=generator).to(inputs.x.dtype)
+    return torch.empty_like(inputs.x, requires_grad=False).copy_(dy)
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_group_norm_equals_the_formula(
+    shape, groups, dtype, parameter_dtype, channels_last, backend, generator
+):
+    inputs = make_inputs(generator, shape, dtype, parameter_dtype, channels_last=channels_last)
+    check(inputs, groups, backend, cotangent(inputs, generator))
+
+
+@pytest.mark.gpu
+@each_backend(BACKENDS, "cuda")
+@LAYOUTS
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_group_norm_on_cuda_equals_the_formula(
+    shape, groups, dtype, parameter_dtype, channels_last, backend, generator, exact_cuda
+):
+    inputs = make_inputs(generator, shape, dtype, parameter_dtype, channels_last=channels_last).map(on_cuda)
+    check(inputs, groups, backend, cotangent(inputs, generator))
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+@pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"])
+@pytest.mark.parametrize(
+    "present", [s for k in range(5) for s in itertools.combinations(PARAMETERS, k)], ids="-".join
+)
+def test_group_norm_with_any_subset_of_parameters(present, silu, channels_last, backend, generator):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(
+            generator, (2, 48, 5, 6), dtype, dtype, present=present, channels_last=channels_last
+        )
+        check(inputs, 4, backend, cotangent(inputs, generator), silu=silu)
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("offset", [-100.0, 1000.0])
+def test_group_norm_of_off_centre_inputs(offset, dtype, channels_last, backend, generator):
+    inputs = make_inputs(generator, (2, 96, 16, 16), dtype, offset=offset, channels_last=channels_last)
+    check(inputs, 16, backend, cotangent(inputs, generator))
+
+
+@pytest.mark.gpu
+@each_backend(BACKENDS, "cuda")
+@LAYOUTS
+@pytest.mark.parametrize("offset", [-100.0, 1000.0])
+def test_group_norm_on_cuda_of_off_centre_inputs(offset, channels_last, backend, generator, exact_cuda):
+    inputs = make_inputs(generator, (2, 96, 16, 16), offset=offset, channels_last=channels_last).map(on_cuda)
+    check(inputs, 16, backend, cotangent(inputs, generator))
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.1])
+def test_group_norm_of_constant_inputs(value, channels_last, backend, generator):
+    """The variance is 0, so rstd is 1/√eps and any error of the mean is amplified by it."""
+    inputs = make_inputs(generator, (2, 32, 6, 6), channels_last=channels_last)
+    with torch.no_grad():
+        inputs.x.fill_(value)
+    check(inputs, 8, backend, cotangent(inputs, generator))
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+def test_group_norm_keeps_groups_apart(channels_last, backend, generator):
+    """Each group has a scale of its own, so that an element of a neighbour in the sums would show."""
+    inputs = make_inputs(generator, (2, 40, 7, 5), channels_last=channels_last)
+    with torch.no_grad():
+        inputs.x.mul_(over_channels(10.0 ** torch.arange(-4, 4).repeat_interleave(5), inputs.x, 1))
+    check(inputs, 8, backend, cotangent(inputs, generator), eps=1e-12)
+
+
+@each_backend(BACKENDS)
+def test_group_norm_of_non_contiguous_inputs(backend, generator):
+    inputs = make_inputs(generator, (2, 32, 6, 10))
+    dense = torch.randn(4, 64, 6, 10, generator=generator)
+    views = {
+        "every second channel": dense[:2, ::2],
+        "every second sample": dense[::2, :32],
+        "cropped": torch.randn(2, 32, 8, 12, generator=generator)[:, :, 1:7, 2:],
+        "transposed": torch.randn(2, 32, 10, 6, generator=generator).transpose(2, 3),
+        "expanded": torch.randn(1, 32, 1, 10, generator=generator).expand(2, 32, 6, 10),
+        "cropped channels_last": torch.randn(2, 6, 12, 32, generator=generator)[:, :, 1:11].permute(
+            0, 3, 1, 2
+        ),
+    }
+    for view in views.values():
+        strided = replace(inputs, x=view.detach().requires_grad_())
+        check(strided, 8, backend, torch.randn(2, 32, 6, 10, generator=generator))
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+def test_group_norm_takes_cotangents_of_the_other_layout(channels_last, backend, generator):
+    inputs = make_inputs(generator, (3, 32, 5, 6), channels_last=channels_last)
+    other = torch.contiguous_format if channels_last else torch.channels_last
+    dy = torch.randn(inputs.x.shape, generator=generator)
+    check(inputs, 8, backend, dy.contiguous(memory_format=other))
+    check(inputs, 8, backend, dy[:, :, :1, :1].expand_as(dy))
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
+def test_group_norm_on_every_instruction_set(isa, backend, generator, monkeypatch):
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
+    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for (shape, groups), dtype, channels_last in itertools.product(
+        SHAPES, (torch.float32, torch.bfloat16, torch.float16), (False, True)
+    ):
+        inputs = make_inputs(generator, shape, dtype, dtype, offset=20.0, channels_last=channels_last)
+        check(inputs, groups, backend, cotangent(inputs, generator))
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_group_norm_refuses_an_unknown_instruction_set(backend, monkeypatch):
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match=r"MSD_KERNELS_CPU_ISA=sse9 is none of .*avx2, portable"):
+        group_norm(X, 4)
+
+
+@each_backend(BACKENDS)
+def test_group_norm_of_500_random_shapes(backend, generator):
+    draw = random.Random(500)
+    for _ in range(500):
+        group_channels = draw.choice((1, 2, 3, 4, 5, 10, 18, 24, 40, 64))
+        groups = draw.choice((1, 2, 3, 4, 8, 16))
+        shape = (
+            draw.randint(0, 3),
+            groups * group_channels,
+            *(draw.choice((1, 2, 3, 5, 8, 17)) for _ in range(2)),
+        )
+        dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
+        inputs = make_inputs(
+            generator,
+            shape,
+            dtype,
+            draw.choice((dtype, torch.float32)),
+            offset=draw.choice((0.0, 3.0, 30.0)),
+            present=[name for name in PARAMETERS if draw.random() < 0.7],
+            channels_last=draw.random() < 0.7,
+        )
+        check(inputs, groups, backend, cotangent(inputs, generator), eps=1e-3, silu=draw.random() < 0.5)
+
+
+@pytest.mark.parametrize("backend", ["library", "reference"], indirect=True)
+def test_group_norm_of_float32_parameters_and_float64_input(backend, generator):
+    inputs = make_inputs(generator, (2, 12, 3, 3), torch.float64, torch.float32)
+    y = call(inputs, 4, 1e-5, True)
+    expected = formula(inputs.map(double_leaf), 4, 1e-5, True)
+    assert y.dtype == torch.float64
+    assert_elements_close(y, expected.detach(), rtol=0, atol=100 * ROUNDING[torch.float64])
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_group_norm_threads_share_any_batch_with_the_same_bits(batch, dtype, backend, generator):
+    """One sample is cut between the threads, many samples are dealt out whole."""
+    inputs = make_inputs(generator, (batch, 256, 32, 32), dtype, channels_last=True)
+    dy = cotangent(inputs, generator)
+    one = run(inputs, dy, 16, 1e-5, True, call)
+    torch.set_num_threads(2)
+    two = run(inputs, dy, 16, 1e-5, True, call)
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))
+
+
+def stage_call(x: StageBatch, parameters: dict, groups) -> StageBatch:
+    return group_norm(x, groups, activation="silu", **parameters)
+
+
+@each_backend(BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("counts", [(3, 0, 2), (0, 1, 1), (1, 2, 0), (0, 0, 0)], ids=str)
+def test_group_norm_of_a_stage_batch_equals_separate_calls_bit_for_bit(counts, dtype, backend, generator):
+    channels, groups = (384, 256, 32), (16, 16, 8)
+    x = stage_batch(generator, counts, channels, 8, 8, dtype=dtype, requires_grad=True)
+    packed = {
+        name: StageWeights(
+            torch.randn(sum(channels), generator=generator).to(dtype).requires_grad_(),
+            [(c,) for c in channels],
+        )
+        for name in ("weight", "bias")
+    }
+    modulation = {
+        name: stage_batch(generator, counts, channels, 1, 1, dtype=dtype, requires_grad=True)
+        for name in ("scale", "shift")
+    }
+    leaves = [x.values, *(p.values for p in (*packed.values(), *modulation.values()))]
+    y = stage_call(x, {**packed, **modulation}, groups)
+    dy = y.with_values(torch.randn(y.values.shape, generator=generator).to(dtype))
+    gradients = torch.autograd.grad(y.values, leaves, dy.values)
+    found = [y.segments(), x.with_values(gradients[0]).segments()]
+    found += [p.with_values(g).tensors() for p, g in zip(packed.values(), gradients[1:3], strict=True)]
+    found += [
+        [part.flatten(1) for part in m.with_values(g).segments()]
+        for m, g in zip(modulation.values(), gradients[3:], strict=True)
+    ]
+    for stage, dense in enumerate(zip(x.segments(), dy.segments(), strict=True)):
+        parts = [w.tensors()[stage] for w in packed.values()]
+        parts += [m.segments()[stage].flatten(1) for m in modulation.values()]
+        inputs = Inputs(dense[0], *parts).map(lambda t: t.detach().clone().requires_grad_())
+        alone = run(inputs, dense[1], groups[stage], 1e-5, True, call)
+        for whole, separate in zip(found, alone.values(), strict=True):
+            assert torch.equal(whole[stage], separate)
+
+
+@each_backend(BACKENDS)
+@pytest.mark.parametrize(
+    ("counts", "channels", "groups"),
+    [
+        ((4,), (40,), 8),
+        ((1, 2), (24, 4), (8, 1)),
+        ((2, 0, 1), (12, 8, 4), 4),
+        ((1, 0, 2, 1, 0, 1, 1), (16, 4, 8, 160, 4, 12, 20), 4),
+    ],
+    ids=["1 stage", "2 stages", "3 stages", "7 stages"],
+)
+def test_group_norm_of_stages_equals_the_formula(counts, channels, groups, backend, generator):
+    x = stage_batch(generator, counts, channels, 3, 5)
+    weight = [torch.randn(c, generator=generator) for c in channels]
+    y = group_norm(x, groups, weight)
+    per_stage = groups if isinstance(groups, tuple) else (groups,) * len(counts)
+    for segment, result, w, g in zip(x.segments(), y.segments(), weight, per_stage, strict=True):
+        inputs = Inputs(segment, w, None, None, None).map(double_leaf)
+        expected = formula(inputs, g, 1e-5, silu=False).detach()
+        terms = magnitudes(inputs, torch.zeros_like(inputs.x), g, 1e-5, False, True)["y"].detach()
+        unit = ROUNDING[torch.float32]
+        assert_elements_close(result, expected, rtol=unit, atol=2 * ROUNDINGS * unit * terms)
+
+
+def test_group_norm_keeps_kind_dtype_and_memory_format(generator):
+    x = torch.randn(2, 16, 4, 6, generator=generator).bfloat16()
+    assert group_norm(x, 4).is_contiguous()
+    y = group_norm(x.contiguous(memory_format=torch.channels_last), 4)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.dtype == torch.bfloat16
+    volume = torch.randn(2, 16, 2, 3, 4, generator=generator).contiguous(memory_format=torch.channels_last_3d)
+    assert group_norm(volume, 4).is_contiguous(memory_format=torch.channels_last_3d)
+    batch = group_norm(stage_batch(generator, (1, 2), (8, 4), 3, 3), 4)
+    assert (batch.counts, batch.channels, batch.height, batch.width) == ((1, 2), (8, 4), 3, 3)
+
+
+def test_group_norm_of_no_samples_is_empty_and_has_zero_weight_gradients():
+    x, weight = torch.empty(0, 8, 4, 4, requires_grad=True), torch.ones(8, requires_grad=True)
+    y = group_norm(x, 4, weight, activation="silu")
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+    assert torch.equal(weight.grad, torch.zeros(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_group_norm_under_autocast_does_as_pytorch(dtype, generator):
+    x, weight = torch.randn(2, 8, 4, 4, generator=generator).to(dtype), torch.ones(8, dtype=dtype)
+    plain = group_norm(x, 4, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, theirs = group_norm(x, 4, weight), F.group_norm(x, 4, weight)
+    assert y.dtype == theirs.dtype == dtype
+    assert torch.equal(y, plain)
+
+
+BATCH = StageBatch(torch.zeros(3 * 4 * 4 * 8), (1, 2), (8, 8), 4, 4)
+X = torch.zeros(2, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X, 3), ValueError, "num_groups=3 does not divide channels=8 of stage 0"),
+        ((X, 0), ValueError, "num_groups=0 does not divide channels=8 of stage 0"),
+        ((BATCH, (4, 5)), ValueError, "num_groups=5 does not divide channels=8 of stage 1"),
+        (
+            (BATCH, (4, 4, 4)),
+            ValueError,
+            r"num_groups must be one integer or one per stage \(2\), got \(4, 4, 4\)",
+        ),
+        ((X, 4, torch.zeros(7)), ValueError, r"weight must be \[8\] for x of \[2, 8, 4, 4\], got \[7\]"),
+        ((X, 4, None, torch.zeros(2, 8)), ValueError, r"bias must be \[8\] .* got \[2, 8\]"),
+        (
+            (X, 4, X.new_zeros(8, dtype=torch.float16)),
+            TypeError,
+            "weight must be torch.float32 for x of torch.float32, got",
+        ),
+        ((X, 4, torch.zeros(8, device="meta")), ValueError, "weight is on meta, but x is on cpu"),
+        ((X, 4, [torch.zeros(8)]), TypeError, "weight of a dense x must be a tensor, got list"),
+        ((X, 4, None, None, -1.0), ValueError, "eps must be >= 0, got -1.0"),
+        ((X, 4, None, None, float("nan")), ValueError, "eps must be >= 0, got nan"),
+        ((X.long(), 4), TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int64"),
+        ((None, 4), TypeError, "x must be a tensor, got NoneType"),
+        ((torch.zeros(8), 4), ValueError, r"x must be \[B, C, \*spatial\] with C >= 1, got shape \(8,\)"),
+        (
+            (torch.zeros(2, 8, 0, 4), 4),
+            ValueError,
+            r"x must have at least one pixel, got shape \(2, 8, 0, 4\)",
+        ),
+        ((BATCH, 4, torch.zeros(8)), TypeError, "weight must be a StageWeights or one tensor per stage"),
+        ((BATCH, 4, [torch.zeros(8)]), ValueError, r"weight must hold one tensor per stage \(2\), got 1"),
+        (
+            (BATCH, 4, [torch.zeros(8), torch.zeros(9)]),
+            ValueError,
+            r"weight of stage 1 must be \[8\], got \[9\]",
+        ),
+        (
+            (BATCH, 4, [torch.zeros(8), torch.zeros(8).double()]),
+            TypeError,
+            "weight of stage 1 is torch.float64 on cpu, stage 0 is torch.float32 on cpu",
+        ),
+    ],
+)
+def test_group_norm_says_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=f"^group_norm: {message}"):
+        group_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (X, {"activation": "relu"}, ValueError, "activation must be None or 'silu', got 'relu'"),
+        (
+            X,
+            {"scale": torch.zeros(8)},
+            ValueError,
+            r"scale must be \[2, 8\] for x of \[2, 8, 4, 4\], got \[8\]",
+        ),
+        (
+            X,
+            {"shift": torch.zeros(2, 8).half()},
+            TypeError,
+            "shift must be torch.float32 for x of torch.float32",
+        ),
+        (BATCH, {"scale": torch.zeros(3, 8)}, TypeError, "scale must be a StageBatch, got Tensor"),
+        (
+            BATCH,
+            {"shift": StageBatch(torch.zeros(24), (2, 1), (8, 8), 1, 1)},
+            ValueError,
+            r"shift must have counts=\(1, 2\), channels=\(8, 8\) at 1x1, got counts=\(2, 1\)",
+        ),
+    ],
+)
+def test_group_norm_says_what_is_wrong_with_options(x, options, error, message):
+    with pytest.raises(error, match=f"^{re.escape('group_norm: ')}{message}"):
+        group_norm(x, 4, **options)
