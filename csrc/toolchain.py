@@ -49,10 +49,15 @@ class Compilation:
         return self.object.with_suffix(".json")
 
 
+def max_jobs() -> int:
+    """How many compilers may run at a time: $MAX_JOBS, else two."""
+    return int(os.environ.get("MAX_JOBS", "2"))
+
+
 def compile_changed(compilations: list[Compilation]):
-    """Compiles what is not current, two at a time unless MAX_JOBS says otherwise."""
+    """Compiles what is not current."""
     outdated = [c for c in compilations if not c.is_current()]
-    with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
+    with ThreadPoolExecutor(max_workers=max_jobs()) as pool:
         for output in pool.map(Compilation.run, outdated):
             print(output, end="", flush=True)
 
@@ -67,7 +72,8 @@ def run(command: tuple[str, ...]) -> str:
     if done.returncode != 0:
         print(done.stdout, flush=True)
         lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise BuildError(next((line for line in lines if "error" in line.lower()), lines[-1]).strip())
+        cause = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
+        raise BuildError(f"{command[0]} failed: {cause}")
     return done.stdout
 
 

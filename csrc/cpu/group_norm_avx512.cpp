@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 
 #define MSD_ISA avx512
-#include "group_norm_units.h"
+#include "group_norm_passes.h"
 
 namespace msd {
 

@@ -1,5 +1,5 @@
 #define MSD_ISA portable
-#include "group_norm_units.h"
+#include "group_norm_passes.h"
 
 namespace msd {
 

@@ -17,18 +17,22 @@ constexpr int64_t kPrefetchRows = 32;
 
 // z = (x - mean) gain + offset;  dx = gain dz + constant + (x - mean) slope
 struct ColumnParameters {
+  bool uniform;  // one value for all columns
   const float *mean, *gain, *offset, *constant, *slope;
+
+  template <class T, int n>
+  __attribute__((always_inline)) void load(const float* values, int64_t column,
+                                           Pair (&tile)[n]) const {
+    for (int i = 0; i < n; ++i) {
+      tile[i] = uniform ? broadcast_pair(*values) : load_lanes<T>(values + column + i * kPair);
+    }
+  }
 };
 
 // A column's mean is origin + mean; m2 is its sum of squared differences from it.
 struct ColumnMoments {
   float *origin, *mean, *m2;
 };
-
-template <class T, int n>
-MSD_INLINE void load_tile(const float* p, Pair (&tile)[n]) {
-  for (int i = 0; i < n; ++i) tile[i] = load_lanes<T>(p + i * kPair);
-}
 
 // Adds to the moments of `seen` rows those of `rows` further ones, with the mean shift + sum /
 // rows.
@@ -92,9 +96,9 @@ void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
     Pair mean[n], gain[n], offset[n];
-    load_tile<T>(parameters.mean + column, mean);
-    load_tile<T>(parameters.gain + column, gain);
-    load_tile<T>(parameters.offset + column, offset);
+    parameters.load<T>(parameters.mean, column, mean);
+    parameters.load<T>(parameters.gain, column, gain);
+    parameters.load<T>(parameters.offset, column, offset);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * stride + column;
       for (int i = 0; i < n; ++i) {
@@ -120,9 +124,9 @@ void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t rows, int64_
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
     Pair mean[n], gain[n], offset[n], total[n], moment_total[n];
-    load_tile<T>(parameters.mean + column, mean);
-    load_tile<T>(parameters.gain + column, gain);
-    load_tile<T>(parameters.offset + column, offset);
+    parameters.load<T>(parameters.mean, column, mean);
+    parameters.load<T>(parameters.gain, column, gain);
+    parameters.load<T>(parameters.offset, column, offset);
     for (int i = 0; i < n; ++i) total[i] = moment_total[i] = broadcast_pair(0.0f);
     for (int64_t row = 0; row < rows; row += kChunkRows) {
       const int64_t end = rows - row < kChunkRows ? rows : row + kChunkRows;
@@ -164,10 +168,10 @@ void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t str
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
     Pair mean[n], gain[n], constant[n], slope[n];
-    load_tile<T>(parameters.mean + column, mean);
-    load_tile<T>(parameters.gain + column, gain);
-    load_tile<T>(parameters.constant + column, constant);
-    load_tile<T>(parameters.slope + column, slope);
+    parameters.load<T>(parameters.mean, column, mean);
+    parameters.load<T>(parameters.gain, column, gain);
+    parameters.load<T>(parameters.constant, column, constant);
+    parameters.load<T>(parameters.slope, column, slope);
     for (int64_t r = 0; r < rows; ++r) {
       for (int i = 0; i < n; ++i) {
         const int64_t at = r * stride + column + i * kPair;

@@ -176,7 +176,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void update_qu
 Kernels kernels() {
 #if defined(__x86_64__)
   const Isa isa = cpu_isa();
-  if (isa == Isa::kAvx512) return {centre_row_avx512, update_query_avx512};
+  if (isa >= Isa::kAvx512) return {centre_row_avx512, update_query_avx512};
   if (isa == Isa::kAvx2) return {centre_row_avx2, update_query_avx2};
 #endif
   return {centre_row_portable, update_query_portable};

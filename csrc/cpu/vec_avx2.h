@@ -15,6 +15,11 @@ MSD_INLINE Vec broadcast(float value) { return _mm256_set1_ps(value); }
 MSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 MSD_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 MSD_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+MSD_INLINE float sum_of_lanes(Vec v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 // Zero for a negative number; a NaN stays one.
 MSD_INLINE Vec clamp_negative(Vec v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
 

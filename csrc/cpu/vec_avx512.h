@@ -15,6 +15,7 @@ MSD_INLINE Vec broadcast(float value) { return _mm512_set1_ps(value); }
 MSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 MSD_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 MSD_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+MSD_INLINE float sum_of_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
 // Zero for a negative number; a NaN stays one.
 MSD_INLINE Vec clamp_negative(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 

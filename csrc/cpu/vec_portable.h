@@ -17,6 +17,7 @@ MSD_INLINE Vec load(const float* p) {
   return v;
 }
 MSD_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+MSD_INLINE float sum_of_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 // Zero for a negative number; a NaN stays one.
 MSD_INLINE Vec clamp_negative(Vec v) { return v < 0.0f ? broadcast(0.0f) : v; }
 

@@ -7,13 +7,16 @@ product costs two of float32 on processors and on data-centre GPUs, and, unlike 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+# What a block of the data and its products may take.
 _BLOCK_BYTES = 48 << 20
+_CUDA_BLOCK_BYTES = 512 << 20
 _MIN_ROWS = 16
 
 # (data [n, D], shift [D], step, centred [n, D], half_norms [n]); see `centre`
@@ -22,20 +25,35 @@ Centre = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
 UpdateSoftmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+class Block(Protocol):
+    """Some of the data, less the centre."""
+
+    half_norms: Tensor  # [n] half the squared norms
+    products: Tensor  # [B, n] with the queries; the softmax overwrites them with weights
+
+    def accumulate(self, mean: Tensor, rescale: Tensor) -> None:
+        """mean [B, D] = rescale [B] * mean + products @ data."""
+
+
 @dataclass(frozen=True)
-class Block:
-    """One block of the data, centred, and its products with the queries."""
+class CentredBlock:
+    """A block that is kept in float64."""
 
     centred: Tensor  # [n, D]
-    half_norms: Tensor  # [n]
-    products: Tensor  # [B, n]
+    half_norms: Tensor
+    products: Tensor
+
+    def accumulate(self, mean: Tensor, rescale: Tensor) -> None:
+        mean.mul_(rescale[:, None]).addmm_(self.products, self.centred)
 
 
 def optimal_denoiser(
     x: Tensor, sigma: Tensor, data: Tensor, center: Tensor, low: float, step: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the dispatcher op ``msd_kernels::optimal_denoiser``."""
-    return stream_posterior(x, sigma, data, center, low, step, centre, update_softmax)
+    queries = x.double() - center
+    blocks = centred_blocks(queries, data, low - center, step, centre)
+    return stream_posterior(queries, sigma, center, blocks, update_softmax)
 
 
 def optimal_denoiser_backward(
@@ -55,25 +73,17 @@ def optimal_denoiser_backward(
 
 
 def stream_posterior(
-    x: Tensor,
-    sigma: Tensor,
-    data: Tensor,
-    center: Tensor,
-    low: float,
-    step: float,
-    centre: Centre,
-    update_softmax: UpdateSoftmax,
+    queries: Tensor, sigma: Tensor, center: Tensor, blocks: Iterable[Block], update_softmax: UpdateSoftmax
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the data. Per query: the peak of the scores so far, and relative to it the sums of the
     weights, of their squares, and of weights times data."""
-    queries = x.double() - center
     precision = sigma.reciprocal().square()
     peak = torch.full_like(precision, -torch.inf)
-    sums = precision.new_zeros(2, x.shape[0])
+    sums = precision.new_zeros(2, queries.shape[0])
     mean = torch.zeros_like(queries)
-    for block in blocks(queries, data, center, low, step, centre):
+    for block in blocks:
         rescale = update_softmax(block.products, block.half_norms, precision, peak, sums)
-        mean.mul_(rescale[:, None]).addmm_(block.products, block.centred)
+        block.accumulate(mean, rescale)
     mean.div_(sums[0][:, None]).add_(center)
     return mean, peak + sums[0].log(), 2 * peak + sums[1].log()
 
@@ -97,7 +107,7 @@ def stream_gradients(
     precision = sigma.reciprocal().square()[:, None]
     offset = dlog_sum - (dmean * (mean - center)).sum(1)
     dx, dsigma = torch.zeros_like(queries), torch.zeros_like(sigma)
-    for block in blocks(queries, data, center, low, step, centre):
+    for block in centred_blocks(queries, data, low - center, step, centre):
         scores = block.products.sub_(block.half_norms).mul_(precision)
         amounts = (scores - log_sum[:, None]).exp_()
         amounts *= torch.addmm(offset[:, None], dmean, block.centred.T)
@@ -106,26 +116,26 @@ def stream_gradients(
     return dx.mul_(precision).to(x.dtype), dsigma.mul_(-2).div_(sigma)
 
 
-def blocks(
-    queries: Tensor, data: Tensor, center: Tensor, low: float, step: float, centre: Centre
-) -> Iterator[Block]:
-    """The data block by block; each block overwrites the one before."""
+def centred_blocks(
+    queries: Tensor, data: Tensor, shift: Tensor, step: float, centre: Centre
+) -> Iterator[CentredBlock]:
+    """The data block by block, as step * data + shift; each block overwrites the one before."""
     batch, dim = queries.shape
-    size = min(rows_per_block(batch, dim), data.shape[0])
-    shift = low - center
+    size = min(rows_per_block(batch, dim, queries.device), data.shape[0])
     centred, half_norms = queries.new_empty(size, dim), queries.new_empty(size)
     products = queries.new_empty(batch * size)
     for rows in data.split(size):
         n = rows.shape[0]
-        block = Block(centred[:n], half_norms[:n], products[: batch * n].view(batch, n))
+        block = CentredBlock(centred[:n], half_norms[:n], products[: batch * n].view(batch, n))
         centre(rows, shift, step, block.centred, block.half_norms)
         torch.mm(queries, block.centred.T, out=block.products)
         yield block
 
 
-def rows_per_block(batch: int, dim: int) -> int:
-    """How many samples a block holds: what fits the memory set aside for it and for its products."""
-    return max(_MIN_ROWS, _BLOCK_BYTES // (8 * (batch + dim)))
+def rows_per_block(batch: int, dim: int, device: torch.device) -> int:
+    """How many samples a block holds."""
+    available = _CUDA_BLOCK_BYTES if device.type == "cuda" else _BLOCK_BYTES
+    return max(_MIN_ROWS, available // (8 * (batch + dim)))
 
 
 def centre(data: Tensor, shift: Tensor, step: float, centred: Tensor, half_norms: Tensor) -> None:

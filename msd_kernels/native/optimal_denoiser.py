@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msd_kernels.library.optimal_denoiser import stream_gradients, stream_posterior
+from msd_kernels.library.optimal_denoiser import centred_blocks, stream_gradients, stream_posterior
 from msd_kernels.native import load
 
 CPU_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,7 +23,9 @@ def optimal_denoiser(
     x: Tensor, sigma: Tensor, data: Tensor, center: Tensor, low: float, step: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the dispatcher op ``msd_kernels::optimal_denoiser``."""
-    return stream_posterior(x, sigma, data, center, low, step, _centre, _update_softmax)
+    queries = x.double() - center
+    blocks = centred_blocks(queries, data, low - center, step, _centre)
+    return stream_posterior(queries, sigma, center, blocks, _update_softmax)
 
 
 def optimal_denoiser_backward(

@@ -20,6 +20,7 @@ from msd_kernels.native import optimal_denoiser as native
 from msd_kernels.ops import _checks
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import optimal_denoiser as reference
+from msd_kernels.triton import optimal_denoiser as triton
 
 __all__ = ["DenoiserPosterior", "optimal_denoiser"]
 
@@ -34,6 +35,7 @@ BACKENDS = OpBackends(
     [
         Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
         Candidate("library", library),
+        Candidate("triton", triton, ("cuda",), cannot=triton.cannot_run),
         Candidate("reference", reference),
     ],
 )
@@ -71,7 +73,7 @@ def optimal_denoiser(
 
         D*(x; sigma) = sum_i w_i y_i,    w = softmax_i(-|x - y_i|² / (2 sigma²))
 
-    Source: Karras et al. (arXiv 2206.00364), appendix B.3; Zhang et al. (arXiv 2312.09181), eq. 4.
+    Source: Karras et al. (arXiv 2206.00364), appendix B.3; Zhang et al. (arXiv 2312.09181).
 
     All arithmetic is float64. With a centre c of the data, the weights follow from the scores
 
@@ -129,7 +131,8 @@ def explain(x: Tensor, sigma, data, **kwargs) -> Explanation:
 def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     """``x`` as ``[B, D]`` and ``sigma`` as ``[B]`` in float64."""
     _checks.require_floating(OP, "x", x)
-    if x.dim() < 1 or math.prod(x.shape[1:]) == 0:
+    dim = math.prod(x.shape[1:])
+    if x.dim() < 1 or dim == 0:
         raise ValueError(
             f"{OP}: x must be [B, ...] with at least one value per sample, got shape {tuple(x.shape)}"
         )
@@ -143,7 +146,7 @@ def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{OP}: sigma must be one number or [{batch}] for x of {list(x.shape)}, got {list(sigma.shape)}"
         )
-    return x.reshape(batch, -1).contiguous(), sigma.to(torch.float64).expand(batch).contiguous()
+    return x.reshape(batch, dim).contiguous(), sigma.to(torch.float64).expand(batch).contiguous()
 
 
 def _chunks(data) -> Iterator[Tensor | np.ndarray]:
@@ -301,7 +304,7 @@ def _require_values(x: Tensor, sigma: Tensor) -> None:
 
 def _require_finite(data: Tensor) -> None:
     """Names the row to blame for a sum that is not finite."""
-    rows = library.rows_per_block(1, data.shape[1])
+    rows = library.rows_per_block(1, data.shape[1], data.device)
     for start in range(0, data.shape[0], rows):
         bad = (~data[start : start + rows].isfinite()).any(1).nonzero()
         if bad.numel():

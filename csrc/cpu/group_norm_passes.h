@@ -8,14 +8,19 @@ namespace msd::MSD_ISA {
 
 // One plane's piece as a matrix.
 struct Item {
-  const Piece& piece;
-  int64_t plane, offset, stride, columns;
+  int64_t plane, piece, rows, offset, stride, columns, first_row;
+  bool folded;  // columns are not the unit's channels
 
   Item(const Unit& unit, int64_t item)
-      : piece(unit.pieces[item % unit.piece_count]), plane(item / unit.piece_count) {
-    offset = unit.x + plane * unit.plane_stride + piece.pixel * unit.pixel_stride;
-    stride = piece.fold * unit.pixel_stride;
-    columns = piece.fold * unit.plane_channels;
+      : plane(unit.piece_count == 1 ? item : item / unit.piece_count),
+        piece(item - plane * unit.piece_count) {
+    const Piece& cut = unit.pieces[piece];
+    rows = cut.rows;
+    offset = unit.x + plane * unit.plane_stride + cut.pixel * unit.pixel_stride;
+    stride = cut.fold * unit.pixel_stride;
+    columns = cut.fold * unit.plane_channels;
+    first_row = plane * unit.plane_rows + cut.row;
+    folded = cut.fold > 1 || unit.planes > 1;
   }
 };
 
@@ -97,7 +102,8 @@ MSD_INLINE double ordered_sum(int64_t count, const F& f) {
          ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
-// Repeats the unit's parameters for the columns of a folded row, one buffer after another.
+// Repeats the unit's parameters for the columns of a folded row, one buffer after another. Those of
+// a plane with one channel are uniform and need no repetition.
 class FoldedParameters {
  public:
   FoldedParameters(const Unit& unit, const Item& item) : unit_(unit), item_(item) {}
@@ -105,12 +111,8 @@ class FoldedParameters {
   const float* operator()(const float* channels) {
     const int64_t width = unit_.plane_channels;
     const float* first = channels + item_.plane * width;
-    if (item_.columns == width) return first;
+    if (width == 1 || item_.columns == width) return first;
     float* out = buffers_[used_++];
-    if (width == 1) {
-      for (int64_t j = 0; j < item_.columns; ++j) out[j] = *first;
-      return out;
-    }
     __builtin_memcpy(out, first, width * sizeof(float));
     for (int64_t filled = width; filled < item_.columns; filled *= 2) {
       __builtin_memcpy(out + filled, out, filled * sizeof(float));
@@ -125,9 +127,34 @@ class FoldedParameters {
   alignas(64) float buffers_[4][kMaxFoldedColumns + kColumnPadding];
 };
 
+MSD_INLINE float sum_of_columns(const float* values, int64_t columns) {
+  Vec sum = load(values);
+  for (int64_t j = kWidth; j < columns; j += kWidth) sum += load(values + j);
+  return sum_of_lanes(sum);
+}
+
+// The moments of all columns together, whole vectors of them, become the first one's.
+MSD_INLINE void gather_moments(ColumnMoments moments, int64_t columns, int64_t rows) {
+  const Vec origin = broadcast(moments.origin[0]);
+  for (int64_t j = 0; j < columns; j += kWidth) {
+    store(moments.mean + j, (load(moments.origin + j) - origin) + load(moments.mean + j));
+  }
+  const float mean = sum_of_columns(moments.mean, columns) / static_cast<float>(columns);
+  Vec m2 = broadcast(0.0f);
+  Vec spread = broadcast(0.0f);
+  for (int64_t j = 0; j < columns; j += kWidth) {
+    const Vec difference = load(moments.mean + j) - broadcast(mean);
+    spread = fma(difference, difference, spread);
+    m2 += load(moments.m2 + j);
+  }
+  moments.mean[0] = mean;
+  moments.m2[0] = sum_of_lanes(fma(spread, broadcast(static_cast<float>(rows)), m2));
+}
+
 // Channel c of the result gathers the columns c, c + width, ... of a folded row.
 MSD_INLINE void unfold_moments(ColumnMoments moments, int64_t columns, int64_t width,
                                int64_t rows) {
+  if (width == 1 && columns % kWidth == 0) return gather_moments(moments, columns, rows);
   float weight = 0.5f * static_cast<float>(rows);
   for (int64_t half = columns / 2; half >= width; half /= 2, weight *= 2.0f) {
     for (int64_t j = 0; j < half; ++j) {
@@ -140,6 +167,10 @@ MSD_INLINE void unfold_moments(ColumnMoments moments, int64_t columns, int64_t w
 }
 
 MSD_INLINE void unfold_sums(float* sums, int64_t columns, int64_t width) {
+  if (width == 1 && columns % kWidth == 0) {
+    sums[0] = sum_of_columns(sums, columns);
+    return;
+  }
   for (int64_t half = columns / 2; half >= width; half /= 2) {
     for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
   }
@@ -167,15 +198,14 @@ struct ForwardPass {
     const T* x = static_cast<const T*>(job.x) + item.offset;
     alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
     const int64_t width = unit.plane_channels;
-    const ColumnMoments result =
-        piece_moments(scratch, index % unit.piece_count, item.plane * width);
-    if (item.piece.fold == 1 && unit.planes == 1) {
-      column_moments(x, item.stride, item.piece.rows, item.columns, result);
+    const ColumnMoments result = piece_moments(scratch, item.piece, item.plane * width);
+    if (!item.folded) {
+      column_moments(x, item.stride, item.rows, item.columns, result);
       return;
     }
     const ColumnMoments folded = {columns[kOrigin], columns[kMean], columns[kM2]};
-    column_moments(x, item.stride, item.piece.rows, item.columns, folded);
-    unfold_moments(folded, item.columns, width, item.piece.rows);
+    column_moments(x, item.stride, item.rows, item.columns, folded);
+    unfold_moments(folded, item.columns, width, item.rows);
     __builtin_memcpy(result.origin, folded.origin, width * sizeof(float));
     __builtin_memcpy(result.mean, folded.mean, width * sizeof(float));
     __builtin_memcpy(result.m2, folded.m2, width * sizeof(float));
@@ -241,13 +271,16 @@ struct ForwardPass {
     const Item item(unit, index);
     const Scratch scratch(unit, base, kArrays);
     FoldedParameters fold(unit, item);
-    const ColumnParameters parameters = {fold(scratch.parameters(kMeans)),
+    const ColumnParameters parameters = {unit.plane_channels == 1,
+                                         fold(scratch.parameters(kMeans)),
                                          fold(scratch.parameters(kGains)),
-                                         fold(scratch.parameters(kOffsets)), nullptr, nullptr};
+                                         fold(scratch.parameters(kOffsets)),
+                                         nullptr,
+                                         nullptr};
     const T* x = static_cast<const T*>(job.x) + item.offset;
     T* y = static_cast<T*>(job.y) + item.offset;
     const auto kernel = job.silu ? normalize<T, true> : normalize<T, false>;
-    kernel(x, y, item.stride, item.piece.rows, item.columns, parameters);
+    kernel(x, y, item.stride, item.rows, item.columns, parameters);
   }
 };
 
@@ -274,8 +307,7 @@ struct BackwardPass {
   static float* dz_of(const GroupNormBackward& job, const Unit& unit, const Item& item,
                       float* base) {
     if (!keeps_dz(job)) return nullptr;
-    const int64_t row = item.plane * unit.plane_rows + item.piece.row;
-    return base + head_floats(unit) + row * dz_row_floats(unit);
+    return base + head_floats(unit) + item.first_row * dz_row_floats(unit);
   }
 
   static void prepare(const GroupNormBackward& job, const Unit& unit, float* base) {
@@ -299,23 +331,25 @@ struct BackwardPass {
     const Item item(unit, index);
     const Scratch scratch(unit, base, kArrays);
     FoldedParameters fold(unit, item);
-    const ColumnParameters parameters = {fold(scratch.parameters(kMeans)),
+    const ColumnParameters parameters = {unit.plane_channels == 1,
+                                         fold(scratch.parameters(kMeans)),
                                          fold(scratch.parameters(kGains)),
-                                         fold(scratch.parameters(kOffsets)), nullptr, nullptr};
+                                         fold(scratch.parameters(kOffsets)),
+                                         nullptr,
+                                         nullptr};
     const T* x = static_cast<const T*>(job.x) + item.offset;
     const T* dy = static_cast<const T*>(job.dy) + item.offset;
     float* dz = dz_of(job, unit, item, base);
     const auto kernel = job.silu ? gradient_sums<T, true> : gradient_sums<T, false>;
-    const int64_t piece = index % unit.piece_count;
     const int64_t width = unit.plane_channels;
-    float* sums = scratch.sums(piece, kSum) + item.plane * width;
-    float* moments = scratch.sums(piece, kMoment) + item.plane * width;
-    if (item.piece.fold == 1 && unit.planes == 1) {
-      kernel(x, dy, item.stride, item.piece.rows, item.columns, parameters, dz, sums, moments);
+    float* sums = scratch.sums(item.piece, kSum) + item.plane * width;
+    float* moments = scratch.sums(item.piece, kMoment) + item.plane * width;
+    if (!item.folded) {
+      kernel(x, dy, item.stride, item.rows, item.columns, parameters, dz, sums, moments);
       return;
     }
     alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
-    kernel(x, dy, item.stride, item.piece.rows, item.columns, parameters, dz, columns[kSum],
+    kernel(x, dy, item.stride, item.rows, item.columns, parameters, dz, columns[kSum],
            columns[kMoment]);
     unfold_sums(columns[kSum], item.columns, width);
     unfold_sums(columns[kMoment], item.columns, width);
@@ -376,14 +410,17 @@ struct BackwardPass {
     const Item item(unit, index);
     const Scratch scratch(unit, base, kArrays);
     FoldedParameters fold(unit, item);
-    const ColumnParameters parameters = {
-        fold(scratch.parameters(kMeans)), fold(scratch.parameters(kGains)), nullptr,
-        fold(scratch.parameters(kConstants)), fold(scratch.parameters(kSlopes))};
+    const ColumnParameters parameters = {unit.plane_channels == 1,
+                                         fold(scratch.parameters(kMeans)),
+                                         fold(scratch.parameters(kGains)),
+                                         nullptr,
+                                         fold(scratch.parameters(kConstants)),
+                                         fold(scratch.parameters(kSlopes))};
     const T* x = static_cast<const T*>(job.x) + item.offset;
     const T* dy = static_cast<const T*>(job.dy) + item.offset;
     T* dx = static_cast<T*>(job.dx) + item.offset;
     const auto kernel = job.silu ? input_gradient<T, true> : input_gradient<T, false>;
-    kernel(x, dy, dz_of(job, unit, item, base), dx, item.stride, item.piece.rows, item.columns,
+    kernel(x, dy, dz_of(job, unit, item, base), dx, item.stride, item.rows, item.columns,
            parameters);
   }
 };

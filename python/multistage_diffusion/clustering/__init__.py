@@ -1,0 +1,27 @@
+"""Finding the stages: which noise levels should share a decoder (arXiv 2312.09181).
+
+Noise levels belong together where the optimal denoisers of the data agree:
+
+    similarity_matrix   how far they agree, for all pairs of noise levels
+    split, sweep        the best stages of any number, exactly
+    split_from_ends     the paper's three stages
+    suggest_widths      how wide each stage's decoder should be, given a compute budget
+    gradient_similarity, split_uniformly       the alternatives of the paper's ablation
+"""
+
+from .gradients import gradient_similarity
+from .similarity import Similarity, similarity_matrix
+from .splits import Split, split, split_from_ends, split_uniformly, sweep
+from .widths import suggest_widths
+
+__all__ = [
+    "Similarity",
+    "Split",
+    "gradient_similarity",
+    "similarity_matrix",
+    "split",
+    "split_from_ends",
+    "split_uniformly",
+    "suggest_widths",
+    "sweep",
+]

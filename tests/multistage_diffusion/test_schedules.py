@@ -1,0 +1,147 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion import schedules
+from multistage_diffusion.schedules import LogNormal
+
+
+def test_edm_sigmas_ends_and_order():
+    sigmas = schedules.edm_sigmas()
+    assert sigmas.dtype == torch.float64
+    assert sigmas.shape == (19,)
+    assert sigmas[0] == 80
+    assert sigmas[-2] == 0.002
+    assert sigmas[-1] == 0
+    assert bool((sigmas[:-1] > sigmas[1:]).all())
+
+
+def test_edm_sigmas_are_equidistant_in_the_rho_th_root():
+    steps = schedules.edm_sigmas(7, 0.01, 50, rho=3)[:-1].pow(1 / 3).diff()
+    # The cube root of float64 numbers of order 1: a few units in the last place.
+    torch.testing.assert_close(steps, steps[:1].expand(6), rtol=1e-13, atol=0)
+
+
+def test_edm_sigmas_single_step():
+    assert schedules.edm_sigmas(1).tolist() == [80, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"sigma_min": 0}, "sigma_min=0"),
+        ({"sigma_min": 90}, "sigma_min=90"),
+        ({"sigma_max": math.inf}, "sigma_max=inf"),
+        ({"rho": 0}, "rho=0"),
+    ],
+)
+def test_edm_sigmas_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.edm_sigmas(**arguments)
+
+
+def test_vp_reproduces_the_published_boundaries():
+    # EDM's stages come from VP times: 2.5103 = sigma_VP(0.442), 7.6577 = sigma_VP(0.636); four decimals.
+    assert schedules.vp_sigma([0.442, 0.636]).tolist() == pytest.approx([2.5103, 7.6577], abs=5e-5)
+
+
+def test_vp_t_inverts_vp_sigma():
+    t = torch.tensor([0.0, 1e-12, 1e-5, 0.001, 0.442, 1.0], dtype=torch.float64)
+    # sqrt halves the relative accuracy lost in log1p(expm1(.)); float64.
+    torch.testing.assert_close(schedules.vp_t(schedules.vp_sigma(t)), t, rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match="-1"):
+        schedules.vp_t(-1.0)
+    with pytest.raises(ValueError, match=r"-0\.5"):
+        schedules.vp_sigma(-0.5)
+
+
+def test_conversions_invert_each_other():
+    sigma = torch.tensor([0.002, 0.5, 1, 80], dtype=torch.float64)
+    torch.testing.assert_close(schedules.sigma_from_c_noise(schedules.c_noise_from_sigma(sigma)), sigma)
+    torch.testing.assert_close(schedules.sigma_from_log_snr(schedules.log_snr(sigma)), sigma)
+    assert schedules.c_noise_from_sigma(math.e**4).item() == pytest.approx(1, rel=1e-15)
+    assert schedules.log_snr(np.array([10.0])).item() == pytest.approx(-math.log(100), rel=1e-15)
+
+
+def test_lognormal_inverse_cdf_inverts_the_cdf():
+    distribution = LogNormal(-1.2, 1.2)
+    u = torch.tensor([0.01, 0.3, 0.5, 0.9, 0.999], dtype=torch.float64)
+    for low, high in ((0, math.inf), (0, 2.5103), (2.5103, 7.6577), (7.6577, math.inf), (50, 60)):
+        sigma = distribution.inverse_cdf(u, low, high)
+        whole = distribution.mass(low, high)
+        back = [distribution.mass(low, s) / whole for s in sigma.tolist()]
+        # float64 rounding of ln(sigma), amplified by the cancellation in mass(50, s): measured worst 4e-13.
+        assert back == pytest.approx(u.tolist(), rel=1e-11)
+
+
+def test_lognormal_inverse_cdf_stays_inside_of_the_interval():
+    distribution = LogNormal()
+    u = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for low, high in ((0.0, 0.1), (0.1, 0.1 + 1e-15), (7.6577, math.inf), (1e6, 1e7)):
+        sigma = distribution.inverse_cdf(u, low, high)
+        assert bool((sigma > low).all())
+        assert bool((sigma <= high).all())
+        assert bool(torch.isfinite(sigma).all())
+
+
+def test_lognormal_rejects():
+    with pytest.raises(ValueError, match="P_std=0"):
+        LogNormal(0, 0)
+    with pytest.raises(ValueError, match="P_mean=nan"):
+        LogNormal(math.nan, 1)
+
+
+@pytest.mark.parametrize("kind", schedules.SCHEDULES.values(), ids=lambda kind: kind.name)
+def test_schedules_convert_both_ways_on_their_grid(kind):
+    schedule = kind()
+    for points in (2, 21):
+        grid = schedule.grid(points)
+        sigma = schedule.sigma(grid)
+        assert grid.shape == (points,)
+        assert bool((sigma.diff() > 0).all())
+        # vp_t and vp_sigma are inverse to 1e-14, the others to a few units in the last place.
+        torch.testing.assert_close(schedule.value(sigma), grid, rtol=1e-14, atol=1e-15)
+    with pytest.raises(ValueError, match="points=1"):
+        schedule.grid(1)
+
+
+def test_vp_grid_is_the_published_one():
+    expected = [0.001 + 0.05 * k for k in range(20)] + [1.0]
+    assert schedules.VP().grid().tolist() == pytest.approx(expected, rel=1e-15)
+
+
+def test_ldm_steps_are_the_published_ones():
+    ldm = schedules.LDM()
+    assert ldm.sigma([442.0, 631.0]).tolist() == pytest.approx([2.153, 5.315], abs=5e-4)
+    steps = torch.arange(1000, dtype=torch.float64)
+    assert torch.equal(ldm.sigma(steps), ldm.sigmas)
+    assert torch.equal(ldm.value(ldm.sigmas), steps)
+    # The product of float32 tables in the reference model differs by 1e-7; this one is float64 all through.
+    alpha_bar = (1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000).double().square()).cumprod(0)
+    torch.testing.assert_close(ldm.sigmas, ((1 - alpha_bar) / alpha_bar).sqrt(), rtol=1e-5, atol=0)
+
+
+def test_ldm_cuts_are_the_steps_at_or_below_a_noise_level():
+    ldm = schedules.LDM()
+    assert torch.equal(ldm.cut(ldm.sigmas), torch.arange(1000, dtype=torch.float64))
+    between = (ldm.sigmas[1:] * ldm.sigmas[:-1]).sqrt()
+    assert torch.equal(ldm.cut(between), torch.arange(999, dtype=torch.float64))
+    assert ldm.cut([1e-3, 1e3]).tolist() == [0, 999]
+
+
+def test_ldm_interpolates_between_its_steps():
+    ldm = schedules.LDM()
+    half = ldm.sigma(0.5)
+    assert half.item() == pytest.approx(math.sqrt(ldm.sigmas[0] * ldm.sigmas[1]), rel=1e-14)
+    assert ldm.value(half).item() == pytest.approx(0.5, rel=1e-9)
+    assert ldm.value([1e-3, 1e3]).tolist() == [0, 999]
+    with pytest.raises(ValueError, match="steps must lie within 0 and 999, got 1000"):
+        ldm.sigma(1000)
+
+
+def test_schedules_reach_their_ends_exactly():
+    assert schedules.VE().sigma([0.0, 1.0]).tolist() == [0.01, 50.0]
+    assert schedules.EDM().grid()[[0, -1]].tolist() == [0.002, 80.0]
