@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def lower_precision_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the active autocast region, or None outside of one."""
-    if not torch.is_autocast_enabled(device_type):
+    """The dtype of the active autocast region, or None outside of one. The meta device has no autocast."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -3,30 +3,79 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 
+from multistage_diffusion.flops import conditioning
 from multistage_diffusion.layers import StageModule
-from multistage_diffusion.networks import EDMUNet, build
-from multistage_diffusion.networks.mixed_batch import StageOrder
+from multistage_diffusion.networks import build
+from multistage_diffusion.networks.mixed_batch import StageNetwork, StageOrder
 
-TINY = {
-    "image_size": 8,
-    "encoder_widths": (8,),
-    "decoder_widths": (12, 8, 4),
-    "channel_mult": (1, 2),
-    "num_blocks": 1,
-    "attn_resolutions": (4,),
-    "dropout": 0.0,
-}
 STAGES = [2, 0, 1, 0, 2, 0]
+BATCH = len(STAGES)
+
+UNET = {"encoder_widths": (8,), "decoder_widths": (12, 8, 4), "channel_mult": (1, 2), "num_blocks": 1}
+TINY = {
+    "edm": UNET | {"attn_resolutions": (4,), "dropout": 0.0},
+    "ncsnpp": UNET | {"attn_resolutions": (4,), "dropout": 0.0},
+    "ldm": UNET | {"encoder_widths": (32,), "decoder_widths": (64, 32, 32), "attn_resolutions": (4,)},
+    "uvit": {"encoder_widths": (16,), "decoder_widths": (24, 16, 8), "depth": 4, "num_heads": 2},
+}
+NCSNPP_OF_EDM = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "resample_filter": (1, 3, 3, 1),
+    "channel_mult_noise": 2,
+}
+# What the constructors are tried with beyond the reference's fixtures: family and changes.
+CONFIGURATIONS = {
+    "edm": ("edm", {}),
+    "edm separate": ("edm", {"encoder_widths": (12, 8, 4)}),
+    "edm unified": ("edm", {"decoder_widths": (8,)}),
+    "edm labels": ("edm", {"label_dim": 3, "augment_dim": 2}),
+    "edm one level": ("edm", {"channel_mult": (2,), "attn_resolutions": (8,)}),
+    "edm three levels": ("edm", {"channel_mult": (1, 2, 3), "num_blocks": 2, "attn_resolutions": (8, 2)}),
+    "edm NCSN++": ("edm", NCSNPP_OF_EDM),
+    "edm NCSN++ separate": ("edm", NCSNPP_OF_EDM | {"encoder_widths": (12, 8, 4)}),
+    "edm skips": ("edm", {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)}),
+    "edm block without a projection in one stage": (
+        "edm",
+        {"decoder_widths": (16, 8, 4), "channel_mult": (1, 2)},
+    ),
+    "ncsnpp": ("ncsnpp", {}),
+    "ncsnpp separate": ("ncsnpp", {"encoder_widths": (12, 8, 4)}),
+    "ncsnpp unified": ("ncsnpp", {"decoder_widths": (8,), "centered": False, "skip_rescale": False}),
+    "ncsnpp three levels": (
+        "ncsnpp",
+        {"channel_mult": (1, 2, 1), "num_blocks": 2, "attn_resolutions": (8, 4)},
+    ),
+    "ldm": ("ldm", {}),
+    "ldm separate": ("ldm", {"encoder_widths": (64, 32, 32)}),
+    "ldm unified": ("ldm", {"decoder_widths": (32,), "num_heads": 4}),
+    "ldm as the reference": (
+        "ldm",
+        {"reduced_attention": True, "attn_resolutions": (4, 8), "context_dim": 6},
+    ),
+    "ldm context": ("ldm", {"context_dim": 6, "transformer_depth": 2}),
+    "ldm class as context": ("ldm", {"context_dim": 6, "label_dim": 3}),
+    "ldm class in the embedding": ("ldm", {"label_dim": 3, "adaptive_scale": True}),
+    "ldm context separate": ("ldm", {"context_dim": 6, "encoder_widths": (64, 32, 32)}),
+    "uvit": ("uvit", {}),
+    "uvit separate": ("uvit", {"encoder_widths": (24, 16, 8)}),
+    "uvit unified": ("uvit", {"decoder_widths": (16,), "qkv_bias": True, "final_conv": False}),
+    "uvit classes": ("uvit", {"label_dim": 3, "patch_size": 4, "depth": 5}),
+}
+each_configuration = pytest.mark.parametrize(
+    ("family", "changes"), CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys()
+)
 
 
-def tiny(**changes) -> EDMUNet:
+def tiny(family: str = "edm", **changes) -> StageNetwork:
     """A tiny network in float64 whose every path is open: no weight is near zero."""
     torch.manual_seed(0)
-    network = EDMUNet(**(TINY | changes)).double()
+    network = build({"family": family, "image_size": 8} | TINY[family] | changes).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -34,10 +83,17 @@ def tiny(**changes) -> EDMUNet:
     return network
 
 
-def inputs(batch: int = len(STAGES)) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
     return x, torch.randn(batch, generator=generator, dtype=torch.float64)
+
+
+def labels_for(network: StageNetwork, batch: int = BATCH) -> dict[str, torch.Tensor]:
+    """Random labels and context of the shapes that the network takes."""
+    generator = torch.Generator().manual_seed(3)
+    zeros = conditioning(network, batch)
+    return {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in zeros.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +105,12 @@ def _float64_is_served_by_the_library():
         yield
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"encoder_widths": (12, 8, 4)}, {"decoder_widths": (8,)}, {"label_dim": 3, "augment_dim": 2}],
-    ids=["shared encoder", "separate networks", "unified", "labels"],
-)
-def test_mixed_batch_equals_the_samples_one_by_one(changes):
-    network = tiny(**changes)
+@each_configuration
+def test_mixed_batch_equals_the_samples_one_by_one(family, changes):
+    network = tiny(family, **changes)
     x, noise = inputs()
-    stages = STAGES if network.num_stages == 3 else [0] * len(STAGES)
-    labels = {}
-    if "label_dim" in changes:
-        labels = {"class_labels": torch.rand(6, 3).double(), "augment_labels": torch.rand(6, 2).double()}
+    stages = STAGES if network.num_stages == 3 else [0] * BATCH
+    labels = labels_for(network)
     cotangent = torch.randn(x.shape, dtype=torch.float64)
 
     mixed = network(x, noise, stages, **labels)
@@ -76,6 +126,80 @@ def test_mixed_batch_equals_the_samples_one_by_one(changes):
 
     for (name, parameter), gradient in zip(network.named_parameters(), from_mixed, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@each_configuration
+def test_build_inverts_config(family, changes):
+    network = tiny(family, **changes)
+    twin = build(json.loads(json.dumps(network.config)))
+    assert twin.config == network.config
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in twin.state_dict().items()} == shapes
+
+
+@each_configuration
+def test_state_dict_restores_every_parameter(family, changes):
+    network = tiny(family, **changes)
+    twin = tiny(family, **changes)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict({name: tensor.clone() for name, tensor in network.state_dict().items()})
+    x, noise = inputs(2)
+    labels = labels_for(network, 2)
+    assert torch.equal(twin(x, noise, [0, 0], **labels), network(x, noise, [0, 0], **labels))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_shared_layers_run_once_for_all_stages(family):
+    """The encoder of a mixed batch sees all samples in one call, not one call per stage."""
+    network = tiny(family)
+    first = network.embed_patches if family == "uvit" else network.conv
+    seen = []
+    first.register_forward_hook(lambda module, args, out: seen.append(args[0].counts))
+    network(*inputs(), STAGES)
+    assert seen == [(BATCH,)]
+
+
+def test_reduced_attention_leaves_the_later_decoders_without():
+    full, reduced = (tiny("ldm", attn_resolutions=(4, 8), reduced_attention=flag) for flag in (False, True))
+    assert attention_blocks(full) == [4, 4, 4]
+    assert attention_blocks(reduced) == [4, 2, 0]
+
+
+def attention_blocks(network: StageNetwork) -> list[int]:
+    """Decoder blocks with attention, per stage."""
+    found = [block.attention for level in network.dec.values() for block in level.blocks]
+    return [
+        sum(stage in getattr(attention, "stages", range(3)) for attention in found if attention is not None)
+        for stage in range(3)
+    ]
+
+
+def test_class_labels_are_dropped_per_sample_in_training_only():
+    network = tiny("edm", label_dim=3, label_dropout=0.5)
+    x, noise = inputs(1)
+    x, noise = x.expand(64, -1, -1, -1), noise.expand(64)
+    labels = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(64, 3)
+    kept = network.eval()(x[:1], noise[:1], [0], class_labels=labels[:1])
+    dropped = network(x[:1], noise[:1], [0])
+    torch.manual_seed(5)
+    out = network.train()(x, noise, [0] * 64, class_labels=labels)
+    is_kept = torch.isclose(out, kept, rtol=1e-9, atol=1e-9).flatten(1).all(dim=1)
+    is_dropped = torch.isclose(out, dropped, rtol=1e-9, atol=1e-9).flatten(1).all(dim=1)
+    assert (is_kept ^ is_dropped).all()
+    assert 16 <= is_dropped.sum() <= 48  # 32 expected, standard deviation 4
+
+
+def test_separate_networks_share_no_parameter():
+    network = tiny("edm", encoder_widths=(12, 8, 4))
+    x, noise = inputs(1)
+    network(x, noise, [0]).sum().backward()
+    for module in network.modules():
+        if isinstance(module, StageModule):
+            for name, parameter in module.named_parameters(recurse=False):
+                others = module.stage_tensors(name, parameter.grad)[1:]
+                assert not any(other.any() for other in others)
 
 
 def test_permuting_the_samples_permutes_the_outputs():
@@ -104,7 +228,7 @@ def test_an_empty_stage_gets_a_gradient_of_zero():
     network = tiny()
     x, noise = inputs(2)
     network(x, noise, [0, 2]).sum().backward()
-    conv = network.dec["8x8_block0"].conv0
+    conv = network.dec["8x8"].blocks[0].conv0
     norms = [g.norm().item() for g in conv.stage_tensors("weight", conv.weight.grad)]
     assert norms[0] > 0
     assert norms[1] == 0
@@ -114,8 +238,8 @@ def test_an_empty_stage_gets_a_gradient_of_zero():
 def test_state_dict_names_parameters_per_stage_and_restores_them():
     network = tiny()
     state = network.state_dict()
-    assert state["dec.8x8_block0.conv0.weight.2"].shape == (4, 16, 3, 3)
-    assert "dec.8x8_block0.conv0.weight" not in state
+    assert state["dec.8x8.blocks.0.conv0.weight.2"].shape == (4, 16, 3, 3)
+    assert "dec.8x8.blocks.0.conv0.weight" not in state
     other = tiny()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -128,9 +252,12 @@ def test_state_dict_names_parameters_per_stage_and_restores_them():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("enc.8x8_conv.weight.0"), r"Missing key.*enc\.8x8_conv\.weight\.0"),
-        (lambda s: s.update({"enc.8x8_conv.weight.7": torch.zeros(1)}), r"Unexpected key.*enc\.8x8_conv\.weight\.7"),
-        (lambda s: s.update({"enc.8x8_conv.weight.0": torch.zeros(1)}), r"weight\.0 has shape \[1\], the network needs"),
+        (lambda s: s.pop("conv.weight.0"), r"Missing key.*conv\.weight\.0"),
+        (lambda s: s.update({"conv.weight.7": torch.zeros(1)}), r"Unexpected key.*conv\.weight\.7"),
+        (
+            lambda s: s.update({"conv.weight.0": torch.zeros(1)}),
+            r"weight\.0 has shape \[1\], the network needs",
+        ),
     ],
     ids=["missing", "unexpected", "shape"],
 )
@@ -149,45 +276,34 @@ def test_networks_copy_and_pickle_with_their_parameters():
     assert torch.equal(network(x, noise, STAGES), twin(x, noise, STAGES))
 
 
-def test_build_inverts_config():
-    network = tiny()
-    twin = build(network.config)
-    assert twin.config == network.config
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    assert {name: tensor.shape for name, tensor in twin.state_dict().items()} == shapes
-
-
-def test_published_cifar10_parameter_counts():
-    with torch.device("meta"):
-        network = EDMUNet(32, augment_dim=9)
-    decoders = [0.0, 0.0, 0.0]
-    for module in network.dec.modules():
-        if isinstance(module, StageModule):
-            for name in module.stage_parameter_names():
-                for stage, tensor in enumerate(module.stage_tensors(name)):
-                    decoders[stage] += tensor.numel() / 1e6
-    encoder, total = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.enc, network))
-    # Table of the reference implementation: millions of parameters, three decimals.
-    assert [round(d, 3) for d in decoders] == [68.285, 36.101, 4.775]
-    assert round(encoder, 3) == 19.303
-    assert round(total, 3) == 128.793
-
-
-def test_training_compiles_to_one_graph_without_breaks():
-    network = tiny(decoder_widths=(8, 4), attn_resolutions=())
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("edm", {"decoder_widths": (8, 4), "channel_mult": (1,), "attn_resolutions": ()}),
+        ("uvit", {"decoder_widths": (16, 8), "depth": 2}),
+        pytest.param(
+            "ldm",
+            {"decoder_widths": (64, 32), "context_dim": 6, "channel_mult": (1,), "attn_resolutions": (8,)},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_training_compiles_to_one_graph_without_breaks(family, changes):
+    network = tiny(family, **changes)
     x, noise = inputs(3)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    expected = network(x, noise, (1, 0, 1))
-    actual = compiled(x, noise, (1, 0, 1))
+    labels = labels_for(network, 3)
+    expected = network(x, noise, (1, 0, 1), **labels)
+    actual = compiled(x, noise, (1, 0, 1), **labels)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16])
-def test_autocast_runs_in_low_precision_and_returns_the_callers_dtype(precision):
-    network = tiny().float()
+@pytest.mark.parametrize("family", TINY)
+def test_autocast_runs_in_low_precision_and_returns_the_callers_dtype(family):
+    network = tiny(family).float()
     x, noise = inputs()
     exact = network(x.float(), noise.float(), STAGES)
-    with torch.autocast("cpu", precision):
+    with torch.autocast("cpu", torch.bfloat16):
         low = network(x.float(), noise.float(), STAGES)
     assert low.dtype == torch.float32
     error = ((low - exact).norm() / exact.norm()).item()
@@ -196,25 +312,50 @@ def test_autocast_runs_in_low_precision_and_returns_the_callers_dtype(precision)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("family", "arguments", "message"),
     [
-        ({"encoder_widths": (8, 8)}, r"encoder_widths must hold one width \(shared\) or one per decoder"),
-        ({"decoder_widths": ()}, r"encoder_widths must hold one width"),
-        ({"image_size": 9}, r"image_size must be a multiple of 2 for 2 levels, got 9"),
-        ({"decoder_widths": (12, 8, 75)}, r"16 groups do not divide the \d+ channels of stage 2"),
-        ({"num_blocks": 0}, r"num_blocks must be >= 1"),
+        (
+            "edm",
+            {"encoder_widths": (8, 8)},
+            r"encoder_widths must hold one width \(shared\) or one per decoder",
+        ),
+        ("edm", {"decoder_widths": ()}, r"encoder_widths must hold one width"),
+        ("edm", {"decoder_widths": (8, 0, 4)}, r"decoder_widths must be >= 1, got \[8, 0, 4\]"),
+        ("edm", {"image_size": 9}, r"image_size must be a multiple of 2 for 2 levels, got 9"),
+        ("edm", {"decoder_widths": (12, 8, 75)}, r"16 groups do not divide the \d+ channels of stage 2"),
+        ("edm", {"num_blocks": 0}, r"num_blocks must be >= 1"),
+        (
+            "edm",
+            {"encoder_type": "none"},
+            r"encoder_type must be one of standard, skip, residual, got 'none'",
+        ),
+        (
+            "edm",
+            {"embedding_type": "sines"},
+            r"embedding_type must be one of positional, fourier, got 'sines'",
+        ),
+        ("edm", {"decoder_type": "residual"}, r"decoder_type must be one of standard, skip, got 'residual'"),
+        ("ncsnpp", {"resample_filter": (1, 2, 1)}, r"a filter must have an even number of taps"),
+        ("ldm", {"decoder_widths": (64, 48, 32)}, r"32 groups do not divide the \d+ channels of stage 1"),
+        ("ldm", {"num_heads": 5}, r"64 channels are no multiple of head_channels=32 or num_heads=5"),
+        ("uvit", {"patch_size": 3}, r"patch_size must divide image_size=8, got 3"),
+        ("uvit", {"num_heads": 5}, r"num_heads=5 must divide every width, got width 16"),
     ],
 )
-def test_impossible_sizes_are_refused(arguments, message):
+def test_impossible_sizes_are_refused(family, arguments, message):
     with pytest.raises(ValueError, match=message):
-        EDMUNet(**(TINY | arguments))
+        tiny(family, **arguments)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda n, x, s: n(x[:, :2], s, STAGES), ValueError, r"x must be \[B, 3, 8, 8\], got \[6, 2, 8, 8\]"),
-        (lambda n, x, s: n(x, s[:3], STAGES), ValueError, r"noise must be \[6\], one value per sample, got \[3\]"),
+        (
+            lambda n, x, s: n(x, s[:3], STAGES),
+            ValueError,
+            r"noise must be \[6\], one value per sample, got \[3\]",
+        ),
         (lambda n, x, s: n(x, s, STAGES[:3]), ValueError, r"got 3 ids for 6 samples"),
         (lambda n, x, s: n(x, s, [3] * 6), ValueError, r"ids must lie in 0\.\.2, got 3"),
         (lambda n, x, s: n(x, s, torch.zeros(6)), TypeError, r"ids must be integers"),
@@ -227,8 +368,37 @@ def test_bad_batches_are_refused(call, error, message):
         call(tiny(), x, noise)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "given", "message"),
+    [
+        ("ldm", {}, {"context": torch.zeros(6, 1, 6)}, r"built without context"),
+        ("ldm", {"context_dim": 6}, {}, r"context must be \[6, tokens, 6\], got none"),
+        ("ldm", {"context_dim": 6}, {"context": torch.zeros(6, 1, 5)}, r"context must be .* got \[6, 1, 5\]"),
+        ("ldm", {"label_dim": 3}, {}, r"class_labels \[6, 3\] are needed, got none"),
+        ("uvit", {"label_dim": 3}, {}, r"class_labels \[B, 3\] are needed, got none"),
+        ("uvit", {}, {"class_labels": torch.zeros(6, 3)}, r"built without class_labels"),
+        (
+            "edm",
+            {"label_dim": 3},
+            {"class_labels": torch.zeros(6, 4)},
+            r"class_labels must be \[6, 3\], got \[6, 4\]",
+        ),
+        (
+            "edm",
+            {"label_dim": 3},
+            {"class_labels": torch.zeros(5, 3)},
+            r"one entry per sample \(6\), got \[5, 3\]",
+        ),
+    ],
+)
+def test_conditioning_that_does_not_fit_is_refused(family, changes, given, message):
+    network = tiny(family, **changes)
+    with pytest.raises(ValueError, match=message):
+        network(*inputs(), STAGES, **given)
+
+
 def test_build_names_an_unknown_family_and_argument():
-    with pytest.raises(ValueError, match=r"family must be one of edm, got 'gan'"):
+    with pytest.raises(ValueError, match=r"family must be one of edm, ncsnpp, ldm, uvit, got 'gan'"):
         build({"family": "gan"})
     with pytest.raises(ValueError, match=r"edm does not take these arguments.*colour"):
         build({"family": "edm", "image_size": 8, "colour": 1})

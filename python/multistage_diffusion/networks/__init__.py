@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from torch import nn
 
 from multistage_diffusion.networks.edm import EDMUNet
+from multistage_diffusion.networks.ldm import LDMUNet
+from multistage_diffusion.networks.mixed_batch import StageNetwork, StageOrder
+from multistage_diffusion.networks.ncsnpp import NCSNpp
+from multistage_diffusion.networks.uvit import UViT
 
-FAMILIES = {"edm": EDMUNet}
+FAMILIES = {network.family: network for network in (EDMUNet, NCSNpp, LDMUNet, UViT)}
 
-__all__ = ["FAMILIES", "EDMUNet", "build"]
+__all__ = ["FAMILIES", "EDMUNet", "LDMUNet", "NCSNpp", "StageNetwork", "StageOrder", "UViT", "build"]
 
 
 def build(config: Mapping[str, object]) -> nn.Module:

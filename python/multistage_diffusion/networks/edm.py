@@ -1,76 +1,68 @@
-"""The U-Net of EDM (DDPM++ variant; Karras et al., arXiv 2206.00364) with one decoder per stage (arXiv 2312.09181)."""
+"""The U-Nets of EDM (DDPM++ and NCSN++ variants; Karras et al., arXiv 2206.00364; Song et al., arXiv 2011.13456)
+with one decoder per stage (arXiv 2312.09181)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
 from multistage_diffusion.layers import (
+    BOX,
     StageAttention,
     StageConv2d,
     StageGroupNorm,
     StageLinear,
+    Widths,
     xavier_uniform,
 )
-from multistage_diffusion.networks.mixed_batch import StageOrder
+from multistage_diffusion.networks.blocks import (
+    SKIP_SCALE,
+    ZERO,
+    BlockStyle,
+    DecoderLevel,
+    EncoderLevel,
+    OutputHead,
+    ResidualBlock,
+    ResidualInput,
+    SkipInput,
+    decoder_blocks,
+    encoder_blocks,
+)
+from multistage_diffusion.networks.embeddings import (
+    EmbeddingMLP,
+    FourierEmbedding,
+    PositionalEmbedding,
+    add,
+    drop_labels,
+    label_batch,
+)
+from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels
 
 __all__ = ["EDMUNet"]
 
-SKIP_SCALE = math.sqrt(0.5)
-ZERO = xavier_uniform(1e-5)
 ATTENTION = xavier_uniform(math.sqrt(0.2))
-MAX_GROUPS, MIN_CHANNELS_PER_GROUP, EPS = 16, 4, 1e-6
+MIN_CHANNELS_PER_GROUP, EPS = 4, 1e-6
 
-Widths = tuple[int, ...]
-
-
-def norm(channels: Widths) -> StageGroupNorm:
-    """GroupNorm of this family: at most 16 groups, at least 4 channels in each."""
-    return StageGroupNorm(channels, [max(min(MAX_GROUPS, c // MIN_CHANNELS_PER_GROUP), 1) for c in channels], eps=EPS)
+EMBEDDING_TYPES = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+ENCODER_TYPES = {"standard": None, "skip": SkipInput, "residual": ResidualInput}
+DECODER_TYPES = ("standard", "skip")
 
 
-class UNetBlock(nn.Module):
-    """Residual block: ``√½ · (skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0(x))) + affine(emb))))))``.
-
-    ``conv0`` and ``skip`` resample where the block changes the resolution; attention follows where asked for.
-    """
-
-    def __init__(
-        self,
-        in_channels: Widths,
-        out_channels: Widths,
-        emb_channels: Widths,
-        *,
-        resample: str | None = None,
-        attention: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.norm0 = norm(in_channels)
-        self.conv0 = StageConv2d(in_channels, out_channels, 3, resample=resample)
-        self.affine = StageLinear(emb_channels, out_channels)
-        self.norm1 = norm(out_channels)
-        self.conv1 = StageConv2d(out_channels, out_channels, 3, initialise=ZERO)
-        projects = in_channels != out_channels or resample is not None
-        self.skip = StageConv2d(in_channels, out_channels, 1, resample=resample) if projects else None
-        self.attention = _attention(out_channels) if attention else None
-
-    def forward(self, x: StageBatch, emb: StageBatch) -> StageBatch:
-        h = self.conv0(self.norm0(x, activation="silu"), sample_bias=self.affine(emb))
-        h = self.norm1(h, activation="silu").map(lambda values: F.dropout(values, self.dropout, self.training))
-        h = self.conv1(h, residual=x if self.skip is None else self.skip(x), scale=SKIP_SCALE)
-        return h if self.attention is None else self.attention(h)
+def norm(channels: Widths, max_groups: int = 16) -> StageGroupNorm:
+    """GroupNorm of this family: at most ``max_groups`` groups, at least 4 channels in each."""
+    groups = [max(min(max_groups, c // MIN_CHANNELS_PER_GROUP), 1) for c in channels]
+    return StageGroupNorm(channels, groups, eps=EPS)
 
 
-def _attention(channels: Widths) -> StageAttention:
+def attention(channels: Widths, max_groups: int = 16) -> StageAttention:
+    """Self-attention of this family: one head, q, k and v interleaved."""
     return StageAttention(
-        norm(channels),
+        norm(channels, max_groups),
         StageConv2d(channels, [3 * c for c in channels], 1, initialise=ATTENTION),
         StageConv2d(channels, channels, 1, initialise=ZERO),
         num_heads=(1,) * len(channels),
@@ -79,62 +71,12 @@ def _attention(channels: Widths) -> StageAttention:
     )
 
 
-class NoiseEmbedding(nn.Module):
-    """Positional embedding of the noise input, plus the labels' embedding, through two layers."""
-
-    def __init__(self, noise_channels: Widths, emb_channels: Widths, label_dim: int, augment_dim: int) -> None:
-        super().__init__()
-        self.noise_channels = noise_channels
-        num_stages = len(noise_channels)
-        self.map_label = StageLinear((label_dim,) * num_stages, noise_channels) if label_dim else None
-        self.map_augment = (
-            StageLinear((augment_dim,) * num_stages, noise_channels, bias=False) if augment_dim else None
-        )
-        self.map_layer0 = StageLinear(noise_channels, emb_channels)
-        self.map_layer1 = StageLinear(emb_channels, emb_channels)
-
-    def forward(
-        self,
-        noise: Tensor,
-        counts: Sequence[int],
-        class_labels: Tensor | None,
-        augment_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> StageBatch:
-        parts = zip(noise.split(list(counts)), self.noise_channels, strict=True)
-        emb = StageBatch.from_segments([positional_embedding(n, c)[:, :, None, None] for n, c in parts]).to(dtype)
-        if class_labels is not None:
-            class_labels = class_labels * math.sqrt(class_labels.shape[1])
-        emb = _add_labels(emb, "class_labels", class_labels, self.map_label)
-        emb = _add_labels(emb, "augment_labels", augment_labels, self.map_augment)
-        return self.map_layer1(self.map_layer0(emb).map(F.silu)).map(F.silu)
-
-
-def _add_labels(emb: StageBatch, name: str, labels: Tensor | None, layer: StageLinear | None) -> StageBatch:
-    if labels is None:
-        return emb
-    if layer is None:
-        raise ValueError(f"EDMUNet: the network was built without {name}, but some were given")
-    if labels.dim() != 2 or labels.shape[1] != layer.in_features[0]:
-        raise ValueError(f"EDMUNet: {name} must be [B, {layer.in_features[0]}], got {list(labels.shape)}")
-    embedded = layer(StageBatch.from_dense(labels.to(emb.dtype), emb.counts))
-    return emb.with_values(emb.values + embedded.values)
-
-
-def positional_embedding(noise: Tensor, channels: int, max_positions: int = 10_000) -> Tensor:
-    """``[B] -> [B, channels]``: sines, then cosines, of frequencies from 1 down to 1 / max_positions, both included."""
-    half = channels // 2
-    dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
-    exponents = torch.arange(half, dtype=dtype, device=noise.device) / max(half - 1, 1)
-    angles = noise.to(dtype)[:, None] * (1 / max_positions) ** exponents
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class EDMUNet(nn.Module):
+class EDMUNet(StageNetwork):
     """U-Net with a shared encoder and one decoder per stage; a batch may mix samples of all stages.
 
     ``decoder_widths`` with one entry is the unified network; as many ``encoder_widths`` as ``decoder_widths`` are
-    separate networks, one per stage.
+    separate networks, one per stage. The defaults are the DDPM++ network for CIFAR-10; NCSN++ has
+    ``embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1)``.
 
     Args:
         image_size: height and width of the images, divisible by 2 to the number of levels less one.
@@ -148,9 +90,16 @@ class EDMUNet(nn.Module):
         channel_mult_emb: the embedding has this multiple of the encoder's base width.
         label_dim, augment_dim: sizes of the class and augmentation labels; 0: none.
         label_dropout: probability that a sample's class label is dropped in training.
+        embedding_type: of the noise: ``"positional"`` or ``"fourier"``.
+        channel_mult_noise: the noise's embedding has this multiple of the encoder's base width.
+        encoder_type: what the coarser levels see of the image: ``"standard"`` nothing, ``"skip"`` the image filtered
+            down, ``"residual"`` the level above, filtered and convolved down.
+        decoder_type: ``"standard"``: the finest level makes the image; ``"skip"``: every level adds to it.
+        resample_filter: taps of the resampling filter.
+        max_groups: most groups of a GroupNorm: 16 in the multi-stage models, 32 in the original EDM.
 
     Raises:
-        ValueError: sizes that do not fit together; the message says which and what is allowed.
+        ValueError: sizes that do not fit together, or an unknown type; the message says what is allowed.
     """
 
     family = "edm"
@@ -171,82 +120,113 @@ class EDMUNet(nn.Module):
         label_dim: int = 0,
         augment_dim: int = 0,
         label_dropout: float = 0.0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = BOX,
+        max_groups: int = 16,
     ) -> None:
-        super().__init__()
         encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult, attn_resolutions = tuple(channel_mult), tuple(attn_resolutions)
-        _check_sizes(image_size, encoder_widths, decoder_widths, channel_mult, num_blocks)
-        self.config = {
-            "family": self.family,
-            "image_size": image_size,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "encoder_widths": list(encoder_widths),
-            "decoder_widths": list(decoder_widths),
-            "channel_mult": list(channel_mult),
-            "num_blocks": num_blocks,
-            "attn_resolutions": list(attn_resolutions),
-            "dropout": dropout,
-            "channel_mult_emb": channel_mult_emb,
-            "label_dim": label_dim,
-            "augment_dim": augment_dim,
-            "label_dropout": label_dropout,
-        }
-        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
-        self.num_stages, self.shared_encoder = len(decoder_widths), len(encoder_widths) == 1
-        self.label_dim, self.label_dropout = label_dim, label_dropout
+        channel_mult, resample_filter = tuple(channel_mult), tuple(resample_filter)
+        super().__init__(
+            {
+                "image_size": image_size,
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "encoder_widths": list(encoder_widths),
+                "decoder_widths": list(decoder_widths),
+                "channel_mult": list(channel_mult),
+                "num_blocks": num_blocks,
+                "attn_resolutions": list(attn_resolutions),
+                "dropout": dropout,
+                "channel_mult_emb": channel_mult_emb,
+                "label_dim": label_dim,
+                "augment_dim": augment_dim,
+                "label_dropout": label_dropout,
+                "embedding_type": embedding_type,
+                "channel_mult_noise": channel_mult_noise,
+                "encoder_type": encoder_type,
+                "decoder_type": decoder_type,
+                "resample_filter": list(resample_filter),
+                "max_groups": max_groups,
+            },
+            image_size=image_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            encoder_widths=encoder_widths,
+            decoder_widths=decoder_widths,
+        )
+        check_levels("EDMUNet", image_size, channel_mult, num_blocks)
+        _check_type("embedding_type", embedding_type, EMBEDDING_TYPES)
+        _check_type("encoder_type", encoder_type, ENCODER_TYPES)
+        _check_type("decoder_type", decoder_type, DECODER_TYPES)
+        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
+        self.image_sizes = [image_size >> level for level in range(len(channel_mult))]
         emb = tuple(w * channel_mult_emb for w in encoder_widths)
-        self.embedding = NoiseEmbedding(encoder_widths, emb, label_dim, augment_dim)
-        block = {"dropout": dropout}
+        noise = tuple(w * channel_mult_noise for w in encoder_widths)
+        self.map_noise = EMBEDDING_TYPES[embedding_type](noise)
+        self.map_label = StageLinear((label_dim,) * len(noise), noise) if label_dim else None
+        self.map_augment = (
+            StageLinear((augment_dim,) * len(noise), noise, bias=False) if augment_dim else None
+        )
+        self.map_layers = EmbeddingMLP(noise, emb)
+        style = {
+            "norm": partial(norm, max_groups=max_groups),
+            "attention": partial(attention, max_groups=max_groups),
+            "dropout": dropout,
+            "scale": SKIP_SCALE,
+            "filter": resample_filter,
+        }
         self.enc = nn.ModuleDict()
-        skips = self._build_encoder(encoder_widths, emb, channel_mult, num_blocks, attn_resolutions, block)
+        skips = self._add_encoder(encoder_widths, BlockStyle(emb, **style))
         self.dec = nn.ModuleDict()
-        self._build_decoder(decoder_widths, emb, channel_mult, num_blocks, attn_resolutions, block, skips)
+        self._add_decoder(decoder_widths, BlockStyle(self.per_decoder(emb), **style), skips)
 
-    def _build_encoder(self, widths, emb, channel_mult, num_blocks, attn_resolutions, block) -> list[Widths]:
-        """Adds the encoder's layers and returns the channels of the skips that they leave."""
-        channels = (self.in_channels,) * len(widths)
-        skips = []
-        for level, mult in enumerate(channel_mult):
-            size = self.image_size >> level
-            if level == 0:
-                self.enc[f"{size}x{size}_conv"] = StageConv2d(channels, widths, 3)
-                channels = widths
-            else:
-                self.enc[f"{size}x{size}_down"] = UNetBlock(channels, channels, emb, resample="down", **block)
-            skips.append(channels)
-            for index in range(num_blocks):
-                out = tuple(w * mult for w in widths)
-                attention = size in attn_resolutions
-                self.enc[f"{size}x{size}_block{index}"] = UNetBlock(channels, out, emb, attention=attention, **block)
-                channels = out
+    def _add_encoder(self, widths: Widths, style: BlockStyle) -> list[Widths]:
+        """Adds the encoder's levels and returns the channels of the skips that they leave."""
+        config = self.config
+        image = (self.in_channels,) * len(widths)
+        input_type = ENCODER_TYPES[config["encoder_type"]]
+        self.conv = StageConv2d(image, widths, 3)
+        channels, pyramid, skips = widths, image, [widths]
+        for level, mult in enumerate(config["channel_mult"]):
+            size = self.image_sizes[level]
+            down = input = None
+            if level > 0:
+                down = ResidualBlock(channels, channels, style, resample="down")
                 skips.append(channels)
+                if input_type is not None:
+                    input = input_type(pyramid, channels, style.filter)
+                    pyramid = channels if input_type is ResidualInput else image
+            out = tuple(w * mult for w in widths)
+            attends = size in config["attn_resolutions"]
+            blocks = encoder_blocks(channels, out, style, config["num_blocks"], skips, attention=attends)
+            channels = out
+            self.enc[f"{size}x{size}"] = EncoderLevel(down, blocks, input)
         return skips
 
-    def _build_decoder(self, widths, emb, channel_mult, num_blocks, attn_resolutions, block, skips) -> None:
-        skips = [self._per_decoder(channels) for channels in skips]
-        emb = self._per_decoder(emb)
-        channels = skips[-1]
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            size = self.image_size >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{size}x{size}_in0"] = UNetBlock(channels, channels, emb, attention=True, **block)
-                self.dec[f"{size}x{size}_in1"] = UNetBlock(channels, channels, emb, **block)
+    def _add_decoder(self, widths: Widths, style: BlockStyle, skips: list[Widths]) -> None:
+        config = self.config
+        image = (self.out_channels,) * self.num_stages
+        skips = [self.per_decoder(channels) for channels in skips]
+        channels, coarsest = skips[-1], len(config["channel_mult"]) - 1
+        for level in range(coarsest, -1, -1):
+            size, mult = self.image_sizes[level], config["channel_mult"][level]
+            if level == coarsest:
+                entry = [
+                    ResidualBlock(channels, channels, style, attention=True),
+                    ResidualBlock(channels, channels, style),
+                ]
             else:
-                self.dec[f"{size}x{size}_up"] = UNetBlock(channels, channels, emb, resample="up", **block)
-            for index in range(num_blocks + 1):
-                joined = tuple(c + s for c, s in zip(channels, skips.pop(), strict=True))
-                channels = tuple(w * mult for w in widths)
-                attention = index == num_blocks and size in attn_resolutions
-                self.dec[f"{size}x{size}_block{index}"] = UNetBlock(joined, channels, emb, attention=attention, **block)
-        size = self.image_size
-        self.dec[f"{size}x{size}_aux_norm"] = norm(channels)
-        self.dec[f"{size}x{size}_aux_conv"] = StageConv2d(
-            channels, (self.out_channels,) * self.num_stages, 3, initialise=ZERO
-        )
-
-    def _per_decoder(self, channels: Widths) -> Widths:
-        return channels * self.num_stages if self.shared_encoder else channels
+                entry = [ResidualBlock(channels, channels, style, resample="up")]
+            out = tuple(w * mult for w in widths)
+            attends = [False] * config["num_blocks"] + [size in config["attn_resolutions"]]
+            blocks = decoder_blocks(channels, out, style, skips, attends)
+            channels = out
+            makes_image = level == 0 or config["decoder_type"] == "skip"
+            head = OutputHead(style.norm(channels), image, filter=style.filter) if makes_image else None
+            self.dec[f"{size}x{size}"] = DecoderLevel(entry, blocks, head)
 
     def forward(
         self,
@@ -263,7 +243,7 @@ class EDMUNet(nn.Module):
             x: ``[B, in_channels, image_size, image_size]``.
             noise: ``[B]``, c_noise = ln(σ) / 4.
             stage: one stage id per sample, on the host, in any order.
-            class_labels: ``[B, label_dim]``, one-hot or soft; None: no class.
+            class_labels: ``[B, label_dim]``, one-hot or soft; None: no class, as labels of 0.
             augment_labels: ``[B, augment_dim]``; None: no augmentation.
 
         Returns:
@@ -274,66 +254,47 @@ class EDMUNet(nn.Module):
         Raises:
             ValueError, TypeError: shapes or stage ids that do not fit.
         """
-        self._check_input(x, noise)
-        order = StageOrder.of(stage, self.num_stages, x.shape[0])
-        device_type, dtype = x.device.type, self._compute_dtype(x)
-        labels = self._drop_labels(class_labels)
-        with torch.autocast(device_type, enabled=False):
-            inputs = [order.sort(t) for t in (x.to(dtype), noise, labels, augment_labels)]
-            y = self._run(*inputs, order.counts, dtype)
-        return order.restore(y).to(x.dtype)
+        if self.training:
+            class_labels = drop_labels(class_labels, self.label_dropout)
+        return self.mixed(x, noise, stage, class_labels=class_labels, augment_labels=augment_labels)
 
-    def _run(self, x, noise, class_labels, augment_labels, counts, dtype) -> Tensor:
-        encoder_counts = (x.shape[0],) if self.shared_encoder else counts
-        emb = self.embedding(noise, encoder_counts, class_labels, augment_labels, dtype)
-        h, skips = StageBatch.from_dense(x, encoder_counts), []
-        for layer in self.enc.values():
-            h = layer(h, emb) if isinstance(layer, UNetBlock) else layer(h)
-            skips.append(h)
-        if self.shared_encoder:
-            h, emb, skips = h.restage(counts), emb.restage(counts), [s.restage(counts) for s in skips]
-        for name, layer in self.dec.items():
-            if "_block" in name:
-                h = StageBatch.concatenate(h, skips.pop())
-            if isinstance(layer, UNetBlock):
-                h = layer(h, emb)
-            else:
-                h = layer(h, activation="silu") if isinstance(layer, StageGroupNorm) else layer(h)
-        return h.dense()
+    def run(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        counts: Widths,
+        dtype: torch.dtype,
+        *,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+    ) -> Tensor:
+        encoder_counts = self.encoder_counts(counts)
+        emb = self._embed(noise, encoder_counts, dtype, class_labels, augment_labels)
+        pyramid = StageBatch.from_dense(x, encoder_counts)
+        h = self.conv(pyramid)
+        skips = [h]
+        for level in self.enc.values():
+            h, pyramid = level(h, emb, skips, pyramid=pyramid)
+        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
+        skips = [self.to_decoders(counts, skip) for skip in skips]
+        image = None
+        for level in self.dec.values():
+            h, image = level(h, emb, skips, image=image)
+        return image.dense()
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return self.embedding.map_layer0.weight.dtype
-
-    def _drop_labels(self, class_labels: Tensor | None) -> Tensor | None:
-        """Drops each sample's class with probability ``label_dropout`` in training."""
-        if class_labels is None or not self.training or self.label_dropout == 0:
-            return class_labels
-        keep = torch.rand(class_labels.shape[0], 1, device=class_labels.device) >= self.label_dropout
-        return class_labels * keep.to(class_labels.dtype)
-
-    def _check_input(self, x: Tensor, noise: Tensor) -> None:
-        expected = (self.in_channels, self.image_size, self.image_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"EDMUNet: x must be [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
-        if tuple(noise.shape) != (x.shape[0],):
-            raise ValueError(f"EDMUNet: noise must be [{x.shape[0]}], one value per sample, got {list(noise.shape)}")
-
-
-def _check_sizes(image_size, encoder_widths, decoder_widths, channel_mult, num_blocks) -> None:
-    if len(encoder_widths) not in (1, len(decoder_widths)) or not decoder_widths:
-        raise ValueError(
-            f"EDMUNet: encoder_widths must hold one width (shared) or one per decoder, "
-            f"got {encoder_widths} for decoder_widths={decoder_widths}"
+    def _embed(self, noise, counts, dtype, class_labels, augment_labels) -> StageBatch:
+        if class_labels is not None:
+            class_labels = class_labels * math.sqrt(self.label_dim)
+        elif self.label_dim:
+            class_labels = torch.zeros(sum(counts), self.label_dim, dtype=dtype, device=noise.device)
+        emb = self.map_noise(noise, counts).to(dtype)
+        emb = add(emb, label_batch("EDMUNet", "class_labels", class_labels, self.map_label, counts, dtype))
+        emb = add(
+            emb, label_batch("EDMUNet", "augment_labels", augment_labels, self.map_augment, counts, dtype)
         )
-    if min(encoder_widths + decoder_widths) < 1 or not channel_mult or min(channel_mult) < 1 or num_blocks < 1:
-        raise ValueError(
-            f"EDMUNet: widths, channel_mult and num_blocks must be >= 1, got encoder_widths={encoder_widths}, "
-            f"decoder_widths={decoder_widths}, channel_mult={channel_mult}, num_blocks={num_blocks}"
-        )
-    factor = 2 ** (len(channel_mult) - 1)
-    if image_size < factor or image_size % factor:
-        raise ValueError(
-            f"EDMUNet: image_size must be a multiple of {factor} for {len(channel_mult)} levels, got {image_size}"
-        )
+        return self.map_layers(emb)
+
+
+def _check_type(name: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"EDMUNet: {name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from msd_kernels import StageBatch
+from multistage_diffusion.layers import Widths
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ class StageOrder:
             stage = stage.reshape(-1).tolist() if stage.dim() <= 1 else _refuse_shape(stage)
         ids = tuple(stage)
         if len(ids) != batch_size:
-            raise ValueError(f"stage: one id per sample is needed, got {len(ids)} ids for {batch_size} samples")
+            raise ValueError(
+                f"stage: one id per sample is needed, got {len(ids)} ids for {batch_size} samples"
+            )
         wrong = [i for i in ids if not 0 <= i < num_stages]
         if wrong:
             raise ValueError(f"stage: ids must lie in 0..{num_stages - 1}, got {wrong[0]}")
@@ -69,3 +75,108 @@ def _index(order: Sequence[int], device: torch.device) -> Tensor:
 
 def _refuse_shape(stage: Tensor):
     raise ValueError(f"stage: ids must be a vector, got shape {tuple(stage.shape)}")
+
+
+class StageNetwork(nn.Module):
+    """A network with an encoder, shared or one per stage, and one decoder per stage.
+
+    A family calls :meth:`mixed` from its ``forward`` and gives ``run``, which sees the samples in stage order.
+
+    Args:
+        config: the constructor's arguments; ``networks.build`` inverts it.
+        image_size, in_channels, out_channels: of the images.
+        encoder_widths: base width of the encoder: one for a shared encoder, or one per stage.
+        decoder_widths: base width of each stage's decoder.
+
+    Attributes:
+        family: the name of the family.
+        num_stages: stages, the number of decoders.
+        shared_encoder: whether one encoder serves all stages.
+
+    Raises:
+        ValueError: widths or sizes that do not fit together.
+    """
+
+    family: str
+
+    def __init__(
+        self,
+        config: dict[str, object],
+        *,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        encoder_widths: Widths,
+        decoder_widths: Widths,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not decoder_widths or len(encoder_widths) not in (1, len(decoder_widths)):
+            raise ValueError(
+                f"{name}: encoder_widths must hold one width (shared) or one per decoder, "
+                f"got {encoder_widths} for decoder_widths={decoder_widths}"
+            )
+        sizes = {"image_size": image_size, "in_channels": in_channels, "out_channels": out_channels}
+        sizes |= {"encoder_widths": min(encoder_widths), "decoder_widths": min(decoder_widths)}
+        for key, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}: {key} must be >= 1, got {config[key]}")
+        self.config = {"family": self.family, **config}
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.num_stages, self.shared_encoder = len(decoder_widths), len(encoder_widths) == 1
+
+    def run(self, x: Tensor, noise: Tensor, counts: Widths, dtype: torch.dtype, **conditioning) -> Tensor:
+        """The network on samples in stage order, ``x`` in ``dtype``; returns the dense output."""
+        raise NotImplementedError
+
+    def mixed(self, x: Tensor, noise: Tensor, stage, **conditioning: Tensor | None) -> Tensor:
+        """Checks and sorts a batch, runs it, and restores the caller's order and dtype."""
+        name, expected = type(self).__name__, (self.in_channels, self.image_size, self.image_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"{name}: x must be [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
+        if tuple(noise.shape) != (x.shape[0],):
+            raise ValueError(
+                f"{name}: noise must be [{x.shape[0]}], one value per sample, got {list(noise.shape)}"
+            )
+        for key, value in conditioning.items():
+            if value is not None and value.shape[:1] != x.shape[:1]:
+                raise ValueError(
+                    f"{name}: {key} must have one entry per sample ({x.shape[0]}), got {list(value.shape)}"
+                )
+        order = StageOrder.of(stage, self.num_stages, x.shape[0])
+        dtype = self._compute_dtype(x)
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            conditioning = {key: order.sort(value) for key, value in conditioning.items()}
+            y = self.run(order.sort(x).to(dtype), order.sort(noise), order.counts, dtype, **conditioning)
+        return order.restore(y).to(x.dtype)
+
+    def encoder_counts(self, counts: Widths) -> Widths:
+        """Samples per stage as the encoder sees them: one stage if it is shared."""
+        return (sum(counts),) if self.shared_encoder else counts
+
+    def to_decoders(self, counts: Widths, batch: StageBatch | None) -> StageBatch | None:
+        """A batch that left the encoder, cut into the decoders' stages, without a copy."""
+        return batch.restage(counts) if self.shared_encoder and batch is not None else batch
+
+    def per_decoder(self, channels: Widths) -> Widths:
+        """Channels that left the encoder, one per decoder."""
+        return channels * self.num_stages if self.shared_encoder else channels
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return next(self.parameters()).dtype
+
+
+def check_levels(name: str, image_size: int, channel_mult: Widths, num_blocks: int) -> None:
+    """Raises ValueError unless a U-Net of these levels can halve its image at each of them."""
+    if not channel_mult or min(channel_mult) < 1 or num_blocks < 1:
+        raise ValueError(
+            f"{name}: channel_mult and num_blocks must be >= 1, got channel_mult={channel_mult}, "
+            f"num_blocks={num_blocks}"
+        )
+    factor = 2 ** (len(channel_mult) - 1)
+    if image_size < factor or image_size % factor:
+        raise ValueError(
+            f"{name}: image_size must be a multiple of {factor} for {len(channel_mult)} levels, got {image_size}"
+        )

@@ -1,0 +1,37 @@
+"""Multi-stage diffusion models (arXiv 2312.09181): one encoder, one decoder per stage of noise levels.
+
+The names below are imported when they are first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_EXPORTS = {
+    "stages": ("Stages", "StagesError"),
+    "preconditioning": ("EDMPreconditioner", "Preconditioner", "SchedulePreconditioner"),
+    "losses": ("MixedNoise", "StratifiedNoise", "denoising_loss", "edm_loss"),
+    "schedules": ("LogNormal", "Uniform", "edm_sigmas", "vp_sigma", "vp_t"),
+    "samplers": ("SamplerConfig", "SeededNoise", "generate", "heun"),
+    "augmentation": ("Augmentation",),
+    "presets": ("PRESETS",),
+    "ema": ("EMA",),
+    "checkpoints": ("CheckpointError", "load_model"),
+    "training": ("Trainer", "TrainingConfig"),
+    "data": ("DataError", "ImageData", "load_images"),
+}
+_SOURCE = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = sorted(_SOURCE)
+
+
+def __getattr__(name: str):
+    if name not in _SOURCE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_SOURCE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

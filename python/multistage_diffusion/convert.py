@@ -1,0 +1,241 @@
+"""Reads the checkpoint files of the published models, and saves networks in one file that executes nothing.
+
+EDM's ``.pkl`` goes through a restricted unpickler (``official.pickles``), score SDE's ``.pth`` and latent diffusion's
+``.ckpt`` through ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import networks, official
+from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors
+
+__all__ = ["CheckpointFileError", "ReferenceCheckpoint", "load_network", "network_of", "read", "save_network"]
+
+WEIGHTS = ("ema", "raw")
+FORMAT = "multistage_diffusion.network"
+LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES = (
+    "model.diffusion_model.",
+    "model_ema.",
+    "cond_stage_model.embedding.weight",
+)
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """What a file of the reference holds.
+
+    Attributes:
+        tensors: the chosen weights under the reference's names.
+        config: the constructor's arguments, where the file has them.
+        weights: which weights they are: averaged, raw, or the only ones of the file.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, object] | None
+    weights: str
+
+
+def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
+    """Reads a checkpoint of EDM (``.pkl``), score SDE or U-ViT (``.pth``) or latent diffusion (``.ckpt``).
+
+    Args:
+        path: the file.
+        weights: ``"ema"`` (averaged) or ``"raw"`` (as trained), where the file has both.
+
+    Raises:
+        CheckpointFileError: the file wants to run code (the message names what), is truncated, or has no network in it.
+        ValueError: ``weights`` is neither, or the file lacks them.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if weights not in WEIGHTS:
+        raise ValueError(f"convert: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    with path.open("rb"):  # so that a missing file is an OSError, whatever reads it then
+        is_zip = zipfile.is_zipfile(path)
+    if path.suffix == ".pkl" and not is_zip:
+        return _from_records(read_pickle(path), weights, path)
+    content = _load_tensors(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointFileError(f"{path} holds no dictionary of weights, but a {type(content).__name__}")
+    if "state_dict" in content:
+        return _from_ldm(content["state_dict"], weights, path)
+    if isinstance(content.get("model"), Mapping):
+        return _from_score_sde(content, weights, path)
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not tensors or len(tensors) != len(content):
+        raise CheckpointFileError(
+            f"{path}: unknown layout; expected tensors by name, or one of the entries model and ema (score SDE), "
+            f"state_dict (latent diffusion); got {', '.join(map(str, list(content)[:6]))}"
+        )
+    return ReferenceCheckpoint(_without_prefix(tensors, "module."), None, "the only ones")
+
+
+def save_network(path: str | Path, network: nn.Module, notes: Mapping[str, str] | None = None) -> None:
+    """Writes weights and configuration of a network to one ``.safetensors`` file; see :func:`load_network`."""
+    metadata = {"format": FORMAT, "config": json.dumps(network.config), **(notes or {})}
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()}
+    save_file(tensors, path, metadata)
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """The network that :func:`save_network` wrote, on the CPU.
+
+    Raises:
+        CheckpointFileError: the file is truncated, or was written by something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointFileError(
+                    f"{path} was not written by msd convert: it has no {FORMAT} metadata"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except SafetensorError as error:
+        raise CheckpointFileError(f"{path} is truncated or no safetensors file: {error}") from error
+    network = networks.build(json.loads(metadata["config"]))
+    network.load_state_dict(tensors)
+    return network
+
+
+def _load_tensors(path: Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        text = str(error)
+        refused = re.search(r"GLOBAL ([\w.]+)|Trying to (?:call reduce for|instantiate) .*?([\w.]+)", text)
+        if refused is not None:
+            raise CheckpointFileError(
+                f"{path}: refused: the file asks for {refused[1] or refused[2]}, which is no builder of tensors or "
+                "containers; nothing was run. Save its state dict alone if you trust it"
+            ) from None
+        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        raise CheckpointFileError(
+            f"{path} is truncated or no PyTorch checkpoint ({reason}); copy it again"
+        ) from error
+
+
+def _from_records(content: object, weights: str, path: Path) -> ReferenceCheckpoint:
+    """EDM's snapshots are ``{"ema": network, ...}``, a network being a preconditioner around the U-Net."""
+    key = "ema" if weights == "ema" else "net"
+    if isinstance(content, Mapping) and isinstance(content.get(key), Record):
+        record = content[key]
+    elif isinstance(content, Mapping) and any(isinstance(content.get(k), Record) for k in ("ema", "net")):
+        raise ValueError(f"{path} has no {weights} weights; choose the other of {', '.join(WEIGHTS)}")
+    elif isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+        return ReferenceCheckpoint(dict(content), None, "the only ones")
+    else:
+        raise CheckpointFileError(f"{path} holds no network: expected an EDM snapshot with the entry {key}")
+    inner = getattr(record, "_modules", {}).get("model")
+    record = inner if isinstance(inner, Record) else record
+    config = getattr(record, "_init_kwargs", None)
+    return ReferenceCheckpoint(dict(record_tensors(record)), dict(config) if config else None, weights)
+
+
+def _from_ldm(state: Mapping[str, Tensor], weights: str, path: Path) -> ReferenceCheckpoint:
+    """Averaged weights are named as the raw ones, but without their dots."""
+    raw = {name[len(LDM_PREFIX) :]: name for name in state if name.startswith(LDM_PREFIX)}
+    if not raw:
+        raise CheckpointFileError(f"{path} holds no U-Net: no name begins with {LDM_PREFIX}")
+    if weights == "ema":
+        raw = {own: LDM_EMA_PREFIX + name[len("model.") :].replace(".", "") for own, name in raw.items()}
+        if not all(name in state for name in raw.values()):
+            raise ValueError(f"{path} has no averaged weights for every parameter; choose the raw weights")
+    found = {own: state[name] for own, name in raw.items()}
+    if LDM_CLASSES in state:
+        found[LDM_CLASSES] = state[LDM_CLASSES]
+    return ReferenceCheckpoint(found, None, weights)
+
+
+def _from_score_sde(content: Mapping, weights: str, path: Path) -> ReferenceCheckpoint:
+    """Averaged weights are a list in the order of the model's parameters, those of shared modules once."""
+    found = _without_prefix(content["model"], "module.")
+    if weights == "raw":
+        return ReferenceCheckpoint(found, None, weights)
+    averaged = content.get("ema")
+    averaged = averaged.get("shadow_params") if isinstance(averaged, Mapping) else None
+    if averaged is None:
+        raise ValueError(f"{path} has no averaged weights (ema.shadow_params); choose the raw weights")
+    owners: dict[int, list[str]] = {}
+    for name, tensor in found.items():
+        if name != "sigmas":
+            owners.setdefault(tensor.data_ptr(), []).append(name)
+    shapes = [found[names[0]].shape for names in owners.values()]
+    if shapes != [tensor.shape for tensor in averaged]:
+        raise CheckpointFileError(
+            f"{path}: its {len(averaged)} averaged tensors do not match its {len(shapes)} parameters; "
+            "choose the raw weights"
+        )
+    for names, tensor in zip(owners.values(), averaged, strict=True):
+        found |= dict.fromkeys(names, tensor)
+    return ReferenceCheckpoint(found, None, weights)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What ``torch.nn.DataParallel`` puts before every name is cut off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def network_of(
+    checkpoint: ReferenceCheckpoint,
+    family: str,
+    config: Mapping[str, object] | None,
+    preset: str | None = None,
+) -> nn.Module:
+    """Builds and fills the network of a reference checkpoint.
+
+    Args:
+        family: of the checkpoint.
+        config: the reference constructor's arguments; default: those in the file.
+        preset: a published configuration instead, which must be of the same family.
+
+    Raises:
+        ValueError: neither the file nor the caller knows the configuration, or it does not fit the parameters.
+    """
+    if preset is not None:
+        network = networks.build(_preset_config(preset, family, checkpoint.tensors))
+        official.fill(network, checkpoint.tensors)
+        return network
+    config = config or checkpoint.config
+    if config is None:
+        raise ValueError(
+            "convert: the file does not say how its network was built; give --config with the reference's "
+            "constructor arguments as JSON, or --preset"
+        )
+    if (
+        family == "ldm" and LDM_CLASSES in checkpoint.tensors
+    ):  # the class embedder is not the U-Net's argument
+        config = {"n_classes": checkpoint.tensors[LDM_CLASSES].shape[0], **config}
+    return official.load(checkpoint.tensors, family, config)
+
+
+def _preset_config(name: str, family: str, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """The preset as the reference builds it: unified where the names show one decoder."""
+    from .presets import find
+
+    preset = find(name)
+    if preset.network["family"] != family:
+        raise ValueError(f"convert: preset {name} is of the family {preset.network['family']}, not {family}")
+    stages = {int(match[1]) for key in tensors if (match := re.match(r"(?:decs|de_modules)\.(\d+)\.", key))}
+    changes: dict[str, object] = {}
+    if family == "ldm":
+        classes = tensors[LDM_CLASSES].shape[0] if LDM_CLASSES in tensors else 0
+        changes = {"reduced_attention": True, "label_dim": classes}
+    elif family == "edm":
+        augmentation = tensors.get("map_augment.weight")
+        changes = {"augment_dim": 0 if augmentation is None else augmentation.shape[1]}
+    if any(key.startswith(("dec.", "all_modules.")) for key in tensors):  # the original EDM or score SDE
+        changes["max_groups"] = 32
+    return preset.config("multistage" if len(stages) > 1 else "unified", **changes)

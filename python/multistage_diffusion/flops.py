@@ -1,0 +1,201 @@
+"""Counts multiply-accumulates by running a network on the meta device: no weights, no arithmetic.
+
+A network is run once per stage under a dispatch mode that sees the ops of ``msd_kernels`` and PyTorch's own
+convolutions and matrix products. One multiply-accumulate (MAC) is two FLOPs. Normalisations, activations and FIR
+filters are not counted, as is usual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from multistage_diffusion.layers import OnStages, StageModule
+
+__all__ = ["NetworkCost", "conditioning", "count", "expected"]
+
+TRAINING = 3  # a training step costs three forward passes: forward, and both gradients of every product
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What a network costs.
+
+    Attributes:
+        macs: per stage, multiply-accumulates of one forward pass of one sample.
+        attention_macs: the part of them that is attention's products of queries, keys and values.
+        shared_macs: the part of them in the layers that all stages share; 0 if there are none.
+        parameters: per stage, parameters of its own layers.
+        shared_parameters: parameters of the layers that all stages share.
+    """
+
+    macs: tuple[int, ...]
+    attention_macs: tuple[int, ...]
+    shared_macs: int
+    parameters: tuple[int, ...]
+    shared_parameters: int
+
+    @property
+    def total_parameters(self) -> int:
+        return self.shared_parameters + sum(self.parameters)
+
+
+def count(network: nn.Module) -> NetworkCost:
+    """Counts a network of this library, or one with its interface and layers.
+
+    Raises:
+        ValueError: the network is not on the meta device, where tensors have shapes, but no memory::
+
+            with torch.device("meta"):
+                network = networks.build(config)
+    """
+    devices = {parameter.device.type for parameter in network.parameters()}
+    if devices != {"meta"}:
+        raise ValueError(
+            f"flops.count: the network must be on the meta device, got {', '.join(sorted(devices))}; "
+            'build it under torch.device("meta"), or move it with network.to("meta")'
+        )
+    runs = [_forward(network, stage) for stage in range(network.num_stages)]
+    shared_layers = set(_shared_layers(network))
+    own, shared = [0] * network.num_stages, 0
+    for layer in network.modules():
+        if isinstance(layer, StageModule):
+            for name, _ in layer.named_parameters(recurse=False):
+                for stage, tensor in zip(layer.stage_ids, layer.stage_tensors(name), strict=True):
+                    if layer in shared_layers:
+                        shared += tensor.numel()
+                    else:
+                        own[stage] += tensor.numel()
+    return NetworkCost(
+        macs=tuple(run.macs for run in runs),
+        attention_macs=tuple(run.attention_macs for run in runs),
+        shared_macs=runs[0].shared_macs,
+        parameters=tuple(own),
+        shared_parameters=shared,
+    )
+
+
+def expected(costs: Sequence[float], shares: Sequence[float]) -> float:
+    """The mean cost where a sample belongs to stage k with probability ``shares[k]``.
+
+    Raises:
+        ValueError: as many shares as stages are missing, or they do not sum up to 1.
+    """
+    if len(costs) != len(shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
+        raise ValueError(
+            f"flops.expected: shares must be one per stage ({len(costs)}) and sum up to 1, got {tuple(shares)}"
+        )
+    return math.fsum(c * s for c, s in zip(costs, shares, strict=True))
+
+
+def conditioning(network: nn.Module, batch: int) -> dict[str, torch.Tensor]:
+    """Labels and context of the shapes that a network needs, filled with zeros, on the network's device."""
+    device = next(network.parameters()).device
+    label_dim, augment_dim = getattr(network, "label_dim", 0), getattr(network, "augment_dim", 0)
+    found = {}
+    if label_dim:
+        found["class_labels"] = torch.zeros(batch, label_dim, device=device)
+    elif getattr(network, "context_dim", 0):
+        found["context"] = torch.zeros(batch, 1, network.context_dim, device=device)
+    if augment_dim:
+        found["augment_labels"] = torch.zeros(batch, augment_dim, device=device)
+    return found
+
+
+def _shared_layers(network: nn.Module) -> Iterator[StageModule]:
+    """The layers with one set of weights for all stages; a network with one stage shares nothing."""
+    if network.num_stages == 1:
+        return
+    selected = {layer for part in network.modules() if isinstance(part, OnStages) for layer in part.modules()}
+    for layer in network.modules():
+        if isinstance(layer, StageModule) and layer.num_stages == 1 and layer not in selected:
+            yield layer
+
+
+def _forward(network: nn.Module, stage: int) -> _Counter:
+    """Counts the forward pass of one sample."""
+    size = network.image_size
+    x = torch.zeros(1, network.in_channels, size, size, device="meta")
+    noise = torch.zeros(1, device="meta")
+    counter = _Counter(network.num_stages)
+    inside = [part for part in network.modules() if isinstance(part, OnStages)]
+    hooks = [part.register_forward_pre_hook(lambda *_: counter.enter()) for part in inside]
+    hooks += [part.register_forward_hook(lambda *_: counter.leave()) for part in inside]
+    try:
+        with torch.no_grad(), counter:
+            network(x, noise, [stage], **conditioning(network, 1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the MACs of the ops that pass by. Ops for one stage are shared, but inside of an ``OnStages``."""
+
+    def __init__(self, num_stages: int) -> None:
+        super().__init__()
+        self.macs = self.attention_macs = self.shared_macs = 0
+        self.outside = num_stages > 1
+
+    def enter(self) -> None:
+        self.outside = False
+
+    def leave(self) -> None:
+        self.outside = True
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        rule = RULES.get(op.overloadpacket)
+        if rule is not None:
+            macs, stages = rule(args, out)
+            self.macs += macs
+            self.attention_macs += macs if rule is _attention else 0
+            self.shared_macs += macs if stages == 1 and self.outside else 0
+        return out
+
+
+def _grouped_conv2d(args, out):
+    """MACs and stages of a call."""
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample = args[6:14]
+    pixels = height * width
+    pixels = pixels * 4 if resample == "up" else pixels // 4 if resample == "down" else pixels
+    stages = zip(counts, channels, skip_channels, out_channels, strict=True)
+    return sum(n * (c + d) * o for n, c, d, o in stages) * pixels * kernel * kernel, len(counts)
+
+
+def _grouped_linear(args, out):
+    rows, in_features, out_features = args[3:6]
+    return sum(r * i * o for r, i, o in zip(rows, in_features, out_features, strict=True)), len(rows)
+
+
+def _attention(args, out):
+    counts, heads, head_dims, tokens, context = args[3:8]
+    stages = zip(counts, heads, head_dims, strict=True)
+    return sum(2 * n * h * d for n, h, d in stages) * tokens * context, len(counts)
+
+
+def _convolution(args, out):
+    """PyTorch's own ops see all samples alike, as one stage."""
+    return out.numel() * args[1][0].numel(), 1
+
+
+def _product(args, out):
+    """``mm``, ``bmm`` and ``addmm``; the last argument is ``[..., inner, columns]``."""
+    return out.numel() * args[-1].shape[-2], 1
+
+
+RULES: Mapping = {
+    torch.ops.msd_kernels.grouped_conv2d: _grouped_conv2d,
+    torch.ops.msd_kernels.grouped_linear: _grouped_linear,
+    torch.ops.msd_kernels.attention: _attention,
+    torch.ops.aten.convolution: _convolution,
+    torch.ops.aten.mm: _product,
+    torch.ops.aten.bmm: _product,
+    torch.ops.aten.addmm: _product,
+}

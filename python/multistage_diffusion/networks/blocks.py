@@ -1,0 +1,289 @@
+"""The blocks that the U-Nets of all families are built from: residual blocks and the levels of encoder and decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+from msd_kernels import StageBatch, resample2d
+from multistage_diffusion.layers import (
+    BOX,
+    Initialiser,
+    StageConv2d,
+    StageGroupNorm,
+    StageLinear,
+    StageStridedConv2d,
+    Widths,
+    on_stages,
+    xavier_uniform,
+)
+
+SKIP_SCALE = math.sqrt(0.5)
+ZERO = xavier_uniform(1e-5)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What is the same in all residual blocks of a network.
+
+    Attributes:
+        emb: channels of the embedding, per stage.
+        norm: channels per stage -> normalisation.
+        attention: channels per stage -> attention that keeps its input's layout.
+        dropout: dropout probability.
+        scale: factor on the sum of residual and skip.
+        filter: taps of the resampling filter.
+        adaptive_scale: the embedding scales and shifts the second normalisation's output, instead of being added
+            to its input.
+        initialise, initialise_last: of the weights, and of those of the last convolution of each block.
+    """
+
+    emb: Widths
+    norm: Callable[[Widths], StageGroupNorm]
+    attention: Callable[[Widths], nn.Module]
+    dropout: float = 0.0
+    scale: float = 1.0
+    filter: Sequence[float] = BOX
+    adaptive_scale: bool = False
+    initialise: Initialiser | None = None
+    initialise_last: Initialiser | None = ZERO
+
+
+class ResidualBlock(nn.Module):
+    """Residual block: ``scale · (skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0(x))) + affine(emb))))))``.
+
+    ``conv0`` and ``skip`` resample where the block changes the resolution. ``skip`` is a 1×1 convolution in the stages
+    where the shapes differ, the identity in the others. An attention follows where one is given.
+    """
+
+    def __init__(
+        self,
+        in_channels: Widths,
+        out_channels: Widths,
+        style: BlockStyle,
+        *,
+        resample: str | None = None,
+        attention: nn.Module | bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.dropout, self.scale, self.adaptive_scale = style.dropout, style.scale, style.adaptive_scale
+        conv = {"initialise": style.initialise, "resample": resample, "filter": style.filter}
+        self.norm0 = style.norm(in_channels)
+        self.conv0 = StageConv2d(in_channels, out_channels, 3, **conv)
+        affine = tuple(2 * c for c in out_channels) if style.adaptive_scale else out_channels
+        self.affine = StageLinear(style.emb, affine, initialise=style.initialise)
+        self.norm1 = style.norm(out_channels)
+        self.conv1 = StageConv2d(out_channels, out_channels, 3, initialise=style.initialise_last)
+        projecting = [
+            stage for stage, c in enumerate(in_channels) if resample is not None or c != out_channels[stage]
+        ]
+        self.skip = on_stages(partial(StageConv2d, kernel=1, **conv), projecting, in_channels, out_channels)
+        self.attention = style.attention(out_channels) if attention is True else attention or None
+
+    def forward(
+        self,
+        x: StageBatch,
+        emb: StageBatch,
+        *,
+        skip: StageBatch | None = None,
+        context: StageBatch | None = None,
+    ) -> StageBatch:
+        """``skip``: features of the encoder, concatenated to x. ``context``: what the attention looks at as well."""
+        if skip is not None:
+            x = StageBatch.concatenate(x, skip)
+        h, affine = self.norm0(x, activation="silu"), self.affine(emb)
+        if self.adaptive_scale:
+            halves = [segment.chunk(2, dim=1) for segment in affine.segments()]
+            scale, shift = (StageBatch.from_segments([half[i] for half in halves]) for i in (0, 1))
+            h = self.norm1(self.conv0(h), scale=scale, shift=shift, activation="silu")
+        else:
+            h = self.norm1(self.conv0(h, sample_bias=affine), activation="silu")
+        h = h.map(lambda values: F.dropout(values, self.dropout, self.training))
+        h = self.conv1(h, residual=x if self.skip is None else self.skip(x), scale=self.scale)
+        return h if self.attention is None else self.attention(h, context)
+
+
+def encoder_blocks(
+    channels: Widths,
+    out_channels: Widths,
+    style: BlockStyle,
+    count: int,
+    skips: list[Widths],
+    *,
+    attention: bool,
+) -> list[ResidualBlock]:
+    """The residual blocks of an encoder's level; appends the channels of each one's output to ``skips``."""
+    blocks = []
+    for _ in range(count):
+        blocks.append(ResidualBlock(channels, out_channels, style, attention=attention))
+        channels = out_channels
+        skips.append(channels)
+    return blocks
+
+
+def decoder_blocks(
+    channels: Widths,
+    out_channels: Widths,
+    style: BlockStyle,
+    skips: list[Widths],
+    attention: Sequence[nn.Module | bool | None],
+) -> list[ResidualBlock]:
+    """The residual blocks of a decoder's level, one per entry of ``attention``; each takes the last of ``skips``."""
+    blocks = []
+    for attends in attention:
+        joined = tuple(c + s for c, s in zip(channels, skips.pop(), strict=True))
+        blocks.append(ResidualBlock(joined, out_channels, style, attention=attends))
+        channels = out_channels
+    return blocks
+
+
+class Resample(nn.Module):
+    """A convolution that changes the resolution, where a family resamples outside of the residual blocks."""
+
+    def __init__(self, conv: StageConv2d | StageStridedConv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(
+        self, x: StageBatch, emb: StageBatch | None = None, *, context: StageBatch | None = None
+    ) -> StageBatch:
+        """Called as a residual block is; embedding and context are ignored."""
+        return self.conv(x)
+
+
+class SkipInput(nn.Module):
+    """Adds the image itself, filtered down to this resolution, through a 1×1 convolution (NCSN++, "skip")."""
+
+    def __init__(
+        self,
+        image_channels: Widths,
+        channels: Widths,
+        filter: Sequence[float],
+        initialise: Initialiser | None = None,
+    ) -> None:
+        super().__init__()
+        self.filter = tuple(filter)
+        self.conv = StageConv2d(image_channels, channels, 1, initialise=initialise)
+
+    def forward(self, x: StageBatch, image: StageBatch) -> tuple[StageBatch, StageBatch]:
+        """Returns the sum, and the image at this resolution for the next level."""
+        image = resample2d(image, self.filter, down=2)
+        return self.conv(image, residual=x), image
+
+
+class ResidualInput(nn.Module):
+    """Adds the previous level's sum, filtered and convolved down to this resolution (NCSN++, "residual")."""
+
+    def __init__(
+        self,
+        in_channels: Widths,
+        channels: Widths,
+        filter: Sequence[float],
+        *,
+        scale: float = SKIP_SCALE,
+        initialise: Initialiser | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.conv = StageStridedConv2d(in_channels, channels, 3, filter=filter, initialise=initialise)
+
+    def forward(self, x: StageBatch, pyramid: StageBatch) -> tuple[StageBatch, StageBatch]:
+        """Returns the sum twice: for this level, and for the next level's residual input."""
+        x = x.with_values((x.values + self.conv(pyramid).values) * self.scale)
+        return x, x
+
+
+class EncoderLevel(nn.Module):
+    """One resolution of an encoder.
+
+    Args:
+        down: brings the features to this resolution; None at the finest level.
+        blocks: residual blocks.
+        input: brings the image to this resolution as well, or None.
+    """
+
+    def __init__(
+        self,
+        down: nn.Module | None,
+        blocks: Sequence[ResidualBlock],
+        input: SkipInput | ResidualInput | None = None,
+    ) -> None:
+        super().__init__()
+        self.down, self.input, self.blocks = down, input, nn.ModuleList(blocks)
+
+    def forward(
+        self,
+        x: StageBatch,
+        emb: StageBatch,
+        skips: list[StageBatch],
+        *,
+        pyramid: StageBatch | None = None,
+        context: StageBatch | None = None,
+    ) -> tuple[StageBatch, StageBatch | None]:
+        """Appends each feature map that the decoder needs to ``skips``; returns the last one, and the pyramid."""
+        if self.down is not None:
+            x = self.down(x, emb, context=context)
+            if self.input is not None:
+                x, pyramid = self.input(x, pyramid)
+            skips.append(x)
+        for block in self.blocks:
+            x = block(x, emb, context=context)
+            skips.append(x)
+        return x, pyramid
+
+
+class OutputHead(nn.Module):
+    """Normalisation, SiLU and a convolution to the image, added to the coarser levels' image where there is one."""
+
+    def __init__(
+        self,
+        norm: StageGroupNorm,
+        image_channels: Widths,
+        *,
+        filter: Sequence[float] = BOX,
+        initialise: Initialiser | None = ZERO,
+    ) -> None:
+        super().__init__()
+        self.filter, self.norm = tuple(filter), norm
+        self.conv = StageConv2d(norm.channels, image_channels, 3, initialise=initialise)
+
+    def forward(self, x: StageBatch, image: StageBatch | None = None) -> StageBatch:
+        upsampled = None if image is None else resample2d(image, self.filter, up=2)
+        return self.conv(self.norm(x, activation="silu"), residual=upsampled)
+
+
+class DecoderLevel(nn.Module):
+    """One resolution of a decoder.
+
+    Args:
+        entry: blocks before those with skips: the upsampling, or the first blocks of the coarsest level.
+        blocks: residual blocks, each joined with the encoder's last unused features.
+        head: makes an image at this resolution, or None.
+    """
+
+    def __init__(
+        self, entry: Sequence[nn.Module], blocks: Sequence[ResidualBlock], head: OutputHead | None = None
+    ) -> None:
+        super().__init__()
+        self.entry, self.blocks, self.head = nn.ModuleList(entry), nn.ModuleList(blocks), head
+
+    def forward(
+        self,
+        x: StageBatch,
+        emb: StageBatch,
+        skips: list[StageBatch],
+        *,
+        image: StageBatch | None = None,
+        context: StageBatch | None = None,
+    ) -> tuple[StageBatch, StageBatch | None]:
+        """Removes from ``skips`` what it uses; returns the features and the image so far."""
+        for block in self.entry:
+            x = block(x, emb, context=context)
+        for block in self.blocks:
+            x = block(x, emb, skip=skips.pop(), context=context)
+        return x, image if self.head is None else self.head(x, image)

@@ -1,0 +1,130 @@
+"""How one parameter of a network here is called in the reference, and how the reference lays it out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from multistage_diffusion.layers import OnStages, StageModule
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of one layer.
+
+    Attributes:
+        name: the reference's name; ``{stage}`` stands for the number of the decoder. Or stage -> name.
+        module, parameter: where it is here.
+        view: a stage's tensor here -> the reference's, as a view, so that it can be written to.
+    """
+
+    name: str | Callable[[int], str]
+    module: StageModule
+    parameter: str
+    view: View = lambda tensor: tensor
+
+    def named(self, stage: int) -> str:
+        return self.name(stage) if callable(self.name) else self.name.format(stage=stage)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family's reference maps to a network here.
+
+    Attributes:
+        build: the reference constructor's arguments -> network.
+        entries: network -> an entry for every parameter.
+        constants: network -> names and values of what the reference saves and nobody trains.
+        unified_name: network -> (name in a checkpoint of the family's original, unified network -> name in a
+            checkpoint of a multi-stage network of one stage); other names stay as they are.
+        constants_matter: whether the network computes with the constants, so that others do not fit it.
+    """
+
+    build: Callable[[Mapping[str, object]], nn.Module]
+    entries: Callable[[nn.Module], Iterator[Entry]]
+    constants: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
+    unified_name: Callable[[nn.Module], Callable[[str], str]]
+    constants_matter: bool = True
+
+
+def tensors(entries: Iterable[Entry], *, gradients: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(reference name, view of the parameter or of its gradient) for every stage of every entry."""
+    for entry in entries:
+        flat = getattr(entry.module, entry.parameter)
+        values = flat.grad if gradients else flat.detach()
+        if values is None:
+            continue
+        stages = zip(entry.module.stage_ids, entry.module.stage_tensors(entry.parameter, values), strict=True)
+        for stage, tensor in stages:
+            yield entry.named(stage), entry.view(tensor)
+
+
+def weights(name: str, module: StageModule | OnStages | None, view: View | None = None) -> Iterator[Entry]:
+    """Entries ``name.weight`` (seen through ``view``) and ``name.bias`` of a layer; none where it is None."""
+    if module is None:
+        return
+    if isinstance(module, OnStages):
+        module = module.module
+    yield Entry(f"{name}.weight", module, "weight", *([view] if view else []))
+    if module.bias is not None:
+        yield Entry(f"{name}.bias", module, "bias")
+
+
+def part(index: int, parts: int) -> View:
+    """The view of one of several equal parts of a tensor's first dimension."""
+    return lambda tensor: tensor.chunk(parts, dim=0)[index]
+
+
+class Arguments:
+    """Reads a reference constructor's arguments one by one, and refuses what is left over."""
+
+    def __init__(self, family: str, config: Mapping[str, object]) -> None:
+        self.family, self.rest = family, dict(config)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rest
+
+    def take(self, name: str, default: object = None) -> object:
+        return self.rest.pop(name, default)
+
+    def renamed(self, names: Mapping[str, str]) -> dict[str, object]:
+        """The arguments that were given, of ``names`` (theirs -> ours), under our names."""
+        return {ours: self.rest.pop(theirs) for theirs, ours in names.items() if theirs in self.rest}
+
+    def fixed(self, values: Mapping[str, object]) -> None:
+        """Raises ValueError unless each of these arguments is absent or has this value."""
+        for name, value in values.items():
+            given = self.rest.pop(name, value)
+            if given != value:
+                raise ValueError(
+                    f"official: {self.family} networks with {name}={given!r} are not supported, only {value!r}"
+                )
+
+    def ignored(self, *names: str) -> None:
+        """Drops arguments that change no number."""
+        for name in names:
+            self.rest.pop(name, None)
+
+    def finish(self, decoder_widths: Sequence[int], stages: Sequence | str | None) -> None:
+        """Raises ValueError for arguments left over, and unless there is one stage per decoder."""
+        if self.rest:
+            raise ValueError(f"official: unknown arguments for {self.family}: {', '.join(sorted(self.rest))}")
+        if isinstance(stages, str):
+            stages = json.loads(stages.replace("inf", "Infinity"))
+        if stages is not None and len(stages) != len(decoder_widths):
+            raise ValueError(
+                f"official: stage_interval names {len(stages)} stages, but {len(decoder_widths)} decoder widths "
+                f"were given: {list(decoder_widths)}"
+            )
+
+
+def separable_filter(taps: Sequence[float]) -> Tensor:
+    """The two-dimensional kernel of a FIR filter, with sum 1, as ``[1, 1, taps, taps]``."""
+    taps = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(taps, taps) / taps.sum() ** 2)[None, None]

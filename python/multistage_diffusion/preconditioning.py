@@ -1,0 +1,235 @@
+"""Preconditioning: the denoiser D(x; sigma) around a raw network F.
+
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)      (EDM, arXiv 2206.00364, eq. 7)
+
+A family of diffusion models differs in its coefficients only: it subclasses ``Preconditioner`` and gives
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .schedules import Schedule
+from .stages import Stages
+
+
+class Coefficients(NamedTuple):
+    """The four scalars of D(x; sigma), each of sigma's shape."""
+
+    c_skip: torch.Tensor
+    c_out: torch.Tensor
+    c_in: torch.Tensor
+    c_noise: torch.Tensor
+
+
+def edm_coefficients(sigma: torch.Tensor, sigma_data: float = 0.5) -> Coefficients:
+    """c_skip, c_out, c_in and c_noise of EDM (table 1), in sigma's dtype and on its device."""
+    squares = sigma * sigma + sigma_data * sigma_data
+    return Coefficients(
+        c_skip=sigma_data * sigma_data / squares,
+        c_out=sigma * sigma_data / squares.sqrt(),
+        c_in=1 / squares.sqrt(),
+        c_noise=sigma.log() / 4,
+    )
+
+
+def host_to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Copies a host tensor to a device without making the host wait for it."""
+    values = values.to(dtype)
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class Preconditioner(nn.Module):
+    """D(x; sigma) around a stage network; subclasses give ``coefficients(sigma)``.
+
+    Args:
+        network: called as ``network(x, noise, stage, **conditioning)``; its ``num_stages`` must be the
+            number of stages.
+        stages: which noise level belongs to which stage.
+    """
+
+    def __init__(self, network: nn.Module, stages: Stages):
+        super().__init__()
+        stages.require_variable("sigma", type(self).__name__)
+        if network.num_stages != len(stages):
+            raise ValueError(
+                f"{type(self).__name__}: the network has {network.num_stages} stage(s) but {len(stages)} "
+                f"were given: {stages!r}"
+            )
+        self.network = network
+        self.stages = stages
+
+    def coefficients(self, sigma: torch.Tensor) -> Coefficients:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: float | Sequence[float] | torch.Tensor,
+        stage: int | Sequence[int] | torch.Tensor | None = None,
+        **conditioning,
+    ) -> torch.Tensor:
+        """The denoised x.
+
+        Args:
+            x: noisy images ``[B, C, H, W]``, any floating dtype.
+            sigma: noise level of each sample ``[B]``, or one for all; > 0. Keep it on the host (a float or
+                a CPU tensor): the stages are then found there, and what the device needs is copied without
+                waiting. A sigma on the device is taken as well, but finding its stages makes the host wait,
+                unless ``stage`` is given.
+            stage: stage id of each sample, or one for all, on the host. Default: found from sigma.
+            **conditioning: for the network, such as ``class_labels`` and ``augment_labels``.
+
+        Returns:
+            D(x; sigma), x's shape, in float32 (float64 for float64 x). The arithmetic outside of the
+            network is done in that dtype even under autocast; the coefficients of a host sigma are computed
+            in float64.
+
+        Raises:
+            ValueError: a sigma on the host that is not positive; as many sigmas or stages as samples are
+                missing.
+        """
+        batch = x.shape[0]
+        sigma = self._batched_sigma(sigma, batch)
+        stage = self._batched_stage(stage, sigma, batch)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        coefficients = torch.stack(self.coefficients(sigma))
+        if coefficients.device == x.device:
+            coefficients = coefficients.to(dtype)
+        else:
+            coefficients = host_to_device(coefficients, x.device, dtype)
+        c_skip, c_out, c_in, c_noise = coefficients[:, :, None, None, None]
+        x = x.to(dtype)
+        network_dtype = self._network_dtype()
+        noise_dtype = torch.promote_types(network_dtype, torch.float32)  # bfloat16 has no room for 999 steps
+        F = self.network(
+            (c_in * x).to(network_dtype), c_noise.flatten().to(noise_dtype), stage, **conditioning
+        )
+        return c_skip * x + c_out * F.to(dtype)
+
+    def _batched_sigma(self, sigma, batch: int) -> torch.Tensor:
+        if not isinstance(sigma, torch.Tensor):
+            sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        if sigma.device.type == "cpu":
+            sigma = sigma.to(torch.float64)
+            if not bool((sigma > 0).all()):
+                raise ValueError(
+                    f"{type(self).__name__}: sigma must be positive, got {sigma[~(sigma > 0)].flatten()[0]}"
+                )
+        return _batched(sigma, batch, f"{type(self).__name__}: sigma")
+
+    def _batched_stage(self, stage, sigma: torch.Tensor, batch: int) -> torch.Tensor:
+        if stage is None:
+            return self.stages.assign(sigma)
+        stage = torch.as_tensor(stage, dtype=torch.int64, device="cpu")
+        return _batched(stage, batch, f"{type(self).__name__}: stage")
+
+    def _network_dtype(self) -> torch.dtype:
+        for parameter in self.network.parameters():
+            return parameter.dtype
+        return torch.float32
+
+
+def _batched(values: torch.Tensor, batch: int, name: str) -> torch.Tensor:
+    if values.numel() == 1:
+        return values.reshape(1).expand(batch)
+    if tuple(values.shape) != (batch,):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; expected one value, or one per sample: ({batch},)"
+        )
+    return values
+
+
+class EDMPreconditioner(Preconditioner):
+    """The denoiser of EDM.
+
+    Args:
+        network, stages: see ``Preconditioner``.
+        sigma_data: standard deviation of the data.
+    """
+
+    def __init__(self, network: nn.Module, stages: Stages, sigma_data: float = 0.5):
+        super().__init__(network, stages)
+        if not sigma_data > 0:
+            raise ValueError(f"EDMPreconditioner: sigma_data={sigma_data} must be positive")
+        self.sigma_data = float(sigma_data)
+
+    def coefficients(self, sigma: torch.Tensor) -> Coefficients:
+        return edm_coefficients(sigma, self.sigma_data)
+
+
+PREDICTIONS = ("epsilon", "x0", "v")
+
+
+class SchedulePreconditioner(Preconditioner):
+    """The denoiser around a network that is told a schedule's time or step, as in score SDE and latent diffusion.
+
+    With x = y + sigma n, the network sees x as its schedule scales it, s x, where s = 1 / sqrt(1 + sigma²) keeps
+    the variance (VP, LDM), and s = 1 for VE. What it predicts gives D(x; sigma)::
+
+        "epsilon":  x - sigma F                 F predicts n; VE networks predict -n: x + sigma F
+        "x0":       F                           F predicts y
+        "v":        s² x - s sigma F            F predicts s (n - sigma y) (arXiv 2202.00512); not for VE
+
+    ``c_noise`` is 999 t for VP, ln(sigma / 2) for VE, and the nearest step for LDM (EDM, arXiv 2206.00364, table 1).
+
+    Args:
+        network: see ``Preconditioner``.
+        stages: in the schedule's variable, or in sigma.
+        schedule: ``VP``, ``VE`` or ``LDM``.
+        prediction: ``"epsilon"``, ``"x0"`` or ``"v"``.
+    """
+
+    def __init__(self, network: nn.Module, stages: Stages, schedule: Schedule, prediction: str = "epsilon"):
+        if schedule.name not in ("vp", "ve", "ldm"):
+            raise ValueError(f"SchedulePreconditioner: schedule must be VP, VE or LDM, got {schedule!r}")
+        if prediction not in PREDICTIONS or (prediction == "v" and schedule.name == "ve"):
+            raise ValueError(
+                f"SchedulePreconditioner: prediction must be one of {', '.join(PREDICTIONS)} (v not for VE), "
+                f"got {prediction!r} for {schedule.name}"
+            )
+        super().__init__(network, stages if stages.variable == "sigma" else sigma_stages(stages, schedule))
+        self.schedule, self.prediction = schedule, prediction
+
+    def coefficients(self, sigma: torch.Tensor) -> Coefficients:
+        """On the host, in float64."""
+        sigma = sigma.to("cpu", torch.float64)
+        variance_exploding = self.schedule.name == "ve"
+        s = torch.ones_like(sigma) if variance_exploding else (1 + sigma * sigma).rsqrt()
+        c_skip, c_out = {
+            "epsilon": (torch.ones_like(sigma), sigma if variance_exploding else -sigma),
+            "x0": (torch.zeros_like(sigma), torch.ones_like(sigma)),
+            "v": (s * s, -s * sigma),
+        }[self.prediction]
+        return Coefficients(c_skip, c_out, s, self._c_noise(sigma))
+
+    def _c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        if self.schedule.name == "ve":
+            return (sigma / 2).log()
+        value = self.schedule.value(sigma)
+        return 999 * value if self.schedule.variable == "t" else value.round()
+
+
+def sigma_stages(stages: Stages, schedule: Schedule) -> Stages:
+    """The same stages in sigma. The ends of the schedule's domain become 0 and infinity.
+
+    Raises:
+        StagesError: the stages are in another variable than the schedule.
+    """
+    stages.require_variable(schedule.variable, "sigma_stages")
+    lowest, highest = schedule.domain
+
+    def sigma(value: float) -> float:
+        if value <= lowest:
+            return 0.0
+        return math.inf if value >= highest else float(schedule.sigma(value))
+
+    return Stages([[(sigma(low), sigma(high)) for low, high in stage] for stage in stages.intervals])
