@@ -38,7 +38,15 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # For the sources named *_<set>.cpp. GCC takes the undefined operands of its own AVX-512 intrinsics
 # for uninitialised variables.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+AVX512 = (
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)
 X86_ISAS = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2}
 
 

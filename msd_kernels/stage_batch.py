@@ -77,7 +77,11 @@ class StageBatch:
                 raise TypeError(
                     f"StageBatch: segment of stage {stage} must be a tensor, got {type(segment).__name__}"
                 )
-            if segment.dim() != 4 or segment.shape[2:] != segments[0].shape[2:]:
+            if segment.dim() != 4:
+                raise ValueError(
+                    f"StageBatch: segment of stage {stage} must be [n, C, H, W], got {tuple(segment.shape)}"
+                )
+            if segment.shape[2:] != segments[0].shape[2:]:
                 raise ValueError(
                     f"StageBatch: segment of stage {stage} must be [n, C, {', '.join(map(str, segments[0].shape[2:]))}]"
                     f" like stage 0, got {tuple(segment.shape)}"
@@ -212,6 +216,7 @@ class StageWeights:
         shapes: per stage the weight's shape in PyTorch's own order.
 
     Raises:
+        TypeError: ``values`` is not a tensor.
         ValueError: the size of ``values`` does not follow from ``shapes``.
     """
 
@@ -220,6 +225,8 @@ class StageWeights:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"StageWeights: values must be a tensor, got {type(self.values).__name__}")
         if self.values.dim() != 1 or self.values.numel() != sum(self.sizes):
             raise ValueError(
                 f"StageWeights: values must be flat with {sum(self.sizes)} elements for shapes={self.shapes}, "

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd_kernels.library.segments import flat_nhwc, gather, nhwc, split
+from msd_kernels.reference.dtypes import wide
 from msd_kernels.reference.grouped_conv2d import resampled_size
 
 
@@ -145,13 +146,13 @@ def _stage_gradients(dy, sources, weight, resample, wanted):
     dx, dskip = (
         _split_sources(_resample_adjoint(dsource, resample), sources) if want_x or want_skip else (None, None)
     )
-    dsample_bias = dy.sum(dim=(2, 3)) if want_bias or want_sample_bias else None
+    dsample_bias = dy.sum(dim=(2, 3), dtype=wide(dy.dtype)) if want_bias or want_sample_bias else None
     return (
         flat_nhwc(dx) if want_x else None,
         flat_nhwc(dskip) if want_skip else None,
         flat_nhwc(dweight) if want_weight else None,
-        dsample_bias.sum(dim=0) if want_bias else None,
-        dsample_bias.reshape(-1) if want_sample_bias else None,
+        dsample_bias.sum(dim=0).to(dy.dtype) if want_bias else None,
+        dsample_bias.reshape(-1).to(dy.dtype) if want_sample_bias else None,
     )
 
 
@@ -171,8 +172,12 @@ def _join(sources) -> Tensor:
 
 
 def _split_sources(dsource, sources):
+    """Copies, also of a single pixel, whose parts would be views that share memory; an op must not return such."""
     x, skip = sources
-    return (dsource, None) if skip is None else dsource.split([x.shape[1], skip.shape[1]], dim=1)
+    if skip is None:
+        return dsource, None
+    parts = dsource.split([x.shape[1], skip.shape[1]], dim=1)
+    return [part.clone(memory_format=torch.channels_last) for part in parts]
 
 
 def _resample(source: Tensor, resample: str) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from helpers import (
     ROUNDING,
     assert_elements_close,
@@ -17,8 +19,6 @@ from helpers import (
     poisoned_memory,
     stage_batch,
 )
-from torch import Tensor
-
 from msd_kernels import StageBatch
 from msd_kernels.backends import use
 from msd_kernels.library import attention as library

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from helpers import (
     ROUNDING,
     assert_elements_close,
@@ -15,8 +17,6 @@ from helpers import (
     poisoned_memory,
     stage_batch,
 )
-from torch import Tensor
-
 from msd_kernels import StageBatch
 from msd_kernels.backends import use
 from msd_kernels.ops.resample2d import BACKENDS, explain, resample2d

@@ -1,0 +1,107 @@
+"""Mixed-stage linear layers: ours beside a loop over the stages, padding to the widest, and one batched product.
+
+    python -m pytest benchmarks/bench_grouped_linear.py
+
+The embedding's projection of the EDM decoders: a vector of 512 per sample to widths 384, 256 and 32, forward and
+forward + backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import harness
+import peers
+from harness import OURS
+from msd_kernels import StageWeights, explain, grouped_linear
+from msd_kernels.backends import use
+
+WIDTHS, FEATURES = (384, 256, 32), 512
+MIXES = {
+    "thirds of 8": (3, 3, 2),
+    "edm of 8": (7, 1, 0),
+    "thirds of 512": (171, 171, 170),
+    "edm of 512": (492, 18, 2),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random inputs: x ``[B, 512]`` in stage order, weights and biases flat."""
+
+    counts: Sequence[int]
+    leaves: tuple[Tensor, ...]
+    dy: Tensor
+
+    @staticmethod
+    def of(counts: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Problem:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int, std: float = 1.0) -> Tensor:
+            return (torch.randn(size, generator=generator) * std).to(device, dtype)
+
+        weights = draw(sum(WIDTHS) * FEATURES, std=FEATURES**-0.5)
+        leaves = (draw(sum(counts), FEATURES), weights, draw(sum(WIDTHS)))
+        outputs = sum(n * o for n, o in zip(counts, WIDTHS, strict=True))
+        return Problem(counts, tuple(t.requires_grad_() for t in leaves), draw(outputs))
+
+    def weights(self, weight: Tensor, bias: Tensor) -> tuple[StageWeights, StageWeights]:
+        return StageWeights(weight, [(o, FEATURES) for o in WIDTHS]), StageWeights(
+            bias, [(o,) for o in WIDTHS]
+        )
+
+    def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return grouped_linear(x, *self.weights(weight, bias), counts=self.counts).values
+
+    def peer(self, way: str):
+        """One way of :class:`peers.MixedLinear` on its own tensors: what it takes, and its results joined flat."""
+        mixed = peers.MixedLinear(self.counts, WIDTHS)
+        x, weight, bias = (t.detach() for t in self.leaves)
+        per_stage = (x.split(self.counts), *(w.tensors() for w in self.weights(weight, bias)))
+        stages = [s for s, n in enumerate(self.counts) if n]
+        leaves = [parts[s].detach().requires_grad_() for parts in per_stage for s in stages]
+
+        def forward(*tensors: Tensor) -> Tensor:
+            groups = [tensors[i : i + len(stages)] for i in range(0, len(tensors), len(stages))]
+            return torch.cat([y.reshape(-1) for y in getattr(mixed, way)(*groups)])
+
+        return forward, leaves
+
+    def cases(self, backward: bool) -> dict[str, harness.Function]:
+        sides = {way: self.peer(way) for way in ("loop", "padded", "batched")} | {
+            OURS: (self.ours, self.leaves)
+        }
+        if backward:
+            return {name: peers.step(forward, leaves, self.dy) for name, (forward, leaves) in sides.items()}
+        return {name: peers.inference(forward, leaves) for name, (forward, leaves) in sides.items()}
+
+    def check(self) -> None:
+        """Ours and every peer against the reference in float32; gradients of ours too."""
+        exact = [t.detach().float().requires_grad_() for t in self.leaves]
+        with use("reference"):
+            expected = self.ours(*exact)
+            gradients = torch.autograd.grad(expected, exact, self.dy.float())
+        y = self.ours(*self.leaves)
+        found = [y, *torch.autograd.grad(y, self.leaves, self.dy)]
+        harness.check("grouped_linear", found, [expected, *gradients], y.dtype)
+        for name, function in self.cases(backward=False).items():
+            harness.check(name, [function()], [expected.detach()], y.dtype)
+
+
+@pytest.mark.benchmark(group="grouped_linear")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix.replace(" ", "-"))
+def test_grouped_linear(mix, dtype, backward, race):
+    problem = Problem.of(MIXES[mix], getattr(torch, dtype))
+    problem.check()
+    race(problem.cases(backward), seconds=0.5)
+    x, weight, bias = problem.leaves
+    race.note(
+        backend=explain("grouped_linear", x, *problem.weights(weight, bias), counts=problem.counts).backend
+    )

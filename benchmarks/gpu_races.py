@@ -1,0 +1,244 @@
+"""The GPU benchmarks: ours beside eager PyTorch and ``torch.compile``, by CUDA events, with a cold and a warm L2.
+
+``python benchmarks/gpu_races.py NAME --seconds S --out FILE`` runs one benchmark and appends each result to FILE as a
+line of JSON as soon as it is there; what does not fit into the seconds is written as not run. ``gpu_check.py`` calls
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
+
+import bench_group_norm  # noqa: E402
+import bench_grouped_conv2d  # noqa: E402
+import bench_grouped_linear  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import harness  # noqa: E402
+import peers  # noqa: E402
+from harness import OURS, Function, Timer  # noqa: E402
+from msd_kernels import StageBatch, attention, explain  # noqa: E402
+
+DTYPE = torch.bfloat16
+WIDTHS = bench_grouped_conv2d.WIDTHS
+SLEEP_CYCLES = 1_000_000  # about 0.5 ms, in which the host gets ahead of the device
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs on the device, results checked.
+
+    Attributes:
+        cases: ``cases(backward)`` gives the functions to time by name.
+        backend: what serves ours.
+        least_bytes: what must move, forward and for forward + backward.
+        operations: what must be computed in a forward; with the backward three times as much.
+    """
+
+    cases: Callable[[bool], dict[str, Function]]
+    backend: str | None
+    least_bytes: tuple[int, int]
+    operations: int = 0
+
+
+@dataclass(frozen=True)
+class Race:
+    label: str
+    prepare: Callable[[str], Prepared]  # takes the device
+
+
+def group_norm_race(shape: tuple[int, int, int], groups: int, compiled: bool, device: str) -> Prepared:
+    problem = bench_group_norm.Problem.of(shape, groups, DTYPE, device)
+    problem.check()
+    x, weight, bias, scale, shift = problem.leaves
+    served = explain("group_norm", x, groups, weight, bias, scale=scale, shift=shift, activation="silu")
+    least = problem.least_bytes(False), problem.least_bytes(True)
+    return Prepared(partial(problem.cases, compiled=compiled), served.backend, least)
+
+
+def group_norm() -> list[Race]:
+    """EDM at batch 64 and 8, LDM at batch 16, NHWC; compilation takes long, so only some shapes race against it."""
+    compiled = {(64, 256, 32): 16, (16, 224, 64): 32}
+    others = {(64, 640, 32): 16, (64, 384, 16): 16, (64, 512, 8): 16, (8, 256, 32): 16}
+    return [
+        Race(
+            "x".join(map(str, (*shape, shape[-1]))),
+            partial(group_norm_race, shape, groups, shape in compiled),
+        )
+        for shape, groups in (compiled | others).items()
+    ]
+
+
+def grouped_conv2d_race(counts: tuple[int, ...], side: int, device: str) -> Prepared:
+    problem = bench_grouped_conv2d.Problem.of(counts, side, DTYPE, device)
+    problem.check()
+    x, weight, *_ = problem.arguments(problem.leaves)
+    # A copy of the weight per sample does not scale to large batches.
+    ways = ("loop", "padded", "as_groups") if sum(counts) <= 8 else ("loop", "padded")
+    least = DTYPE.itemsize * (3 * x.values.numel() + weight.values.numel())
+    operations = sum(2 * n * side**2 * 9 * c * c for n, c in zip(counts, WIDTHS, strict=True))
+    served = explain("grouped_conv2d", x, weight)
+    return Prepared(partial(problem.cases, ways=ways), served.backend, (least, 3 * least), operations)
+
+
+def grouped_conv2d() -> list[Race]:
+    """The EDM decoders' 3x3 convolutions: thirds and EDM's own mix of stages, at batch 96 and 8."""
+    return [
+        Race(f"{'+'.join(map(str, counts))} at {side}x{side}", partial(grouped_conv2d_race, counts, side))
+        for side in (32, 16, 8)
+        for counts in ((32, 32, 32), (92, 3, 1), (3, 3, 2), (7, 1, 0))
+    ]
+
+
+def grouped_linear_race(counts: tuple[int, ...], device: str) -> Prepared:
+    problem = bench_grouped_linear.Problem.of(counts, DTYPE, device)
+    problem.check()
+    x, weight, bias = problem.leaves
+    features = bench_grouped_linear.FEATURES
+    least = DTYPE.itemsize * (x.numel() + weight.numel() + problem.dy.numel())
+    operations = sum(2 * n * features * o for n, o in zip(counts, bench_grouped_linear.WIDTHS, strict=True))
+    served = explain("grouped_linear", x, *problem.weights(weight, bias), counts=counts)
+    return Prepared(problem.cases, served.backend, (least, 3 * least), operations)
+
+
+def grouped_linear() -> list[Race]:
+    """The projections of the embedding in the EDM decoders."""
+    mixes = bench_grouped_linear.MIXES.items()
+    return [Race(name, partial(grouped_linear_race, counts)) for name, counts in mixes]
+
+
+def attention_race(counts: tuple[int, ...], side: int, device: str) -> Prepared:
+    generator = torch.Generator().manual_seed(0)
+    size = sum(n * c for n, c in zip(counts, WIDTHS, strict=True)) * side**2
+    drawn = [torch.randn(size, generator=generator).to(device, DTYPE) for _ in range(4)]
+    dy, leaves = drawn[0], [t.requires_grad_() for t in drawn[1:]]
+
+    def batches(tensors) -> list[StageBatch]:
+        return [StageBatch(t, counts, WIDTHS, side, side) for t in tensors]
+
+    def ours(*tensors):
+        return attention(*batches(tensors)).values
+
+    def loop(*tensors):
+        outputs = []
+        for stage in zip(*(batch.segments() for batch in batches(tensors)), strict=True):
+            tokens = [t.flatten(2).transpose(1, 2).unsqueeze(1) for t in stage]
+            outputs.append(F.scaled_dot_product_attention(*tokens).reshape(-1))
+        return torch.cat(outputs)
+
+    def cases(backward: bool) -> dict[str, Function]:
+        sides = {"loop": loop, OURS: ours}
+        if backward:
+            return {name: peers.step(forward, leaves, dy) for name, forward in sides.items()}
+        return {name: peers.inference(forward, leaves) for name, forward in sides.items()}
+
+    exact = loop(*(t.detach().double() for t in leaves))
+    harness.check("attention", [ours(*leaves)], [exact], DTYPE)
+    operations = sum(4 * n * side**4 * c for n, c in zip(counts, WIDTHS, strict=True))
+    least = DTYPE.itemsize * size
+    return Prepared(
+        cases, explain("attention", *batches(leaves)).backend, (4 * least, 12 * least), operations
+    )
+
+
+def attention_of_stages() -> list[Race]:
+    """One head of dimension 384, 256 and 32, a third of 96 samples each."""
+    return [Race(f"{side**2} tokens", partial(attention_race, (32, 32, 32), side)) for side in (16, 8)]
+
+
+BENCHMARKS = {
+    "group_norm": group_norm,
+    "grouped_conv2d": grouped_conv2d,
+    "attention": attention_of_stages,
+    "grouped_linear": grouped_linear,
+}
+
+
+def cuda_timer(*, cold: bool) -> Timer:
+    """Seconds on the device between two events; ``cold`` overwrites several times the L2 before."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    scratch = torch.empty(4 * cache if cold else 0, dtype=torch.uint8, device="cuda")
+
+    def seconds(function: Function) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
+        scratch.zero_()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def matmul_rate(timer: Timer, device: str, size: int) -> float:
+    """Operations per second of a matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPE) for _ in range(2))
+    timer(lambda: a @ b)
+    return 2 * size**3 / harness.Spread.of([timer(lambda: a @ b) for _ in range(10)]).median
+
+
+def measure(name: str, device: str, timers: dict[str, Timer], seconds: float) -> Iterator[dict]:
+    """The results of one benchmark, one after the other, and at last what did not fit into the seconds."""
+    deadline = time.monotonic() + seconds
+    large = device == "cuda"
+    bandwidth = harness.copy_bandwidth(device, timers["cold"], megabytes=1024 if large else 16)
+    rate = matmul_rate(timers["cold"], device, 8192 if large else 256)
+    yield {"copy_bytes_per_second": bandwidth, "matmul_operations_per_second": rate}
+    for race in BENCHMARKS[name]():
+        if time.monotonic() > deadline:
+            yield {"not_run": race.label}
+            continue
+        try:
+            yield from run(race, device, timers, bandwidth, rate)
+        except (AssertionError, RuntimeError) as error:
+            yield {"failed": race.label, "error": str(error)}
+
+
+def run(race: Race, device: str, timers: dict[str, Timer], bandwidth: float, rate: float) -> Iterator[dict]:
+    prepared = race.prepare(device)
+    for backward in (False, True):
+        operations = prepared.operations * (3 if backward else 1)
+        floor = max(prepared.least_bytes[backward] / bandwidth, operations / rate)
+        cases = prepared.cases(backward)
+        for temperature, timer in timers.items():
+            comparison = harness.compare(cases, seconds=0.5, timer=timer)
+            yield {
+                "case": f"{race.label} {'step' if backward else 'forward'}",
+                "backend": prepared.backend,
+                "l2": temperature,
+                "share_of_floor": float(f"{floor / comparison.time().median:.3g}"),
+                **comparison.as_dict(),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    timers = {"cold": cuda_timer(cold=True), "warm": cuda_timer(cold=False)}
+    with arguments.out.open("a") as file:
+        for result in measure(arguments.name, "cuda", timers, arguments.seconds):
+            file.write(json.dumps({"benchmark": arguments.name, **result}) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""One small call of every op in each of its forms, as a function of plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msd_kernels import StageBatch, StageWeights, group_norm, grouped_conv2d, grouped_linear
+from msd_kernels.ops import group_norm as group_norm_op
+from msd_kernels.ops import grouped_conv2d as grouped_conv2d_op
+from msd_kernels.ops import grouped_linear as grouped_linear_op
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op as a function of tensors of ``shapes``."""
+
+    shapes: Sequence[tuple[int, ...]]
+    function: Callable[..., Tensor]
+
+    def leaves(
+        self, generator: torch.Generator, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> list[Tensor]:
+        return [
+            torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+            for shape in self.shapes
+        ]
+
+
+def cotangent_of(y: Tensor) -> Tensor:
+    """Random, and the same in every call."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.device, y.dtype)
+
+
+def forward_and_backward(
+    call: Call, leaves: Sequence[Tensor], function: Callable[..., Tensor] | None = None
+) -> list[Tensor]:
+    """The result and the gradients of all leaves."""
+    y = (function or call.function)(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent_of(y))]
+
+
+def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    for position, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"result {position} differs by up to {(a - b).abs().max():.3e}"
+
+
+def packed_size(counts: Sequence[int], channels: Sequence[int], pixels: int = 1) -> tuple[int]:
+    return (sum(n * c for n, c in zip(counts, channels, strict=True)) * pixels,)
+
+
+def dense_norm(side: int) -> Call:
+    def function(x, weight, bias, scale, shift):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return group_norm(x, 2, weight, bias, scale=scale, shift=shift, activation="silu")
+
+    return Call([(3, 6, side, side), (6,), (6,), (3, 6), (3, 6)], function)
+
+
+def plain_norm(side: int) -> Call:
+    return Call([(2, 4, side, side)], lambda x: group_norm(x, 2))
+
+
+def stage_norm(side: int) -> Call:
+    counts, channels = (2, 0, 1), (6, 4, 2)
+    vectors = [(c,) for c in channels]
+
+    def function(x, weight, bias, scale, shift):
+        return group_norm(
+            StageBatch(x, counts, channels, side, side),
+            (3, 2, 1),
+            StageWeights(weight, vectors),
+            StageWeights(bias, vectors),
+            scale=StageBatch(scale, counts, channels, 1, 1),
+            shift=StageBatch(shift, counts, channels, 1, 1),
+            activation="silu",
+        ).values
+
+    per_sample = packed_size(counts, channels)
+    sizes = [
+        packed_size(counts, channels, side**2),
+        (sum(channels),),
+        (sum(channels),),
+        per_sample,
+        per_sample,
+    ]
+    return Call(sizes, function)
+
+
+def stage_linear(side: int) -> Call:
+    counts, ins, outs = (2, 0, 1), (4, 3, 2), (3, 2, 5)
+    shapes = list(zip(outs, ins, strict=True))
+
+    def function(x, weight, bias):
+        batch = StageBatch(x, counts, ins, side, side)
+        return grouped_linear(
+            batch, StageWeights(weight, shapes), StageWeights(bias, [(o,) for o in outs])
+        ).values
+
+    return Call([packed_size(counts, ins, side**2), (sum(map(math.prod, shapes)),), (sum(outs),)], function)
+
+
+def dense_linear(side: int) -> Call:
+    return Call(
+        [(side**2, 4), (3, 4), (2, 4)],
+        lambda x, w0, w1: grouped_linear(x, [w0, w1], counts=(1, side**2 - 1)).values,
+    )
+
+
+def fused_conv(side: int) -> Call:
+    counts, channels, skip_channels, outs = (2, 0, 1), (3, 2, 2), (2, 2, 2), (3, 1, 2)
+    shapes = [(o, c + d, 3, 3) for o, c, d in zip(outs, channels, skip_channels, strict=True)]
+
+    def function(x, skip, weight, bias, sample_bias, residual):
+        return grouped_conv2d(
+            StageBatch(x, counts, channels, side, side),
+            StageWeights(weight, shapes),
+            StageWeights(bias, [(o,) for o in outs]),
+            skip=skip.contiguous(memory_format=torch.channels_last),
+            sample_bias=StageBatch(sample_bias, counts, outs, 1, 1),
+            residual=StageBatch(residual, counts, outs, 2 * side, 2 * side),
+            scale=0.5,
+            resample="up",
+        ).values
+
+    sizes = [
+        packed_size(counts, channels, side**2),
+        (3, 2, side, side),
+        (sum(map(math.prod, shapes)),),
+        (sum(outs),),
+        packed_size(counts, outs),
+        packed_size(counts, outs, 4 * side**2),
+    ]
+    return Call(sizes, function)
+
+
+def plain_conv(side: int) -> Call:
+    def function(x, weight):
+        return grouped_conv2d(StageBatch.from_dense(x), [weight], resample="down").values
+
+    return Call([(2, 2, side, side), (3, 2, 1, 1)], function)
+
+
+CALLS = {
+    "group_norm of a dense tensor": (group_norm_op.BACKENDS, dense_norm),
+    "group_norm without parameters": (group_norm_op.BACKENDS, plain_norm),
+    "group_norm of stages": (group_norm_op.BACKENDS, stage_norm),
+    "grouped_linear of stages": (grouped_linear_op.BACKENDS, stage_linear),
+    "grouped_linear of a dense tensor": (grouped_linear_op.BACKENDS, dense_linear),
+    "grouped_conv2d with everything": (grouped_conv2d_op.BACKENDS, fused_conv),
+    "grouped_conv2d of one stage": (grouped_conv2d_op.BACKENDS, plain_conv),
+}

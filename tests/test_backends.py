@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from msd_kernels import BackendError, FallbackWarning, StageBatch, explain, group_norm, grouped_linear
+from msd_kernels.backends import NAMES, VARIABLE, Candidate, OpBackends, forced_backend, use
+
+FAST, SLOW, PLAIN = (SimpleNamespace(name=name) for name in ("fast", "slow", "plain"))
+
+
+def cannot_large(size: int, **call) -> str | None:
+    return f"takes at most 10, got {size}" if size > 10 else None
+
+
+def slower_when_small(size: int, **call) -> str | None:
+    return "library is faster below 3" if size < 3 else None
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """An op whose cpu kernel takes sizes up to 10 and is slow below 3."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    return OpBackends(
+        "toy",
+        [
+            Candidate("cuda", SLOW, ("cuda",)),
+            Candidate("cpu", FAST, ("cpu",), cannot=cannot_large, slower=slower_when_small),
+            Candidate("library", PLAIN),
+        ],
+    )
+
+
+def test_backends_auto_takes_the_first_that_can(backends):
+    assert backends.choose("cpu", {"size": 5}) is FAST
+    assert backends.choose("cuda", {"size": 5}) is SLOW
+
+
+def test_backends_auto_prefers_the_faster_in_silence(backends):
+    """What is slower is a choice and not a fallback."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("cpu", {"size": 2}) is PLAIN
+
+
+def test_backends_fallback_warns_once_per_reason(backends):
+    with pytest.warns(
+        FallbackWarning, match="toy: served by 'library' because 'cpu' cannot: takes at most 10, got 11"
+    ):
+        assert backends.choose("cpu", {"size": 11}) is PLAIN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("cpu", {"size": 11}) is PLAIN
+    with pytest.warns(FallbackWarning, match="got 12"):
+        backends.choose("cpu", {"size": 12})
+
+
+def test_backends_of_another_device_are_no_fallback(backends):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.choose("cpu", {"size": 5})
+        backends.choose("cuda", {"size": 50})
+
+
+def test_backends_without_a_candidate_say_why():
+    only = OpBackends("toy", [Candidate("cpu", FAST, ("cpu",), cannot=cannot_large)])
+    with pytest.raises(BackendError, match=r"toy: no backend serves this call: .*takes at most 10, got 11"):
+        only.choose("cpu", {"size": 11})
+
+
+def test_backends_forced_by_use_wins_over_speed_and_environment(backends, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "library")
+    assert backends.choose("cpu", {"size": 5}) is PLAIN
+    with use("cpu"):
+        assert backends.choose("cpu", {"size": 2}) is FAST
+        with use("auto"):
+            assert backends.choose("cpu", {"size": 2}) is PLAIN
+    assert backends.choose("cpu", {"size": 5}) is PLAIN
+
+
+def test_backends_forced_but_unable_raises(backends):
+    with (
+        use("cpu"),
+        pytest.raises(BackendError, match="'cpu' is forced but cannot serve this call: takes at most 10"),
+    ):
+        backends.choose("cpu", {"size": 11})
+    with use("cuda"), pytest.raises(BackendError, match="serves cuda tensors, got a cpu tensor"):
+        backends.choose("cpu", {"size": 1})
+    with (
+        use("triton"),
+        pytest.raises(BackendError, match="has no implementation of this op; there are cuda, cpu, library"),
+    ):
+        backends.choose("cpu", {"size": 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("auto", {"a": None, "b": None}),
+        ("", {"a": None, "b": None}),
+        ("library", {"a": "library", "b": "library"}),
+        ("a=cpu", {"a": "cpu", "b": None}),
+        ("a=cpu,library", {"a": "cpu", "b": "library"}),
+        ("library,a=cpu", {"a": "cpu", "b": "library"}),
+        (" a=cpu , b=reference ", {"a": "cpu", "b": "reference"}),
+        ("library,a=auto", {"a": None, "b": "library"}),
+    ],
+)
+def test_backends_setting_syntax(setting, expected, monkeypatch):
+    monkeypatch.setenv(VARIABLE, setting)
+    assert {op: forced_backend(op) for op in expected} == expected
+    monkeypatch.delenv(VARIABLE)
+    with use(setting):
+        assert {op: forced_backend(op) for op in expected} == expected
+
+
+@pytest.mark.parametrize("setting", ["gpu", "group_norm=fast", "library,cud"])
+def test_backends_unknown_name_is_an_error(setting, monkeypatch):
+    with (
+        pytest.raises(
+            ValueError, match=r"unknown backend .* allowed are auto, reference, cpu, triton, cuda, library"
+        ),
+        use(setting),
+    ):
+        pytest.fail("the block must not run")
+    assert forced_backend("group_norm") is None, "a refused setting leaves nothing behind"
+    monkeypatch.setenv(VARIABLE, setting)
+    with pytest.raises(ValueError, match="MSD_KERNELS_BACKEND: unknown backend"):
+        group_norm(torch.zeros(1, 4, 2, 2), 2)
+
+
+def test_backends_use_restores_after_an_error():
+    with pytest.raises(KeyError), use("reference"):
+        raise KeyError
+    assert forced_backend("group_norm") is None
+
+
+def test_explain_names_every_backend(backends):
+    automatic = backends.explain("cpu", {"size": 11})
+    assert automatic.backend == "library"
+    assert automatic.why_not["cpu"] == "takes at most 10, got 11"
+    assert automatic.why_not["cuda"] == "serves cuda tensors, got a cpu tensor"
+    assert automatic.why_not["triton"] == "has no implementation of toy"
+    assert {automatic.backend, *automatic.why_not} == set(NAMES)
+    assert backends.explain("cpu", {"size": 2}).why_not["cpu"] == "library is faster below 3"
+    assert backends.explain("cpu", {"size": 5}).why_not["library"] == "cpu comes first"
+
+
+def test_explain_agrees_with_the_choice(backends):
+    modules = {"cpu": FAST, "cuda": SLOW, "library": PLAIN}
+    for device_type in ("cpu", "cuda"):
+        for size in (1, 5):
+            call = {"size": size}
+            assert modules[backends.explain(device_type, call).backend] is backends.choose(device_type, call)
+
+
+def test_explain_of_a_forced_backend(backends):
+    with use("library"):
+        forced = backends.explain("cpu", {"size": 5})
+    assert (forced.backend, forced.why) == ("library", "forced")
+    assert forced.why_not["cpu"] == "MSD_KERNELS_BACKEND or use() forces library"
+    with use("cpu"):
+        impossible = backends.explain("cpu", {"size": 11})
+    assert impossible.backend is None
+    assert impossible.why == "cpu is forced and cannot serve it"
+    assert impossible.why_not["cpu"] == "takes at most 10, got 11"
+
+
+def test_explain_reads_well(backends):
+    assert str(backends.explain("cpu", {"size": 11})).splitlines() == [
+        "toy: library (the first of its order that serves this call)",
+        "  not cuda: serves cuda tensors, got a cpu tensor",
+        "  not cpu: takes at most 10, got 11",
+        "  not reference: has no implementation of toy",
+        "  not triton: has no implementation of toy",
+    ]
+
+
+def test_explain_checks_the_call_and_computes_nothing():
+    x = torch.empty(2, 8, 4, 4, device="meta")
+    assert "cpu" in explain("group_norm", x, 4).why_not
+    with pytest.raises(ValueError, match="group_norm: num_groups=3 does not divide"):
+        explain("group_norm", x, 3)
+    with pytest.raises(ValueError, match="explain: unknown op 'softmax'; there are attention, group_norm"):
+        explain("softmax", x)
+
+
+def test_explain_serves_every_grouped_op():
+    batch = StageBatch(torch.zeros(8), (1, 1), (4, 4), 1, 1)
+    weight = [torch.zeros(3, 4)] * 2
+    assert explain("grouped_linear", batch, weight).backend == "library"
+    assert explain("grouped_conv2d", batch, [w[..., None, None] for w in weight]).backend == "library"
+    with use("reference"):
+        assert explain("grouped_linear", batch, weight).backend == "reference"
+
+
+def test_forced_backends_compute_the_same(generator):
+    x, weight = torch.randn(3, 4, generator=generator), torch.randn(2, 4, generator=generator)
+    results = []
+    for name in ("library", "reference"):
+        with use(f"grouped_linear={name}"):
+            results.append(grouped_linear(x, [weight]).values)
+    torch.testing.assert_close(*results)

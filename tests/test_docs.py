@@ -1,0 +1,47 @@
+"""What the documents say is true: their code runs, their commands and their files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("README.md", "python"))))
+def test_readme_code_runs(index, capsys):
+    code = blocks("README.md", "python")[index]
+    exec(compile(code, f"README.md, code {index}", "exec"), {"__name__": "__main__"})
+    # A comment behind a print is its output.
+    for expected in re.findall(r"^print\(.*\)  # (\[.*\])$", code, re.MULTILINE):
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document):
+    text = (ROOT / document).read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|\n)make ([a-z-]+)", text)) <= targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_local_links_exist(document):
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / document).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_named_in_documents_exist(document):
+    named = re.findall(
+        r"`((?:msd_kernels|python|csrc|tests|benchmarks|scripts)/[\w./-]+\.\w+)`",
+        (ROOT / document).read_text(),
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []

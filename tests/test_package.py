@@ -1,0 +1,212 @@
+"""The package as a whole: what it imports, that it lives without its extension, and the rules of the house."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import msd_kernels
+import multistage_diffusion
+from msd_kernels.native import load
+
+KERNELS = Path(msd_kernels.__file__).parent
+MODELS = Path(multistage_diffusion.__file__).parent
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*KERNELS.rglob("*.py"), *MODELS.rglob("*.py")])
+
+# The storeys of msd_kernels, lowest first. A part imports from its own storey and from those below; what is not
+# listed stands on top.
+STOREYS = (
+    {"reference"},
+    {"allocate", "tuned"},
+    {"library", "native", "triton"},
+    {"backends", "stage_batch"},
+    {"ops"},
+)
+
+
+def module_name(path: Path) -> str:
+    package = KERNELS if path.is_relative_to(KERNELS) else MODELS
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def storey(part: str) -> int:
+    return next((height for height, parts in enumerate(STOREYS) if part in parts), len(STOREYS))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The full names of the modules that a file imports anywhere, ``from a import b`` as ``a`` and ``a.b``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=[module_name(path) for path in paths])
+
+
+@each([path for path in SOURCES if path.is_relative_to(KERNELS)])
+def test_package_imports_go_one_way(path):
+    imported = imported_modules(path)
+    assert not any(name.split(".")[0] == "multistage_diffusion" for name in imported)
+    parts = {name.split(".")[1] for name in imported if name.startswith("msd_kernels.")}
+    part = module_name(path).split(".")[1:2]
+    above = {name for name in parts if part and storey(name) > storey(part[0])}
+    assert not above
+
+
+@each([path for path in SOURCES if path.is_relative_to(KERNELS / "reference")])
+def test_package_reference_needs_only_pytorch(path):
+    allowed = {"torch", "msd_kernels"} | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in imported_modules(path)} <= allowed
+
+
+@each([path for path in SOURCES if path.is_relative_to(KERNELS)])
+def test_package_kernels_need_few_packages(path):
+    allowed = {"torch", "triton", "numpy", "msd_kernels"} | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in imported_modules(path)} <= allowed
+
+
+@each(SOURCES)
+def test_package_files_are_short_and_free_of_asserts(path):
+    text = path.read_text()
+    assert text.count("\n") <= 600
+    lines = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
+    assert not lines, f"an assert vanishes under python -O: lines {lines}"
+
+
+def test_package_has_its_public_names():
+    for name in msd_kernels.__all__:
+        assert getattr(msd_kernels, name).__doc__, f"{name} has no docstring"
+
+
+def run_python(code: str, path: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(path), **environment},
+        cwd=path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def unbuilt(tmp_path_factory) -> Path:
+    """A folder with a copy of msd_kernels as it is where nothing could be compiled."""
+    folder = tmp_path_factory.mktemp("unbuilt")
+    shutil.copytree(
+        KERNELS, folder / "msd_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.json")
+    )
+    return folder
+
+
+WITHOUT_EXTENSION = """
+import warnings, torch, msd_kernels
+from pathlib import Path
+assert Path(msd_kernels.__file__).is_relative_to(Path.cwd())
+x = torch.randn(2, 8, 4, 4)
+print(msd_kernels.explain("group_norm", x, 4))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = msd_kernels.group_norm(x, 4, activation="silu")
+torch.testing.assert_close(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4)))
+print(caught[0].category.__name__, caught[0].message)
+"""
+
+
+def test_package_works_without_the_extension(unbuilt):
+    printed = run_python(WITHOUT_EXTENSION, unbuilt)
+    assert "group_norm: library" in printed
+    assert "not cpu: was not built at install" in printed
+    assert "FallbackWarning group_norm: served by 'library' because 'cpu' cannot: was not built" in printed
+
+
+def test_package_says_why_the_extension_was_not_built(unbuilt):
+    report = unbuilt / "msd_kernels" / "_build_report.json"
+    report.write_text(json.dumps({"cpu": {"built": False, "reason": "no C++ compiler found"}}))
+    try:
+        assert "not cpu: no C++ compiler found" in run_python(WITHOUT_EXTENSION, unbuilt)
+    finally:
+        report.unlink()
+
+
+def test_package_says_why_the_extension_does_not_load(unbuilt):
+    broken = unbuilt / "msd_kernels" / "_native.abi3.so"
+    broken.write_bytes(b"no library")
+    try:
+        assert "not cpu: _native.abi3.so does not load: " in run_python(WITHOUT_EXTENSION, unbuilt)
+    finally:
+        broken.unlink()
+
+
+OPTIONAL = ("matplotlib", "tqdm", "safetensors", "PIL", "sklearn", "scipy", "pytest_benchmark", "xdist")
+BLOCKED = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_package_kernels_import_without_optional_packages():
+    code = BLOCKED + "import msd_kernels; print(msd_kernels.__version__)"
+    assert run_python(code, KERNELS.parent).strip() == msd_kernels.__version__
+
+
+GPU_CHECK = """
+sys.path.insert(0, "benchmarks")
+import gpu_check, gpu_races, pytest
+sys.exit(pytest.main([*gpu_check.GPU_TESTS, "--collect-only", "-q", "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.mark.skipif(not (REPOSITORY / "benchmarks").is_dir(), reason="benchmarks are not part of an install")
+def test_package_gpu_tests_and_benchmarks_need_no_optional_packages():
+    """The machine with the GPU has no network, and PyTorch, Triton, NumPy and pytest only."""
+    environment = {"PYTHONPATH": f"{REPOSITORY}:{MODELS.parent}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    printed = run_python(BLOCKED + GPU_CHECK, REPOSITORY, **environment)
+    assert "test_cuda_graph_replays_with_new_inputs" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not (REPOSITORY / "benchmarks").is_dir(), reason="benchmarks are not part of an install")
+def test_package_gpu_check_without_a_gpu_says_so():
+    printed = run_python(
+        "import runpy; runpy.run_path('benchmarks/gpu_check.py', run_name='__main__')", REPOSITORY
+    )
+    assert printed.startswith("gpu-check: no GPU here")
+    assert printed.count("\n") == 1
+
+
+def test_package_import_initialises_no_device_and_starts_no_compiler():
+    code = "import torch, sys, msd_kernels; print(torch.cuda.is_initialized(), 'triton' in sys.modules)"
+    assert run_python(code, KERNELS.parent).split()[0] == "False"
+
+
+def test_package_kernels_of_this_build_serve():
+    """Where the extension was built, a plain call must not end up somewhere else."""
+    if reason := load("cpu").reason:
+        pytest.skip(f"the CPU extension is not here: {reason}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.zeros(1, 8, 4, 4, dtype=dtype)
+        assert msd_kernels.explain("group_norm", x, 4).backend == "cpu"
