@@ -1,0 +1,368 @@
+"""Checkpoints: folders that are either complete or not there, and that execute nothing when loaded.
+
+    runs/x/checkpoints/step-00001000/
+        checkpoint.json          step, configuration, data fingerprint, scalars of the optimizer, checksums
+        network.safetensors      weights in training
+        ema.safetensors          averaged weights, the ones to sample with
+        optimizer.safetensors    {parameter name}.exp_avg, ...
+        rng.safetensors          states of PyTorch's global random generators
+
+A save writes a hidden folder next to its destination, flushes it to the disk, and renames it. Whatever
+interrupts that (a full disk, a kill, a power cut) leaves the checkpoints that were there as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .preconditioning import EDMPreconditioner
+from .stages import Stages
+
+FORMAT = 1
+METADATA = "checkpoint.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_SHOWN = 4
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read, or does not fit; the message says which and what to do."""
+
+
+class CheckpointSaveError(CheckpointError):
+    """A checkpoint could not be written, for instance because the disk is full."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was skipped because its content is damaged."""
+
+
+# ------------------------------------------------------------------------ state of a run, as tensors and JSON
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """The optimizer's state: tensors named ``{parameter}.{entry}``, and its scalars as JSON."""
+    state = optimizer.state_dict()
+    names = [name for name, _ in network.named_parameters()]
+    tensors = {f"{names[i]}.{key}": v for i, entries in state["state"].items() for key, v in entries.items()}
+    scalars = []
+    for group in state["param_groups"]:
+        values = {k: v for k, v in group.items() if k != "params"}
+        scalars.append({**values, "params": [names[i] for i in group["params"]]})
+    return tensors, {"param_groups": scalars}
+
+
+def restore_optimizer(
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, scalars: dict
+) -> None:
+    """The inverse of ``optimizer_tensors``. Raises CheckpointError if a parameter is unknown."""
+    index = {name: i for i, (name, _) in enumerate(network.named_parameters())}
+    state: dict[int, dict] = {}
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        if name not in index:
+            raise CheckpointError(f"the optimizer state names {name!r}, which the network does not have")
+        state.setdefault(index[name], {})[key] = value
+    groups = [{**group, "params": [index[n] for n in group["params"]]} for group in scalars["param_groups"]]
+    for group in groups:
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """States of PyTorch's global generators: dropout draws from them."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_rng(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of ``rng_tensors``; devices that are not here are left out."""
+    torch.set_rng_state(states["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes one safetensors file; the tensors may share memory and live anywhere."""
+    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    try:
+        save_file(own, path)
+    except SafetensorError as error:  # it wraps what the operating system said
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def save_checkpoint(
+    directory: str | Path, step: int, tensors: dict[str, dict], metadata: dict, keep: int | None = 2
+) -> Path:
+    """Writes ``directory/step-########`` atomically.
+
+    Args:
+        directory: the checkpoints folder of a run; made if missing.
+        step: finished training steps.
+        tensors: per file ("network", "ema", ...) the tensors by name.
+        metadata: JSON-able; goes into checkpoint.json.
+        keep: number of newest checkpoints to keep; ``None``: all. Older ones go after the new one is
+            complete.
+
+    Returns:
+        The folder. A valid checkpoint of that step which exists already is kept and returned.
+
+    Raises:
+        CheckpointSaveError: the disk is full or the folder cannot be written; older ones are untouched.
+    """
+    directory = Path(directory)
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".writing-{final.name}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(directory)
+        if final.exists():
+            if not damage(final):
+                return final
+            final.rename(directory / f".damaged-{final.name}")
+        temporary.mkdir()
+        files = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            write_tensors(path, group)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            _flush(path)
+        text = json.dumps({"format": FORMAT, "step": step, **metadata, "files": files}, indent=2)
+        (temporary / METADATA).write_text(text + "\n")
+        _flush(temporary / METADATA)
+        _flush(temporary)
+        temporary.rename(final)
+        _flush(directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = [path.name for path in list_checkpoints(directory)]
+        newest = f"the newest checkpoint is still {kept[-1]}" if kept else "there is no earlier checkpoint"
+        raise CheckpointSaveError(f"could not save {final}: {error}; {newest}") from error
+    if keep is not None:
+        _prune(directory, keep)
+    return final
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for pattern in (".writing-*", ".damaged-*", ".old-*"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    for path in list_checkpoints(directory)[: -max(keep, 1)]:
+        hidden = path.with_name(f".old-{path.name}")
+        path.rename(
+            hidden
+        )  # first out of sight, in one step: a kill leaves no half checkpoint under its name
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, not validated."""
+    directory = Path(directory)
+    found = [
+        (int(m[1]), p) for p in directory.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint folder: a file missing, truncated or altered; ``None`` if intact."""
+    path = Path(path)
+    try:
+        metadata = json.loads((path / METADATA).read_text())
+        if metadata["format"] != FORMAT:
+            return f"format {metadata['format']} is not format {FORMAT}, which this version reads"
+        for name, expected in metadata["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, {expected['bytes']} were written"
+            if _sha256(path / name) != expected["sha256"]:
+                return f"the content of {name} has changed since it was written"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{METADATA} is not a checkpoint description ({type(error).__name__}: {error})"
+    return None
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The newest intact checkpoint of a folder, or ``None``. Warns of each damaged one it passes over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    found = list_checkpoints(directory)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"skipping the checkpoint {path}: {problem}", CheckpointWarning, stacklevel=2)
+    if found:
+        raise CheckpointError(f"none of the {len(found)} checkpoint(s) in {directory} is intact")
+    return None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint meant by a run folder, a checkpoints folder, or a checkpoint folder itself."""
+    path = Path(path)
+    if (path / METADATA).is_file():
+        problem = damage(path)
+        if problem:
+            raise CheckpointError(f"the checkpoint {path} is damaged: {problem}")
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"there is no folder {path}")
+    nested = path / "checkpoints"
+    found = latest_checkpoint(nested if nested.is_dir() else path)
+    if found is None:
+        raise CheckpointError(f"{path} holds no checkpoint (expected {path}/checkpoints/step-*)")
+    return found
+
+
+def read_metadata(path: str | Path) -> dict:
+    """The checkpoint.json of a checkpoint folder."""
+    return json.loads((Path(path) / METADATA).read_text())
+
+
+def read_tensors(path: str | Path, name: str) -> dict[str, torch.Tensor]:
+    """One file of a checkpoint: "network", "ema", "optimizer" or "rng"."""
+    file = Path(path) / f"{name}.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"the checkpoint {path} has no {file.name}")
+    return load_file(file)
+
+
+def load_weights(network: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Copies weights into a network.
+
+    Raises:
+        CheckpointError: names or shapes differ; says how many, shows the first few, and nothing has been
+            loaded.
+    """
+    own = network.state_dict()
+    shapes = [
+        f"{k} is {list(tensors[k].shape)} in the checkpoint and {list(v.shape)} in the network"
+        for k, v in own.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    missing = [k for k in own if k not in tensors]
+    unexpected = [k for k in tensors if k not in own]
+    problems = [
+        f"{len(group)} {what}: {', '.join(group[:_SHOWN])}{', ...' if len(group) > _SHOWN else ''}"
+        for group, what in (
+            (shapes, "of another shape"),
+            (missing, "missing from the checkpoint"),
+            (unexpected, "unknown to the network"),
+        )
+        if group
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source} was made by another network; of {len(own)} parameters and buffers "
+            f"{'; '.join(problems)}. Build the network from the checkpoint's own config: "
+            f"config.network in its {METADATA}"
+        )
+    network.load_state_dict(tensors)
+
+
+def differing_keys(saved: dict, given: dict, prefix: str = "") -> list[str]:
+    """One line for every key whose values differ, nested keys joined by dots."""
+    lines = []
+    for key in sorted(set(saved) | set(given)):
+        name = f"{prefix}{key}"
+        a, b = saved.get(key), given.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differing_keys(a, b, f"{name}.")
+        elif key not in saved:
+            lines.append(f"{name}: not in the checkpoint, now {b!r}")
+        elif key not in given:
+            lines.append(f"{name}: {a!r} in the checkpoint, now missing")
+        elif a != b:
+            lines.append(f"{name}: {a!r} in the checkpoint, now {b!r}")
+    return lines
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to sample.
+
+    Attributes:
+        denoiser: D(x; sigma), in eval mode.
+        step, images: how long it was trained.
+        metadata: the whole checkpoint.json.
+        path: the checkpoint folder.
+    """
+
+    denoiser: EDMPreconditioner
+    step: int
+    images: int
+    metadata: dict
+    path: Path
+
+
+def load_model(
+    path: str | Path, weights: str = "ema", device: torch.device | str = "cpu", build=None
+) -> LoadedModel:
+    """The trained denoiser of a run or checkpoint folder.
+
+    Args:
+        path: a run folder (its newest intact checkpoint is taken) or a checkpoint folder.
+        weights: ``"ema"`` (averaged) or ``"network"`` (as trained).
+        device: where to put it.
+        build: makes a network from its config; default ``multistage_diffusion.networks.build``.
+
+    Raises:
+        CheckpointError: no intact checkpoint, or one that does not fit its own configuration.
+    """
+    if weights not in ("ema", "network"):
+        raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
+    if build is None:
+        from .networks import build
+    path = find_checkpoint(path)
+    metadata = read_metadata(path)
+    config = metadata["config"]
+    network = build(config["network"])
+    load_weights(network, read_tensors(path, weights), path)
+    stages = Stages.from_json(config["stages"])
+    denoiser = EDMPreconditioner(network, stages, config["sigma_data"]).to(device).eval()
+    return LoadedModel(denoiser, metadata["step"], metadata["images"], metadata, path)

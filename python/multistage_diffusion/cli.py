@@ -1,0 +1,93 @@
+"""The command ``msd``: finds the subcommands, runs one, and turns errors into one line and an exit code.
+
+Exit codes: 0 success, 1 a run that failed, 2 bad input, 128 + n a run that signal n stopped (resume it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from .commands import load_commands
+
+EXAMPLES = """\
+examples:
+  msd demo --out runs/demo                         a three-stage model of digits, minutes on a CPU
+  msd train --data digits --out runs/digits        train
+  msd sample --run runs/digits --out digits.png    sample
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``msd`` with all subcommands."""
+    parser = Parser(
+        prog="msd",
+        description="Train multi-stage diffusion models and sample from them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for module in load_commands():
+        command = module.add_parser(subparsers)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad arguments in one line, without repeating the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``msd`` with the given arguments (default: those of the process) and returns the exit code."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as request:  # --help, and bad arguments
+        return request.code or 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    warnings.showwarning = _show_warning
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print(f"msd {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"msd {args.command}: {_one_line(error)}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    """2 if other input would help, 1 if not."""
+    from .checkpoints import CheckpointError, CheckpointSaveError
+    from .training import RunError
+
+    if isinstance(error, CheckpointSaveError):
+        return 1
+    return 2 if isinstance(error, (ValueError, FileNotFoundError, CheckpointError, RunError)) else 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    expected = isinstance(error, (ValueError, RuntimeError, OSError)) and text
+    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {message}", file=sys.stderr)

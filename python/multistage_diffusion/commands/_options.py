@@ -1,0 +1,89 @@
+"""Arguments that several subcommands share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def add_command(subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """A subcommand whose help begins with ``summary`` and ends with ``examples``."""
+    return subparsers.add_parser(
+        name,
+        help=summary.partition("\n")[0],
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """--device and --threads."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", default="auto", help='"cpu", "cuda", "cuda:1", ...; default: a GPU if there is one'
+    )
+    group.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads; default: PyTorch's choice")
+
+
+def set_up_machine(args: argparse.Namespace):
+    """Applies --threads and returns the torch device of --device. Raises ValueError if it is not there."""
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; try cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA device(s)")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda are supported")
+    return device
+
+
+def number(low: float | None = None, above: float | None = None) -> Callable[[str], float]:
+    """A number that is at least ``low`` or greater than ``above``."""
+
+    def parse(text: str) -> float:
+        value = _parsed(float, text, "a number")
+        if (low is not None and not value >= low) or (above is not None and not value > above):
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {'at least' if low is not None else 'above'} {low or above or 0}"
+            )
+        return value
+
+    return parse
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """A whole number that is at least ``low``."""
+
+    def parse(text: str) -> int:
+        value = _parsed(int, text, "a whole number")
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {low}")
+        return value
+
+    return parse
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    return tuple(_parsed(float, part, "a number") for part in text.split(","))
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas; an empty text is none."""
+    return tuple(_parsed(int, part, "a whole number") for part in text.split(",") if text.strip())
+
+
+def _parsed(kind, text: str, name: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None

@@ -1,0 +1,355 @@
+"""``msd train``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from ._options import add_command, add_machine_options, number, numbers, set_up_machine, whole, wholes
+
+EXAMPLES = """\
+  msd train --data digits --out runs/digits --steps 2000
+  msd train --data cifar10.zip --preset cifar10 --precision bf16 --out runs/cifar10
+  msd train --out runs/cifar10 --resume
+  msd train --data images/ --decoder-widths 96,64,16 --stages 0.5,2,8 --stage-sampling stratified --out runs/x
+"""
+
+# Networks and settings of a preset; options given on the command line go first.
+PRESETS = {
+    "digits": {
+        "network": {
+            "encoder_widths": (32,),
+            "decoder_widths": (48, 32, 16),
+            "channel_mult": (1, 1),
+            "num_blocks": 1,
+            "attn_resolutions": (),
+            "dropout": 0.0,
+        },
+        "run": {
+            "stages": "0.5,2",
+            "stage_sampling": "stratified",
+            "stage_probabilities": (0.25, 0.5, 0.25),
+            "P_mean": -0.4,
+            "sigma_data": 0.7,
+            "steps": 800,
+            "batch_size": 64,
+            "lr": 2e-3,
+            "warmup_images": 5000,
+            "lr_decay": "cosine",
+            "ema_halflife_images": 5000,
+            "checkpoint_every": 200,
+            "log_every": 25,
+        },
+    },
+    "cifar10": {
+        "network": {},
+        "run": {
+            "stages": "edm",
+            "steps": 390_625,
+            "batch_size": 512,
+            "warmup_images": 10_000_000,
+            "checkpoint_every": 5000,
+        },
+    },
+    "cifar10-unified": {
+        "network": {"decoder_widths": (128,)},
+        "run": {
+            "stages": "single",
+            "steps": 390_625,
+            "batch_size": 512,
+            "warmup_images": 10_000_000,
+            "checkpoint_every": 5000,
+        },
+    },
+}
+
+NETWORK_OPTIONS = (
+    "encoder_widths",
+    "decoder_widths",
+    "channel_mult",
+    "num_blocks",
+    "attn_resolutions",
+    "dropout",
+)
+
+
+def add_parser(subparsers):
+    parser = add_command(
+        subparsers,
+        "train",
+        "Train a multi-stage diffusion model, or go on with a run that was stopped.",
+        EXAMPLES,
+    )
+    _add_run_options(parser)
+    _add_network_options(parser)
+    _add_noise_options(parser)
+    _add_optimizer_options(parser)
+    add_machine_options(parser)
+    return parser
+
+
+def _add_run_options(parser) -> None:
+    group = parser.add_argument_group("data and run")
+    group.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="run folder: configuration, log, checkpoints, plots",
+    )
+    group.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help='"digits", or a folder, .zip, .npy or .npz of images (not needed with --resume)',
+    )
+    group.add_argument(
+        "--image-size",
+        type=whole(1),
+        metavar="N",
+        help="pixels per side to bring the images to; default: as they are",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest intact checkpoint; other options default to those of the run",
+    )
+    group.add_argument("--seed", type=whole(0), metavar="S", help="of everything random; default: 0")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=whole(1), metavar="N", help="optimizer steps")
+    length.add_argument("--kimg", type=number(above=0), metavar="X", help="the same in thousands of images")
+    group.add_argument(
+        "--checkpoint-every", type=whole(1), metavar="N", help="steps between checkpoints; default: 1000"
+    )
+    group.add_argument(
+        "--keep-checkpoints", type=whole(1), metavar="N", help="newest checkpoints that are kept; default: 2"
+    )
+    group.add_argument(
+        "--log-every", type=whole(1), metavar="N", help="steps between log records; default: 50"
+    )
+    group.add_argument(
+        "--sample-every", type=whole(1), metavar="N", help="steps between sample grids; default: none"
+    )
+
+
+def _add_network_options(parser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="start from these settings; default: digits for the digits, else cifar10",
+    )
+    group.add_argument(
+        "--encoder-widths",
+        "--encoder-width",
+        type=wholes,
+        metavar="LIST",
+        help="base width of the shared encoder, or one per stage for separate networks",
+    )
+    group.add_argument(
+        "--decoder-widths",
+        type=wholes,
+        metavar="LIST",
+        help="base width of each stage's decoder, lowest noise first; one: unified",
+    )
+    group.add_argument(
+        "--channel-mult",
+        type=wholes,
+        metavar="LIST",
+        help="multiple of the base width at each resolution, finest first",
+    )
+    group.add_argument("--num-blocks", type=whole(1), metavar="N", help="residual blocks per resolution")
+    group.add_argument(
+        "--attn-resolutions", type=wholes, metavar="LIST", help="pixels per side at which there is attention"
+    )
+    group.add_argument("--dropout", type=number(low=0), metavar="P", help="dropout probability")
+    group.add_argument(
+        "--class-conditional",
+        action="store_true",
+        default=None,
+        help="give the network the labels of the images",
+    )
+
+
+def _add_noise_options(parser) -> None:
+    group = parser.add_argument_group(
+        "stages and noise levels", "sigma is in units of the data, which is in [-1, 1]"
+    )
+    group.add_argument(
+        "--stages",
+        metavar="STAGES",
+        help='"edm", "single", a stages.json, or boundaries such as 2.5103,7.6577 (0 and inf are understood)',
+    )
+    group.add_argument(
+        "--stage-sampling",
+        choices=("mixed", "stratified"),
+        help="draw sigma as EDM does, or the stages in given shares",
+    )
+    group.add_argument(
+        "--stage-shares",
+        type=numbers,
+        metavar="LIST",
+        dest="stage_probabilities",
+        help="of stratified sampling; default: all the same",
+    )
+    group.add_argument(
+        "--importance-weights",
+        action="store_true",
+        default=None,
+        help="of stratified sampling: keep the expected loss of mixed sampling",
+    )
+    group.add_argument(
+        "--p-mean", type=float, dest="P_mean", metavar="X", help="mean of ln sigma; default: -1.2"
+    )
+    group.add_argument(
+        "--p-std",
+        type=number(above=0),
+        dest="P_std",
+        metavar="X",
+        help="its standard deviation; default: 1.2",
+    )
+    group.add_argument(
+        "--sigma-data", type=number(above=0), metavar="X", help="standard deviation of the data; default: 0.5"
+    )
+
+
+def _add_optimizer_options(parser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch", type=whole(1), dest="batch_size", metavar="N", help="images per step")
+    group.add_argument(
+        "--accumulate",
+        type=whole(1),
+        metavar="N",
+        help="split the batch into N parts to save memory; default: 1",
+    )
+    group.add_argument(
+        "--lr", type=number(above=0), metavar="X", help="learning rate of Adam; default: 0.001"
+    )
+    group.add_argument(
+        "--warmup-kimg", type=number(low=0), metavar="X", help="thousands of images over which the rate grows"
+    )
+    group.add_argument("--lr-decay", choices=("constant", "cosine"), help="default: constant")
+    group.add_argument(
+        "--gradient-clip",
+        type=number(above=0),
+        metavar="X",
+        help="largest norm of the gradient; default: no clipping",
+    )
+    group.add_argument(
+        "--ema-kimg",
+        type=number(low=0),
+        metavar="X",
+        help="half-life of the averaged weights in thousands of images; default: 500",
+    )
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network; default: fp32")
+
+
+def run(args) -> int:
+    from ..data import load_images
+    from ..training import Trainer
+
+    if not args.resume and args.data is None:
+        raise ValueError("--data is needed to start a run (--resume takes it from the run)")
+    device = set_up_machine(args)
+    saved = _saved_config(args) if args.resume else None
+    source = args.data or (saved or {}).get("data")
+    if source is None:
+        raise ValueError(f"{args.out} holds no run to resume; give --data to start one")
+    image_size = args.image_size or (saved or {}).get("image_size")
+    data = load_images(source, image_size=image_size)
+    config = make_config(args, saved, source, data)
+    result = Trainer(config, args.out, data=data, device=device).run(resume=args.resume)
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        print(
+            f"stopped by {name} after step {result.step} of {config.steps}; saved {result.checkpoint}; "
+            f"go on with: msd train --out {args.out} --resume",
+            file=sys.stderr,
+        )
+        return 128 + result.stopped_by
+    print(f"{args.out}: trained {result.step} steps in {result.seconds:.0f} s; {result.checkpoint}")
+    return 0
+
+
+def _saved_config(args) -> dict | None:
+    path = args.out / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
+    """The configuration: that of the run being resumed or of the preset, changed by what was given."""
+    from ..stages import Stages
+    from ..training import TrainingConfig
+
+    if saved is not None and args.preset is None:
+        values = {**saved, "stages": Stages.from_json(saved["stages"])}
+        network = dict(saved["network"])
+    else:
+        preset = PRESETS[args.preset or ("digits" if source == "digits" else "cifar10")]
+        values = {**preset["run"], "stages": parse_stages(preset["run"]["stages"])}
+        if args.stages is not None:
+            values.pop("stage_probabilities", None)  # those of the preset's own stages
+        network = {"family": "edm", "image_size": data.image_size, "in_channels": data.channels}
+        network |= {"out_channels": data.channels, **preset["network"]}
+    network |= {name: getattr(args, name) for name in NETWORK_OPTIONS if getattr(args, name) is not None}
+    if args.class_conditional:
+        if data.labels is None:
+            raise ValueError(f"--class-conditional: the images of {source} have no labels")
+        network["label_dim"] = int(data.labels.max()) + 1
+    values |= {"network": _complete(network), "data": source}
+    values |= _given(args, TrainingConfig.__dataclass_fields__)
+    if args.stages is not None:
+        values["stages"] = parse_stages(args.stages)
+    if args.warmup_kimg is not None:
+        values["warmup_images"] = round(1000 * args.warmup_kimg)
+    if args.ema_kimg is not None:
+        values["ema_halflife_images"] = 1000 * args.ema_kimg
+    if args.kimg is not None:
+        values["steps"] = max(1, math.ceil(1000 * args.kimg / values["batch_size"]))
+    return TrainingConfig(**values)
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict:
+    """The options of these names that were on the command line and need no more than copying."""
+    found = {name: getattr(args, name, None) for name in names if name not in ("stages", "data")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _complete(network: dict) -> dict:
+    """The network's configuration with every default filled in, so that a run does not depend on defaults."""
+    import torch
+
+    from ..networks import build
+
+    with torch.device("meta"):
+        return build(network).config
+
+
+def parse_stages(text: str):
+    """The stages of "edm", "single", a stages.json, or boundaries, of which 0 and inf may be left out."""
+    from ..stages import Stages
+
+    if text == "edm":
+        return Stages.edm()
+    if text == "single":
+        return Stages.single()
+    if text.endswith(".json"):
+        return Stages.load(text)
+    try:
+        edges = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f'--stages {text}: give "edm", "single", a .json file, or boundaries such as 2.5103,7.6577'
+        ) from None
+    edges = edges if edges[0] == 0 else [0.0, *edges]
+    edges = edges if edges[-1] == math.inf else [*edges, math.inf]
+    return Stages.from_boundaries(edges)

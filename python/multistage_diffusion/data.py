@@ -1,0 +1,500 @@
+"""Images to train on: the digits shipped with scikit-learn, image folders, zip files, and NumPy arrays.
+
+`load_images` returns an `ImageData`, which keeps the images as they are stored (eight bits, or a
+memory-mapped file) and hands out batches in the range [-1, 1] that the networks expect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+T = TypeVar("T")
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+CHANNELS = (1, 3, 4)
+DIGITS_IMAGE_SIZE = 16
+
+_SCAN_BYTES = 1 << 26  # a pass over a memory-mapped file holds this much of it at a time
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+_ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
+
+
+class DataError(ValueError):
+    """The images given cannot be used; the message says which, why, and what would do."""
+
+
+class ImageData:
+    """A set of square images of one size.
+
+    Args:
+        images: `[N, C, H, W]`, uint8 in 0..255 or float32, with H = W and C one of 1, 3, 4. Kept as it is,
+            without a copy. Floats are in [-1, 1] or [0, 1], told apart as `load_images` says.
+        labels: `[N]` integer class labels, or None.
+        name: what messages and logs call this set.
+
+    Raises:
+        DataError: wrong rank, dtype, shape or range; values that are not finite; labels that do not fit.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None = None, *, name: str = "images"):
+        self.name = name
+        self._stored = _checked_images(images, name)
+        self._labels = _checked_labels(labels, len(images), name)
+        self._index: torch.Tensor | None = None
+        self.value_range = _value_range(images, name)
+
+    @property
+    def images(self) -> torch.Tensor:
+        """`[N, C, H, W]`, uint8 or float32, as stored: `value_range` tells the range.
+
+        A part made by `split` gathers its images here, which copies them; `sample` copies only a batch.
+        """
+        return self._stored if self._index is None else self._stored[self._index]
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """`[N]` int64 class labels, or None."""
+        if self._labels is None or self._index is None:
+            return self._labels
+        return self._labels[self._index]
+
+    @property
+    def num_images(self) -> int:
+        return len(self._stored) if self._index is None else len(self._index)
+
+    @property
+    def channels(self) -> int:
+        return self._stored.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels."""
+        return self._stored.shape[2]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of shape, dtype, range, pixels (in NCHW order) and labels; the name plays no part.
+
+        The first access reads every image.
+        """
+        shape = (self.num_images, *self._stored.shape[1:])
+        digest = hashlib.sha256(repr((shape, str(self._stored.dtype), self.value_range)).encode())
+        for start in range(0, self.num_images, self._chunk):
+            index = torch.arange(start, min(start + self._chunk, self.num_images))
+            digest.update(self._gather(index).contiguous().numpy())
+        if self.labels is not None:
+            digest.update(b"labels")
+            digest.update(self.labels.contiguous().numpy())
+        return digest.hexdigest()
+
+    def sample(self, indices: torch.Tensor | np.ndarray | Sequence[int]) -> torch.Tensor:
+        """The images at `indices`, ready for a network.
+
+        Args:
+            indices: `[B]` integers in 0..N-1, in any order; repeats are allowed.
+
+        Returns:
+            `[B, C, H, W]` float32 in [-1, 1], contiguous; eight-bit values become `value / 127.5 - 1`.
+
+        Raises:
+            TypeError: indices that are not integers.
+            DataError: indices of another rank, or outside 0..N-1.
+        """
+        index = torch.as_tensor(indices)
+        if index.numel() == 0:
+            index = index.to(torch.int64)
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"ImageData.sample: indices of {self.name} must be integers, given {index.dtype}")
+        if index.ndim != 1:
+            raise DataError(f"ImageData.sample: indices must be [B], given shape {list(index.shape)}")
+        index = index.to("cpu", torch.int64)
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_images):
+            raise DataError(
+                f"ImageData.sample: {self.name} has images 0..{self.num_images - 1}, "
+                f"given indices {int(index.min())}..{int(index.max())}"
+            )
+        batch = self._gather(index).to(torch.float32, memory_format=torch.contiguous_format)
+        low, high = self.value_range
+        return batch if low == -1 else batch.div_(high / 2).sub_(1)
+
+    def split(self, fraction: float, seed: int) -> tuple[ImageData, ImageData]:
+        """Two disjoint parts, drawn at random: `round(fraction * N)` images, and the rest. Copies no image.
+
+        Args:
+            fraction: share of the first part, strictly between 0 and 1.
+            seed: the same seed gives the same parts; it leaves PyTorch's global generator alone.
+
+        Raises:
+            DataError: a fraction outside (0, 1), or one that leaves a part empty.
+        """
+        count = round(fraction * self.num_images) if 0 < fraction < 1 else 0
+        if not 0 < count < self.num_images:
+            raise DataError(
+                f"ImageData.split: fraction={fraction} of the {self.num_images} images of {self.name} "
+                "must leave at least one image in each part"
+            )
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
+        return self._part(order[:count]), self._part(order[count:])
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __repr__(self) -> str:
+        size = f"{self.channels}x{self.image_size}x{self.image_size}"
+        return f"ImageData({self.name!r}, {self.num_images} images {size}, {self._stored.dtype})"
+
+    @property
+    def _chunk(self) -> int:
+        return _images_per_chunk(self._stored)
+
+    def _gather(self, index: torch.Tensor) -> torch.Tensor:
+        return self._stored[index if self._index is None else self._index[index]]
+
+    def _part(self, index: torch.Tensor) -> ImageData:
+        part = object.__new__(ImageData)
+        part.name, part.value_range = self.name, self.value_range
+        part._stored, part._labels = self._stored, self._labels
+        part._index = (index if self._index is None else self._index[index]).sort().values
+        return part
+
+
+def load_images(source: str | os.PathLike, *, image_size: int | None = None) -> ImageData:
+    """Load a set of square images of one size.
+
+    Args:
+        source: one of
+            `"digits"`: the 1,797 handwritten digits inside scikit-learn (8x8, resized to 16x16 unless
+                `image_size` says otherwise), one channel, with labels. A folder of that name is `"./digits"`.
+            a folder: its png, jpg, jpeg, bmp and webp files, found recursively, sorted by path.
+            a `.zip` file: the same, read without unpacking.
+            a `.npy` file: one array, memory-mapped.
+            a `.npz` file: the array `images`, or the only array; and optionally `labels`, `[N]` integers.
+        image_size: height and width in pixels. Images in folders and zip files are resized to it (Lanczos,
+            image by image), and so are the digits (bicubic); arrays are not, and must have this size.
+
+    Images in folders and zip files become uint8: one channel where every file is greyscale, otherwise RGB.
+    Alpha is dropped, EXIF orientation applied; hidden files are skipped.
+
+    Arrays are `[N, C, H, W]` or `[N, H, W, C]` with H = W and C one of 1, 3, 4. The channel axis is the one
+    that leaves two equal axes; where both readings are possible (`[N, 3, 3, 3]`), the array is refused.
+    Arrays are uint8 in 0..255, or floating point: in [0, 1] where no value is negative, in [-1, 1] where the
+    lowest is below -0.5; one whose lowest value lies between is refused, for it may be a [0, 1] array that
+    overshoots. uint8 and float32 are used in place; other floating-point types are converted to float32,
+    which copies them.
+
+    Raises:
+        DataError: the source is missing, empty, corrupt or of an unknown kind; images are not square or
+            differ in size; an array has another dtype, rank or range, is not finite, or holds Python objects
+            (pickles are never loaded).
+        TypeError: a source that is no path, or an `image_size` that is no integer.
+        ImportError: `"digits"` without scikit-learn.
+    """
+    _check_image_size(image_size)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f'load_images: source must be "digits" or a path, given {type(source).__name__}')
+    if source == "digits":
+        return _load_digits(DIGITS_IMAGE_SIZE if image_size is None else image_size)
+    path = Path(source)
+    if not path.exists():
+        raise DataError(
+            f"load_images: {path} does not exist; "
+            'allowed are "digits", a folder of images, and .zip, .npy and .npz files'
+        )
+    if path.is_dir():
+        return _load_folder(path, image_size)
+    loaders = {".zip": _load_zip, ".npy": _load_npy, ".npz": _load_npz}
+    loader = loaders.get(path.suffix.lower())
+    if loader is None:
+        raise DataError(
+            f"load_images: {path} is a {path.suffix or 'suffix-less'} file; "
+            'allowed are "digits", a folder of images, and .zip, .npy and .npz files'
+        )
+    return loader(path, image_size)
+
+
+def _load_digits(image_size: int) -> ImageData:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'load_images: "digits" needs scikit-learn; install the extra: pip install "msd-kernels[digits]"'
+        ) from error
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    # Lanczos would leave ripples around the strokes: the digits are usually enlarged.
+    resized = [_resized(Image.fromarray(image), image_size, Image.Resampling.BICUBIC) for image in pixels]
+    images = np.stack([np.asarray(image) for image in resized])
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return ImageData(torch.from_numpy(images[:, None]), labels, name="digits")
+
+
+def _load_folder(folder: Path, image_size: int | None) -> ImageData:
+    names = [
+        (Path(parent) / file).relative_to(folder).as_posix()
+        for parent, _, files in os.walk(folder)
+        for file in files
+    ]
+    return _load_files(folder, names, lambda name: (folder / name).open("rb"), image_size)
+
+
+def _load_zip(path: Path, image_size: int | None) -> ImageData:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"load_images: {path} cannot be read as a zip file: {error}") from error
+    with archive:
+        return _load_files(path, archive.namelist(), archive.open, image_size)
+
+
+def _load_files(
+    source: Path,
+    names: list[str],
+    open_file: Callable[[str], AbstractContextManager[BinaryIO]],
+    image_size: int | None,
+) -> ImageData:
+    """Decode the image files among `names`: one pass over the headers, then one over the pixels."""
+    names = sorted(name for name in names if _is_image_name(name))
+    if not names:
+        raise DataError(
+            f"load_images: {source} holds no images; allowed are {', '.join(IMAGE_SUFFIXES)} files"
+        )
+    headers = [_read_image(source, name, open_file, lambda image: (image.mode, image.size)) for name in names]
+    size = _common_size(source, names, [size for _, size in headers], image_size)
+    for name, (mode, _) in zip(names, headers, strict=True):
+        if mode.startswith("I") or mode == "F":
+            raise DataError(
+                f"load_images: {name} in {source} has more than 8 bits per channel (mode {mode}); "
+                "convert it to 8 bits, or give the images as a float .npy array"
+            )
+    color = "L" if all(mode in ("1", "L", "LA") for mode, _ in headers) else "RGB"
+    images = np.empty((len(names), len(color), size, size), np.uint8)
+    for row, name in zip(images, names, strict=True):
+        pixels = _read_image(source, name, open_file, lambda image: _pixels(image, color, size))
+        row[:] = pixels.reshape(size, size, len(color)).transpose(2, 0, 1)
+    return ImageData(torch.from_numpy(images), name=source.stem)
+
+
+def _is_image_name(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _read_image(
+    source: Path,
+    name: str,
+    open_file: Callable[[str], AbstractContextManager[BinaryIO]],
+    read: Callable[[Image.Image], T],
+) -> T:
+    try:
+        with open_file(name) as file, Image.open(file) as image:
+            return read(image)
+    except UnidentifiedImageError as error:
+        raise DataError(f"load_images: {name} in {source} is corrupt or no image") from error
+    except (*_DECODE_ERRORS, RuntimeError) as error:  # zipfile reports an encrypted member as RuntimeError
+        raise DataError(f"load_images: {name} in {source} cannot be read: {error}") from error
+
+
+def _pixels(image: Image.Image, color: str, size: int) -> np.ndarray:
+    return np.asarray(_resized(ImageOps.exif_transpose(image).convert(color), size))
+
+
+def _resized(
+    image: Image.Image, size: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    return image if image.size == (size, size) else image.resize((size, size), resampling)
+
+
+def _common_size(source: Path, names: list[str], sizes: list[tuple[int, int]], image_size: int | None) -> int:
+    """The side in pixels that all images have, or are to be resized to."""
+    for name, (width, height) in zip(names, sizes, strict=True):
+        if width != height:
+            raise DataError(
+                f"load_images: {name} in {source} is {width}x{height}; images must be square, crop it first"
+            )
+        if image_size is None and width != sizes[0][0]:
+            raise DataError(
+                f"load_images: images in {source} differ in size: {names[0]} is {sizes[0][0]}x{sizes[0][1]}, "
+                f"{name} is {width}x{height}; give image_size to resize them all"
+            )
+    return sizes[0][0] if image_size is None else image_size
+
+
+def _load_npy(path: Path, image_size: int | None) -> ImageData:
+    try:
+        # Copy on write: PyTorch wants writable memory, and the file is never written.
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except _ARCHIVE_ERRORS as error:
+        raise _array_error(path, error) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise DataError(f"load_images: {path} is an .npz archive; rename it to .npz")
+    return _image_data(array, None, path, image_size)
+
+
+def _load_npz(path: Path, image_size: int | None) -> ImageData:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            key = _images_key(archive.files, path)
+            images = archive[key]
+            labels = archive["labels"] if "labels" in archive.files else None
+    except DataError:
+        raise
+    except (*_ARCHIVE_ERRORS, TypeError, AttributeError) as error:  # an .npy under this name has no `files`
+        raise _array_error(path, error) from error
+    return _image_data(images, labels, path, image_size)
+
+
+def _images_key(names: list[str], path: Path) -> str:
+    others = [name for name in names if name != "labels"]
+    if "images" in others:
+        return "images"
+    if len(others) != 1:
+        raise DataError(
+            f"load_images: {path} must hold an array `images`, or one array besides `labels`; "
+            f"it holds {names}"
+        )
+    return others[0]
+
+
+def _array_error(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"load_images: {path} cannot be read as a {path.suffix} file of plain numbers: {error} "
+        "(pickles and object arrays are never loaded)"
+    )
+
+
+def _image_data(
+    array: np.ndarray, labels: np.ndarray | None, path: Path, image_size: int | None
+) -> ImageData:
+    array = _to_nchw(_supported_dtype(array, path), path)
+    size = array.shape[-1]
+    if image_size is not None and size != image_size:
+        raise DataError(
+            f"load_images: {path} holds images of {size}x{size}, given image_size={image_size}; "
+            "arrays are not resized"
+        )
+    if labels is not None:
+        if labels.dtype.kind not in "iu":
+            raise DataError(f"load_images: labels in {path} must be integers, given {labels.dtype}")
+        labels = torch.from_numpy(labels.astype(np.int64))
+    return ImageData(torch.from_numpy(array), labels, name=path.stem)
+
+
+def _supported_dtype(array: np.ndarray, path: Path) -> np.ndarray:
+    """uint8 and float32 arrays as they are, other floating-point ones as float32."""
+    if array.dtype in (np.uint8, np.float32):
+        return array
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    raise DataError(
+        f"load_images: {path} holds {array.dtype} values; allowed are uint8 in 0..255, "
+        "and floating point in [0, 1] or [-1, 1]"
+    )
+
+
+def _to_nchw(array: np.ndarray, path: Path) -> np.ndarray:
+    """View `[N, C, H, W]` or `[N, H, W, C]` as `[N, C, H, W]`; refuse what is neither, or could be both."""
+    if array.ndim != 4:
+        raise DataError(
+            f"load_images: {path} must hold a 4-dimensional array, [N, C, H, W] or [N, H, W, C]; "
+            f"given shape {list(array.shape)}"
+        )
+    _, first, second, third = array.shape
+    channels_first = first in CHANNELS and second == third
+    channels_last = third in CHANNELS and first == second
+    if channels_first and channels_last:
+        raise DataError(
+            f"load_images: {path} of shape {list(array.shape)} could be [N, C, H, W] or [N, H, W, C]; "
+            "use images of another size"
+        )
+    if not channels_first and not channels_last:
+        raise DataError(
+            f"load_images: {path} has shape {list(array.shape)}; allowed are [N, C, H, W] and [N, H, W, C] "
+            f"with square images (H = W) and C one of {CHANNELS}"
+        )
+    return array if channels_first else array.transpose(0, 3, 1, 2)
+
+
+def _check_image_size(image_size: int | None) -> None:
+    if image_size is None:
+        return
+    if not isinstance(image_size, int) or isinstance(image_size, bool):
+        raise TypeError(f"load_images: image_size must be an integer, given {image_size!r}")
+    if image_size < 1:
+        raise DataError(f"load_images: image_size must be at least 1, given {image_size}")
+
+
+def _checked_images(images: torch.Tensor, name: str) -> torch.Tensor:
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise DataError(f"ImageData: {name} must be uint8 or float32, given {images.dtype}")
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[1] not in CHANNELS:
+        raise DataError(
+            f"ImageData: {name} must be [N, C, H, W] with H = W and C one of {CHANNELS}, "
+            f"given shape {list(images.shape)}"
+        )
+    if images.numel() == 0:
+        raise DataError(f"ImageData: {name} holds no images, its shape is {list(images.shape)}")
+    return images
+
+
+def _checked_labels(labels: torch.Tensor | None, num_images: int, name: str) -> torch.Tensor | None:
+    if labels is None:
+        return None
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (num_images,):
+        raise DataError(
+            f"ImageData: labels of {name} must be {num_images} integers, "
+            f"given {labels.dtype} of shape {list(labels.shape)}"
+        )
+    return labels.to(torch.int64)
+
+
+def _images_per_chunk(images: torch.Tensor) -> int:
+    return max(1, _SCAN_BYTES // (images[0].numel() * images.element_size()))
+
+
+def _value_range(images: torch.Tensor, name: str) -> tuple[float, float]:
+    """(0, 255) for uint8; for floats (0, 1) or (-1, 1), as `load_images` tells them apart."""
+    if images.dtype == torch.uint8:
+        return 0.0, 255.0
+    low, high = np.inf, -np.inf
+    step = _images_per_chunk(images)
+    for start in range(0, len(images), step):
+        chunk = images[start : start + step]
+        chunk_low, chunk_high = (float(value) for value in torch.aminmax(chunk))
+        if not np.isfinite(chunk_low) or not np.isfinite(chunk_high):
+            bad = int((~chunk.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"ImageData: image {start + bad} of {name} has a value that is NaN or infinite")
+        low, high = min(low, chunk_low), max(high, chunk_high)
+    if low < -1 or high > 1:
+        raise DataError(
+            f"ImageData: floats of {name} must lie in [0, 1] or [-1, 1], given {low:.6g} to {high:.6g}"
+        )
+    if -0.5 <= low < 0:
+        raise DataError(
+            f"ImageData: the lowest value of {name} is {low:.6g}, which fits neither [0, 1] nor [-1, 1]; "
+            "clip the values at 0, or scale them to [-1, 1]"
+        )
+    return (-1.0, 1.0) if low < 0 else (0.0, 1.0)

@@ -1,0 +1,243 @@
+"""Samplers: from noise to images, with a schedule that lives on the host.
+
+The noise level of every step is a Python float, so the stage of every network evaluation is known without
+asking the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .preconditioning import Preconditioner
+from .schedules import edm_sigmas
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of EDM's sampler (arXiv 2206.00364, algorithm 2; deterministic, algorithm 1, while S_churn
+    is 0).
+
+    Attributes:
+        num_steps: N; 2 N − 1 network evaluations.
+        sigma_min, sigma_max, rho: the noise levels, see ``schedules.edm_sigmas``.
+        S_churn: how much noise is added and removed again over the whole run.
+        S_min, S_max: noise levels between which that happens.
+        S_noise: standard deviation of the added noise.
+    """
+
+    num_steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+
+    def __post_init__(self):
+        edm_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)  # raises what is wrong with them
+        if not self.S_churn >= 0:
+            raise ValueError(f"SamplerConfig: S_churn={self.S_churn} must be at least 0")
+        if not 0 <= self.S_min <= self.S_max:
+            raise ValueError(
+                f"SamplerConfig: 0 <= S_min <= S_max is needed, got S_min={self.S_min}, S_max={self.S_max}"
+            )
+        if not self.S_noise >= 0:
+            raise ValueError(f"SamplerConfig: S_noise={self.S_noise} must be at least 0")
+
+    def sigmas(self) -> torch.Tensor:
+        """float64 ``[num_steps + 1]``, ending in 0."""
+        return edm_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
+
+    def gamma(self, sigma: float) -> float:
+        """The relative increase of the noise level before a step that starts at sigma."""
+        if self.S_min <= sigma <= self.S_max:
+            return min(self.S_churn / self.num_steps, math.sqrt(2) - 1)
+        return 0.0
+
+    def to_json(self) -> dict:
+        return {k: "inf" if v == math.inf else v for k, v in asdict(self).items()}
+
+
+@dataclass
+class Samples:
+    """What a sampler returns.
+
+    Attributes:
+        images: ``[B, C, H, W]`` in the sampler's dtype, on the denoiser's device; data range, not clipped.
+        evaluations: network evaluations of each sample.
+        evaluations_per_stage: the same, stage by stage.
+    """
+
+    images: torch.Tensor
+    evaluations: int
+    evaluations_per_stage: tuple[int, ...] = field(default=())
+
+
+class SeededNoise:
+    """Unit normal noise, where sample i depends on seeds[i] only.
+
+    Every sample has its own generator, on the CPU, so that a seed gives the same noise in any batch and on
+    any device.
+
+    Args:
+        seeds: one integer per sample.
+        shape: (C, H, W).
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device="cpu", dtype=torch.float64):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        if not self.generators:
+            raise ValueError("SeededNoise: at least one seed is needed")
+        self.shape, self.device, self.dtype = tuple(shape), device, dtype
+
+    def draw(self) -> torch.Tensor:
+        """``[B, C, H, W]``; the next numbers of every sample's stream."""
+        noise = [torch.randn(self.shape, generator=g, dtype=torch.float64) for g in self.generators]
+        return torch.stack(noise).to(self.device, self.dtype)
+
+
+class _CountingDenoiser:
+    """D at one host-side noise level for the whole batch; counts evaluations per stage."""
+
+    def __init__(self, denoiser: Preconditioner, conditioning: dict):
+        self.denoiser, self.conditioning = denoiser, conditioning
+        self.per_stage = [0] * len(denoiser.stages)
+
+    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        stage = self.denoiser.stages.assign(sigma)
+        self.per_stage[stage] += 1
+        return self.denoiser(x, sigma, stage, **self.conditioning).to(x.dtype)
+
+
+@torch.no_grad()
+def heun(
+    denoiser: Preconditioner,
+    noise: SeededNoise,
+    config: SamplerConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    **conditioning,
+) -> Samples:
+    """EDM's sampler with Heun's second-order step (arXiv 2206.00364, algorithms 1 and 2).
+
+    Args:
+        denoiser: D(x; sigma), in eval mode.
+        noise: where the start and, if S_churn > 0, the noise of the steps come from; its dtype is that of x.
+        config: settings; default: 18 deterministic steps.
+        progress: called after each step with the number of finished steps and of all steps.
+        **conditioning: passed to the network, one row per sample.
+    """
+    config = config or SamplerConfig()
+    D = _CountingDenoiser(denoiser, conditioning)
+    sigmas = config.sigmas().tolist()
+    x = sigmas[0] * noise.draw()
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        gamma = config.gamma(sigma)
+        sigma_hat = sigma * (1 + gamma)
+        if gamma > 0:
+            x = x + math.sqrt(sigma_hat**2 - sigma**2) * config.S_noise * noise.draw()
+        x = _heun_step(D, x, sigma_hat, sigma_next)
+        if progress is not None:
+            progress(i + 1, config.num_steps)
+    return Samples(x, sum(D.per_stage), tuple(D.per_stage))
+
+
+def _heun_step(D, x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+    """One step of dx/dsigma = (x − D(x; sigma)) / sigma; Euler's where it ends at sigma = 0."""
+    slope = (x - D(x, sigma)) / sigma
+    x_next = x + (sigma_next - sigma) * slope
+    if sigma_next == 0:
+        return x_next
+    slope_next = (x_next - D(x_next, sigma_next)) / sigma_next
+    return x + (sigma_next - sigma) * (slope + slope_next) / 2
+
+
+def generate(
+    denoiser: Preconditioner,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    config: SamplerConfig | None = None,
+    *,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    **conditioning,
+) -> Samples:
+    """Any number of samples, batch by batch.
+
+    Args:
+        denoiser: D(x; sigma), in eval mode.
+        seeds: one integer per sample; sample i depends on seeds[i] only.
+        shape: (C, H, W).
+        config: sampler settings.
+        batch_size: samples per network evaluation.
+        dtype: of x between the steps; float64 as in EDM, float32 is faster on devices with slow float64.
+        device: default: where the denoiser's weights are.
+        progress: called with the number of finished steps and of all steps, over all batches.
+        **conditioning: tensors with one row per sample, such as ``class_labels``, on any device.
+
+    Returns:
+        ``Samples`` with the images on the CPU.
+    """
+    if batch_size < 1:
+        raise ValueError(f"generate: batch_size={batch_size} must be at least 1")
+    config = config or SamplerConfig()
+    seeds = list(seeds)
+    device = device if device is not None else _device_of(denoiser)
+    starts = range(0, len(seeds), batch_size)
+    parts = []
+    for b, start in enumerate(starts):
+        window = slice(start, start + batch_size)
+        part = {name: value[window].to(device) for name, value in conditioning.items() if value is not None}
+
+        def report(step, steps, finished=b):
+            if progress is not None:
+                progress(finished * steps + step, len(starts) * steps)
+
+        noise = SeededNoise(seeds[window], shape, device, dtype)
+        result = heun(denoiser, noise, config, progress=report, **part)
+        parts.append(result)
+        result.images = result.images.cpu()
+    if not parts:
+        raise ValueError("generate: at least one seed is needed")
+    images = torch.cat([part.images for part in parts])
+    return Samples(images, parts[0].evaluations, parts[0].evaluations_per_stage)
+
+
+def class_labels(network, seeds: Sequence[int], class_id: int | None = None) -> dict[str, torch.Tensor]:
+    """The conditioning of a class-conditional network; empty for any other.
+
+    Args:
+        network: has ``label_dim`` if it takes classes.
+        seeds: one per sample.
+        class_id: class of all samples; default: seed modulo the number of classes, so that all classes take turns.
+
+    Returns:
+        ``{"class_labels": one-hot [B, label_dim]}`` on the CPU, or ``{}``.
+
+    Raises:
+        ValueError: the network has no such class.
+    """
+    label_dim = getattr(network, "label_dim", 0)
+    if class_id is not None and not 0 <= class_id < label_dim:
+        known = f"classes 0 to {label_dim - 1}" if label_dim else "no classes"
+        raise ValueError(f"class {class_id}: this model has {known}")
+    if not label_dim:
+        return {}
+    labels = torch.tensor([seed % label_dim if class_id is None else class_id for seed in seeds])
+    return {"class_labels": torch.nn.functional.one_hot(labels, label_dim).float()}
+
+
+def _device_of(denoiser: Preconditioner) -> torch.device:
+    for parameter in denoiser.parameters():
+        return parameter.device
+    return torch.device("cpu")

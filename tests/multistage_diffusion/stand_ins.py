@@ -1,0 +1,69 @@
+"""Small networks and data for the tests of the training layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from multistage_diffusion.data import ImageData
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small to be worth a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class TinyNetwork(nn.Module):
+    """One shared convolution, one convolution per stage; a few hundred weights and some dropout."""
+
+    def __init__(self, image_size=8, num_stages=3, width=4, dropout=0.1, in_channels=1):
+        super().__init__()
+        self.config = {
+            "family": "tiny",
+            "image_size": image_size,
+            "num_stages": num_stages,
+            "width": width,
+            "dropout": dropout,
+        }
+        self.num_stages, self.in_channels, self.image_size = num_stages, in_channels, image_size
+        self.encoder = nn.Conv2d(in_channels + 1, width, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.decoders = nn.ModuleList(nn.Conv2d(width, in_channels, 3, padding=1) for _ in range(num_stages))
+
+    def forward(self, x, noise, stage, *, class_labels=None, augment_labels=None):
+        plane = noise[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        h = self.dropout(torch.relu(self.encoder(torch.cat([x, plane], 1))))
+        out = torch.zeros_like(x)
+        for k, decoder in enumerate(self.decoders):
+            mine = torch.as_tensor(stage) == k
+            out[mine] = decoder(h[mine]).to(out.dtype)
+        return out
+
+
+class RecordingNetwork(nn.Module):
+    """Returns a fixed function of its input, and remembers what it was called with."""
+
+    def __init__(self, num_stages=3, F=lambda x, noise, stage: x, in_channels=1, image_size=4):
+        super().__init__()
+        self.num_stages, self.in_channels, self.image_size = num_stages, in_channels, image_size
+        self.config = {"family": "recording"}
+        self.F, self.calls = F, []
+
+    def forward(self, x, noise, stage, **conditioning):
+        self.calls.append((x, noise, stage, conditioning))
+        return self.F(x, noise, stage)
+
+
+def build(config):
+    """What ``multistage_diffusion.networks.build`` does, for the family "tiny"."""
+    return TinyNetwork(**{k: v for k, v in config.items() if k != "family"})
+
+
+def tiny_images(count=40, image_size=8):
+    """Images of one brightness each: something a tiny network can learn to denoise."""
+    brightness = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    images = (brightness * 255).to(torch.uint8).expand(-1, 1, image_size, image_size).contiguous()
+    return ImageData(images, name="tiny")

@@ -1,0 +1,277 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from multistage_diffusion import checkpoints
+from multistage_diffusion.checkpoints import CheckpointError, CheckpointWarning
+from multistage_diffusion.stages import Stages
+from stand_ins import TinyNetwork, build, one_thread  # noqa: F401
+
+
+def save(directory, step, value=None, keep=None):
+    tensors = {"network": {"w": torch.full((100,), float(step if value is None else value))}}
+    return checkpoints.save_checkpoint(directory, step, tensors, {"images": 10 * step}, keep)
+
+
+def names(directory):
+    return sorted(p.name for p in Path(directory).iterdir())
+
+
+def test_save_and_read(tmp_path):
+    path = save(tmp_path, 3)
+    assert path.name == "step-00000003"
+    assert checkpoints.damage(path) is None
+    assert checkpoints.read_metadata(path)["images"] == 30
+    assert torch.equal(checkpoints.read_tensors(path, "network")["w"], torch.full((100,), 3.0))
+    assert checkpoints.latest_checkpoint(tmp_path) == path
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    flat = torch.arange(6.0)
+    tensors = {"network": {"a": flat[:2], "b": flat[2:].view(2, 2).t(), "all": flat}}
+    path = checkpoints.save_checkpoint(tmp_path, 1, tensors, {})
+    loaded = checkpoints.read_tensors(path, "network")
+    assert loaded["b"].tolist() == [[2, 4], [3, 5]]
+    assert loaded["all"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 10, 9):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-00000009", "step-00000010"]
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-100000000"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1, keep=1)
+
+    def full(path, tensors):
+        path.write_bytes(b"half of a file")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*newest checkpoint is still step-00000001"):
+        save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+    assert checkpoints.damage(tmp_path / "step-00000001") is None
+
+
+def run_python(code, directory):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
+    code = f"directory = {str(directory)!r}\n{textwrap.dedent(code)}"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_real_writer_reports_a_write_that_fails(tmp_path):
+    # A limit on the size of files makes the operating system refuse the write, as a full disk does.
+    save(tmp_path, 1)
+    done = run_python(
+        """
+        import resource, signal, torch
+        from multistage_diffusion.checkpoints import CheckpointError, save_checkpoint
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(directory, 2, {"network": {"w": torch.zeros(100_000)}}, {})
+        except CheckpointError as error:
+            print("refused:", error)
+        """,
+        tmp_path,
+    )
+    assert "refused: could not save" in done.stdout, done.stderr
+    assert "network.safetensors" in done.stdout
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("moment", ["write_tensors", "_flush"])
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path, moment):
+    save(tmp_path, 1)
+    done = run_python(
+        f"""
+        import os, signal, torch
+        from multistage_diffusion import checkpoints
+        original = checkpoints.{moment}
+        calls = []
+        def killed(*arguments):
+            original(*arguments)
+            calls.append(arguments)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        checkpoints.{moment} = killed
+        group = {{"w": torch.zeros(10)}}
+        checkpoints.save_checkpoint(directory, 2, {{"network": group, "ema": group}}, {{}}, keep=1)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000001"
+    save(tmp_path, 2)  # the next save clears the remains
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def truncate(path):
+    file = path / "network.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def flip_a_bit(path):
+    file = path / "network.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate, "network.safetensors has"),
+        (flip_a_bit, "the content of network.safetensors has changed"),
+        (lambda path: (path / "network.safetensors").unlink(), "network.safetensors: No such file"),
+        (lambda path: (path / "checkpoint.json").unlink(), "checkpoint.json: No such file"),
+        (lambda path: (path / "checkpoint.json").write_text('{"step": 2'), "not a checkpoint description"),
+        (lambda path: (path / "checkpoint.json").write_text('{"format": 99}'), "format 99"),
+        (lambda path: (path / "checkpoint.json").write_text("[]"), "not a checkpoint description"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path, harm, message):
+    save(tmp_path, 1)
+    harm(save(tmp_path, 2))
+    with pytest.warns(CheckpointWarning, match=message):
+        assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_nothing_intact_is_an_error(tmp_path):
+    assert checkpoints.latest_checkpoint(tmp_path) is None
+    truncate(save(tmp_path, 1))
+    with pytest.warns(CheckpointWarning), pytest.raises(CheckpointError, match="none of the 1 checkpoint"):
+        checkpoints.latest_checkpoint(tmp_path)
+
+
+def test_saving_a_step_again(tmp_path):
+    path = save(tmp_path, 1, value=1)
+    save(tmp_path, 1, value=2)  # an intact checkpoint is never overwritten
+    assert checkpoints.read_tensors(path, "network")["w"][0] == 1
+    truncate(path)
+    save(tmp_path, 1, value=3)  # a damaged one is replaced
+    assert checkpoints.damage(path) is None
+    assert checkpoints.read_tensors(path, "network")["w"][0] == 3
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_find_checkpoint_takes_a_run_or_a_checkpoint(tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    assert checkpoints.find_checkpoint(tmp_path) == path
+    assert checkpoints.find_checkpoint(tmp_path / "checkpoints") == path
+    assert checkpoints.find_checkpoint(path) == path
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoints.find_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        checkpoints.find_checkpoint(tmp_path / "nowhere")
+    truncate(path)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.find_checkpoint(path)
+
+
+def test_another_architecture_is_named():
+    tensors = TinyNetwork(width=8, num_stages=2).state_dict()
+    network = TinyNetwork(width=4, num_stages=3)
+    before = [p.clone() for p in network.parameters()]
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load_weights(network, tensors, "the checkpoint")
+    message = str(caught.value)
+    assert "of 8 parameters and buffers 4 of another shape" in message
+    assert "encoder.weight is [8, 2, 3, 3] in the checkpoint and [4, 2, 3, 3] in the network" in message
+    assert "2 missing from the checkpoint: decoders.2.weight, decoders.2.bias" in message
+    assert "config" in message
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_a_long_list_of_differences_is_cut():
+    with pytest.raises(CheckpointError, match=r"8 missing from the checkpoint: (\S+, ){4}\.\.\."):
+        checkpoints.load_weights(TinyNetwork(), {}, "x")
+
+
+def test_optimizer_state_round_trip(tmp_path):
+    def trained(steps, network, optimizer):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            x = torch.ones(2, 1, 8, 8)
+            network(x, torch.zeros(2), [0, 1]).square().sum().backward()
+            optimizer.step()
+
+    def fresh():
+        torch.manual_seed(0)
+        network = TinyNetwork(dropout=0)
+        return network, torch.optim.Adam(network.parameters(), lr=0.01)
+
+    network, optimizer = fresh()
+    trained(3, network, optimizer)
+    tensors, scalars = checkpoints.optimizer_tensors(network, optimizer)
+    groups = {"optimizer": tensors, "network": network.state_dict()}
+    path = checkpoints.save_checkpoint(tmp_path, 3, groups, {})
+    scalars = json.loads(json.dumps(scalars))
+
+    other, other_optimizer = fresh()
+    checkpoints.load_weights(other, checkpoints.read_tensors(path, "network"), path)
+    saved = checkpoints.read_tensors(path, "optimizer")
+    checkpoints.restore_optimizer(other, other_optimizer, saved, scalars)
+    trained(2, network, optimizer)
+    trained(2, other, other_optimizer)
+    assert "encoder.weight.exp_avg" in tensors
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_optimizer_state_of_an_unknown_parameter():
+    network = TinyNetwork()
+    optimizer = torch.optim.Adam(network.parameters())
+    with pytest.raises(CheckpointError, match=r"'old\.weight'"):
+        checkpoints.restore_optimizer(network, optimizer, {"old.weight.exp_avg": torch.zeros(1)}, {})
+
+
+def test_rng_round_trip():
+    states = checkpoints.rng_tensors()
+    first = torch.rand(3)
+    checkpoints.restore_rng(states)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_differing_keys():
+    saved = {"a": 1, "network": {"width": 4, "old": 0}, "same": [1]}
+    given = {"a": 1, "network": {"width": 8, "new": 2}, "same": [1]}
+    assert checkpoints.differing_keys(saved, given) == [
+        "network.new: not in the checkpoint, now 2",
+        "network.old: 0 in the checkpoint, now missing",
+        "network.width: 4 in the checkpoint, now 8",
+    ]
+
+
+def test_load_model(tmp_path):
+    network, average = TinyNetwork(), TinyNetwork()
+    config = {"network": network.config, "stages": Stages.edm().to_json(), "sigma_data": 0.7}
+    tensors = {"network": network.state_dict(), "ema": average.state_dict()}
+    checkpoints.save_checkpoint(tmp_path / "checkpoints", 5, tensors, {"images": 50, "config": config})
+    model = checkpoints.load_model(tmp_path, build=build)
+    assert (model.step, model.images, model.denoiser.sigma_data) == (5, 50, 0.7)
+    assert not model.denoiser.training
+    assert torch.equal(model.denoiser.network.encoder.weight, average.encoder.weight)
+    raw = checkpoints.load_model(tmp_path, weights="network", build=build)
+    assert torch.equal(raw.denoiser.network.encoder.weight, network.encoder.weight)
+    with pytest.raises(ValueError, match="weights='best'"):
+        checkpoints.load_model(tmp_path, weights="best", build=build)

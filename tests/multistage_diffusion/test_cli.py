@@ -1,0 +1,296 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multistage_diffusion import checkpoints, cli, metrics
+from multistage_diffusion.commands import load_commands, sample, train
+from multistage_diffusion.run_log import RunLog
+from multistage_diffusion.stages import Stages
+from stand_ins import one_thread  # noqa: F401
+
+TINY = [
+    *("--data", "digits", "--image-size", "8", "--batch", "8", "--device", "cpu"),
+    *("--encoder-widths", "8", "--decoder-widths", "8,8,4", "--channel-mult", "1", "--num-blocks", "1"),
+    *("--attn-resolutions", "8", "--log-every", "2", "--checkpoint-every", "3"),
+    *("--lr-decay", "constant", "--warmup-kimg", "0"),
+]
+
+
+def msd(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def _keep_warnings_as_they_are(monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", __import__("warnings").showwarning)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps of a tiny network."""
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    assert msd("train", *TINY, "--out", directory, "--steps", 4) == 0
+    return directory
+
+
+# ---------------------------------------------------------------------------------------- help and errors
+
+
+def command_names():
+    return [module.__name__.rpartition(".")[2] for module in load_commands()]
+
+
+def test_the_expected_commands_exist():
+    assert {"demo", "info", "sample", "train"} <= set(command_names())
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_help_teaches(name, capsys):
+    assert msd(name, "--help") == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert f"msd {name}" in text
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert msd() == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys; from multistage_diffusion import cli; cli.main(['train', '--help']);"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train", "--out"),
+        ("train --out x", "--data is needed"),
+        ("train --out x --data digits --steps 0", "0 must be at least 1"),
+        ("train --out x --data digits --lr 0", "0 must be above 0"),
+        ("train --out x --data digits --lr fast", "'fast' is not a number"),
+        ("train --out x --data digits --decoder-widths 8,x", "'x' is not a whole number"),
+        ("train --out x --data digits --stages wide", "--stages wide"),
+        ("train --out x --data digits --stages 3,2", "its lower end must lie below"),
+        ("train --out x --data digits --stages nowhere.json", "cannot read nowhere.json"),
+        ("train --out x --data digits --stages 1,2,3", "network has 3 stage(s) but 4 were given"),
+        ("train --out x --data nowhere", "nowhere"),
+        ("train --out x --resume", "holds no run to resume"),
+        ("train --out x --data digits --device tpu", "--device tpu"),
+        ("train --out x --data digits --device cuda:99", "CUDA device(s)"),
+        ("sample --run nowhere --out x.png", "there is no folder nowhere"),
+        ("sample --run nowhere --out x.jpg", "must end in .png or .npz"),
+        ("sample --run nowhere --out x.png --seeds 4-2", "'4-2' is neither a seed nor a range"),
+        ("sample --run nowhere --out x.png --seeds 4 --num 2", "exclude each other"),
+        ("sample --run nowhere --out x.png --sigma-min 90", "sigma_min=90"),
+        ("paint", "'paint'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert msd(*arguments.split()) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert errors.startswith("msd")
+    assert not (tmp_path / "x").exists()
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path):
+    assert msd("sample", "--run", tmp_path / "nowhere", "--out", "x.png", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_exit_code_1(capsys, tmp_path):
+    assert msd("train", *TINY, "--out", tmp_path / "run", "--steps", 20, "--lr", 1e30) == 1
+    errors = capsys.readouterr().err
+    assert "not finite" in errors or "is nan at step" in errors or "is inf at step" in errors
+    assert "Traceback" not in errors
+
+
+# ---------------------------------------------------------------------------------------- train
+
+
+def test_train_writes_the_run_folder(run):
+    assert {"config.json", "stages.json", "log.jsonl", "loss.png", "checkpoints"} <= {
+        p.name for p in run.iterdir()
+    }
+    config = json.loads((run / "config.json").read_text())
+    assert config["network"]["decoder_widths"] == [8, 8, 4]
+    assert config["network"]["in_channels"] == 1
+    assert "label_dim" in config["network"]  # defaults are written out
+    assert RunLog(run / "log.jsonl").read()[-1]["step"] == 4
+
+
+def test_train_does_not_overwrite(run, capsys):
+    assert msd("train", *TINY, "--out", run) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert msd("train", *TINY, "--out", whole, "--steps", 7) == 0
+    assert msd("train", *TINY, "--out", parts, "--steps", 4) == 0
+    assert msd("train", "--out", parts, "--resume", "--steps", 7, "--device", "cpu") == 0
+    assert "resuming" in capsys.readouterr().err
+    for name in ("network", "ema", "optimizer"):
+        a, b = (checkpoints.read_tensors(d / "checkpoints" / "step-00000007", name) for d in (whole, parts))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_names_settings_that_differ(run, capsys):
+    assert msd("train", "--out", run, "--resume", "--lr", 0.5, "--decoder-widths", "8,8,8") == 2
+    errors = capsys.readouterr().err
+    assert "lr: 0.002 in the checkpoint, now 0.5" in errors
+    assert "network.decoder_widths: [8, 8, 4] in the checkpoint, now [8, 8, 8]" in errors
+
+
+def parsed(*arguments):
+    return cli.build_parser().parse_args(["train", "--out", "x", *arguments])
+
+
+class Digits:
+    image_size, channels, labels = 16, 1, torch.arange(10)
+
+
+def test_options_go_before_the_preset():
+    args = parsed(
+        "--preset", "digits", "--decoder-widths", "16,8", "--stages", "1", "--kimg", "2", "--batch", "64"
+    )
+    config = train.make_config(args, None, "digits", Digits())
+    assert config.network["decoder_widths"] == [16, 8]
+    assert config.network["encoder_widths"] == list(train.PRESETS["digits"]["network"]["encoder_widths"])
+    assert config.stages == Stages.from_boundaries([0, 1, float("inf")])
+    assert config.steps == 32  # 2000 images in batches of 64, rounded up
+    args = parsed("--class-conditional", "--ema-kimg", "3", "--warmup-kimg", "0.5")
+    config = train.make_config(args, None, "digits", Digits())
+    assert config.network["label_dim"] == 10
+    assert (config.ema_halflife_images, config.warmup_images) == (3000, 500)
+
+
+@pytest.mark.parametrize("preset", sorted(train.PRESETS))
+def test_presets_are_valid(preset):
+    class Images:
+        image_size, channels, labels = 32, 3, None
+
+    config = train.make_config(parsed("--preset", preset), None, "images", Images())
+    assert len(config.stages) == len(config.network["decoder_widths"])
+
+
+def test_parse_stages(tmp_path):
+    inf = float("inf")
+    assert (
+        train.parse_stages("edm")
+        == train.parse_stages("2.5103,7.6577")
+        == train.parse_stages("0,2.5103,7.6577,inf")
+    )
+    assert train.parse_stages("single") == Stages.single()
+    path = tmp_path / "stages.json"
+    Stages([[(0, 1), (2, inf)], [(1, 2)]]).save(path)
+    assert train.parse_stages(str(path)) == Stages.load(path)
+
+
+# ---------------------------------------------------------------------------------------- sample, info, demo
+
+
+def test_sample_writes_arrays(run, tmp_path, capsys):
+    out = tmp_path / "new" / "samples.npz"
+    assert msd("sample", "--run", run, "--seeds", "5,2-3", "--steps", 3, "--out", out, "--device", "cpu") == 0
+    arrays = np.load(out)
+    assert arrays["images"].shape == (3, 8, 8, 1)
+    assert arrays["images"].dtype == np.uint8
+    assert arrays["seeds"].tolist() == [5, 2, 3]
+    assert "5 network evaluations each" in capsys.readouterr().out
+
+
+def test_sample_writes_a_grid(run, tmp_path):
+    checkpoint = checkpoints.latest_checkpoint(run / "checkpoints")
+    for weights in ("ema", "network"):
+        out = tmp_path / f"{weights}.png"
+        options = ("--weights", weights, "--num", 4, "--steps", 2, "--s-churn", 4, "--device", "cpu")
+        assert msd("sample", "--run", checkpoint, "--out", out, *options) == 0
+        with Image.open(out) as image:
+            assert image.width == image.height
+    assert (tmp_path / "ema.png").read_bytes() != (tmp_path / "network.png").read_bytes()
+
+
+def test_sample_rejects_a_class_of_an_unconditional_model(run, tmp_path, capsys):
+    assert msd("sample", "--run", run, "--out", tmp_path / "x.png", "--class", 3) == 2
+    assert "class 3: this model has no classes" in capsys.readouterr().err
+
+
+def test_class_conditional_training_and_sampling(tmp_path):
+    out = tmp_path / "run"
+    assert msd("train", *TINY, "--out", out, "--steps", 2, "--class-conditional") == 0
+    for k in (0, 7):
+        options = ("--class", k, "--num", 2, "--steps", 2, "--device", "cpu")
+        assert msd("sample", "--run", out, "--out", tmp_path / f"{k}.png", *options) == 0
+    assert msd("sample", "--run", out, "--out", tmp_path / "x.png", "--class", 10, "--device", "cpu") == 2
+    assert msd("sample", "--run", out, "--out", tmp_path / "x.png", "--num", 3, "--device", "cpu") == 0
+
+
+def test_seed_list():
+    assert sample.seed_list("0-3,7") == [0, 1, 2, 3, 7]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("msd_kernels.env") is None, reason="msd_kernels.env is not there"
+)
+def test_info(capsys):
+    assert msd("info") == 0
+    assert "torch" in capsys.readouterr().out.lower()
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    # The real demo takes minutes; here a few steps of a tiny network, and one quick judge.
+    preset = train.PRESETS["digits"]
+    network = {
+        "encoder_widths": (8,),
+        "decoder_widths": (8, 8, 4),
+        "channel_mult": (1,),
+        "attn_resolutions": (),
+    }
+    monkeypatch.setitem(train.PRESETS, "digits", {**preset, "network": {**preset["network"], **network}})
+    monkeypatch.setattr(metrics, "evaluate_digits", lambda images: dict.fromkeys(JUDGED, 0.5))
+    monkeypatch.setattr(metrics, "digit_classifier", ZeroForEverything)
+    assert msd("demo", "--out", tmp_path / "demo", "--steps", 3, "--device", "cpu") == 0
+    assert "a classifier is sure of 50.0%" in capsys.readouterr().out
+    written = {p.name for p in (tmp_path / "demo").iterdir()}
+    assert {"samples.png", "loss.png", "metrics.json", "checkpoints"} <= written
+    result = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert result["steps"] == 3
+    assert sum(result["evaluations_per_stage"]) == 35
+    assert result["seconds"] > 0
+    assert result["asked_digit_share"] == 26 / 256  # seeds 0, 10, ..., 250
+    (tmp_path / "demo" / "samples.png").unlink()
+    assert msd("demo", "--out", tmp_path / "demo", "--steps", 3, "--device", "cpu") == 0  # measures again
+    assert (tmp_path / "demo" / "samples.png").exists()
+
+
+class ZeroForEverything:
+    def probabilities(self, images):
+        return torch.eye(10)[:1].expand(len(images), -1)
+
+
+JUDGED = (
+    "confident_share",
+    "confident_held_out",
+    "confident_noise",
+    "frechet_samples",
+    "frechet_held_out",
+    "frechet_noise",
+)
