@@ -77,16 +77,14 @@ def compilations(module: str, architecture: int) -> list[Compilation]:
     return list(import_module(module).compilations(architecture))
 
 
-def compile_all(
-    architectures: Sequence[int], kernel: str = "", workers: int | None = None
-) -> Iterator[Report]:
-    """Compiles in parallel processes; ``kernel`` picks the kernels whose name contains it."""
+def compile_all(architectures: Sequence[int], only: str = "", workers: int | None = None) -> Iterator[Report]:
+    """Compiles in parallel processes; ``only`` picks the kernels whose module or name contains it."""
     tasks = [
         (module, architecture, index)
         for architecture in architectures
         for module in kernel_modules()
         for index, compilation in enumerate(compilations(module, architecture))
-        if kernel in compilation.kernel.__name__
+        if only in f"{module}.{compilation.kernel.__name__}"
     ]
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         yield from pool.map(_compile_task, *zip(*tasks, strict=True)) if tasks else ()
@@ -232,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         help="compute capability without its point; default: all with a table",
     )
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--only", default="", help="only kernels whose module or name contains this")
     parser.add_argument("--workers", type=int, help="parallel compilations; default: one per core")
     options = parser.parse_args(arguments)
     if reason := launch.unavailable():
@@ -240,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if launch.interpreted():
         parser.exit(1, "aot: TRITON_INTERPRET is set, and the interpreter compiles nothing\n")
     started = time.perf_counter()
-    reports = list(compile_all(options.arch or tuned.architectures(), options.kernel, options.workers))
+    reports = list(compile_all(options.arch or tuned.architectures(), options.only, options.workers))
     print(format_table(reports))
     failed = sum(bool(r.error) for r in reports)
     print(f"{len(reports)} compiled, {failed} not well, {time.perf_counter() - started:.0f} s")

@@ -14,13 +14,23 @@ from msd_kernels.ops import _autocast, _checks
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_conv2d as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.triton import grouped_conv2d as triton
+from msd_kernels.triton.launch import devices
+from msd_kernels.triton.problems import Layout
 
 __all__ = ["grouped_conv2d"]
 
 OP = "grouped_conv2d"
 RESAMPLE = (None, "up", "down")
 
-BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+BACKENDS = OpBackends(
+    OP,
+    [
+        Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("library", library),
+        Candidate("reference", reference),
+    ],
+)
 
 
 def grouped_conv2d(
@@ -77,7 +87,11 @@ def grouped_conv2d(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_conv2d(*args, **kwargs)``, and why the others do not."""
     call, _ = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, {})
+    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[6:14]))
+
+
+def _predicate_arguments(x: Tensor, *layout) -> dict:
+    return triton.call_of(OP, x, Layout.of(*layout))
 
 
 def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None, scale=1.0, resample=None):
@@ -128,6 +142,8 @@ def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch |
                 f"{OP}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(skip.shape)}"
             )
         skip = StageBatch.from_dense(skip, x.counts)
+    if not isinstance(skip, StageBatch):
+        raise TypeError(f"{OP}: skip must be a StageBatch or a dense tensor, got {type(skip).__name__}")
     _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
     return skip
 
@@ -161,7 +177,7 @@ def _forward(
     scale: float,
 ) -> Tensor:
     layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    implementation = BACKENDS.choose(x.device.type, {})
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, *layout))
     return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, *layout, scale)
 
 
@@ -191,7 +207,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    implementation = BACKENDS.choose(x.device.type, {})
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, *layout))
     gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)
     return tuple(allocate.absent(x) if g is None else g for g in gradients)
 

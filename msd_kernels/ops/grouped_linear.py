@@ -14,12 +14,21 @@ from msd_kernels.ops import _autocast, _checks
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_linear as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.triton import grouped_linear as triton
+from msd_kernels.triton.launch import devices
 
 __all__ = ["grouped_linear"]
 
 OP = "grouped_linear"
 
-BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+BACKENDS = OpBackends(
+    OP,
+    [
+        Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("library", library),
+        Candidate("reference", reference),
+    ],
+)
 
 
 def grouped_linear(
@@ -59,7 +68,11 @@ def grouped_linear(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_linear(*args, **kwargs)``, and why the others do not."""
     _, call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, {})
+    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[3:6]))
+
+
+def _predicate_arguments(x: Tensor, *layout: Sequence[int]) -> dict:
+    return triton.call_of(OP, x, triton.layout_of(*layout))
 
 
 def _prepare(x, weight, bias=None, *, counts=None):
@@ -108,7 +121,8 @@ def _forward(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> Tensor:
-    return BACKENDS.choose(x.device.type, {}).grouped_linear(x, weight, bias, rows, in_features, out_features)
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, rows, in_features, out_features))
+    return implementation.grouped_linear(x, weight, bias, rows, in_features, out_features)
 
 
 @_forward.register_fake
@@ -126,7 +140,7 @@ def _backward(
     out_features: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device.type, {})
+    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, rows, in_features, out_features))
     gradients = implementation.grouped_linear_backward(dy, x, weight, rows, in_features, out_features, wanted)
     return tuple(allocate.absent(x) if g is None else g for g in gradients)
 

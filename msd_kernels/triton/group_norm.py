@@ -31,7 +31,7 @@ FIELDS = (
     "stats",  # first element in mean and rstd
 )
 
-TILE = {True: 8192, False: 2048}  # elements in flight per program, channels last or not: more would spill
+TILE = {True: 4096, False: 1024}  # elements in flight per program, channels last or not: more would spill
 MAX_COLUMNS = 4096  # widest block of channels
 BLOCK_CHANNELS = 64  # channels that an NHWC block is filled up to with whole groups: 128 bytes in 16 bits
 VECTOR = 8  # channels of a 16-byte load in 16 bits

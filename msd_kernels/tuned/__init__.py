@@ -8,7 +8,7 @@ shared memory of every GPU since then. Nothing is tuned at run time.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -52,30 +52,38 @@ class Launch:
     wide: Tile
     narrow: Tile | None
     warps: int
+    programs_per_multiprocessor: int
 
 
 @dataclass(frozen=True)
 class ProductParameters:
     """The forward pass and the input gradients.
 
-    ``pooled`` is the wide tile of a launch whose gather reads 2×2 pixels per value; ``short`` serves all results of a
-    launch in which no stage has more than ``short.m`` rows.
+    ``pooled`` is the wide tile of a launch whose gather reads 2×2 pixels per value, ``unaligned`` that of one whose
+    loads are single elements; ``short`` serves all results of a launch whose stages have at most ``short.m`` rows.
     """
 
     wide: Tile
     narrow: Tile
     pooled: Tile
+    unaligned: Tile
     warps: int
     short: Tile
     short_warps: int
+    short_programs_per_multiprocessor: int
     programs_per_multiprocessor: int
+
+    def for_vectors(self, *vectors: int) -> ProductParameters:
+        """The parameters for loads of that many elements: single ones take the registers of a larger tile."""
+        return replace(self, wide=self.unaligned, pooled=self.unaligned) if 1 in vectors else self
 
     def launch(self, rows: int, depth: int, pooled: bool) -> Launch:
         """The tiles for problems of at most ``rows`` rows and at most ``depth`` channels per source."""
         if rows <= self.short.m and not pooled:
-            return Launch(_shallow(self.short, depth), None, self.short_warps)
-        wide = self.pooled if pooled else self.wide
-        return Launch(_shallow(wide, depth), _shallow(self.narrow, depth), self.warps)
+            short = _shallow(self.short, depth)
+            return Launch(short, None, self.short_warps, self.short_programs_per_multiprocessor)
+        tiles = (_shallow(tile, depth) for tile in (self.pooled if pooled else self.wide, self.narrow))
+        return Launch(*tiles, self.warps, self.programs_per_multiprocessor)
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,20 @@ class WgradParameters:
     wide: Tile
     narrow: Tile
     pooled: Tile
+    unaligned: Tile
     warps: int
     sum_rows: int
     sum_channels: int
     programs_per_multiprocessor: int
 
+    def for_vectors(self, *vectors: int) -> WgradParameters:
+        """As :meth:`ProductParameters.for_vectors`."""
+        return replace(self, wide=self.unaligned, pooled=self.unaligned) if 1 in vectors else self
+
     def launch(self, pooled: bool) -> Launch:
         """The tiles of a launch; ``pooled`` as in :class:`ProductParameters`."""
-        return Launch(self.pooled if pooled else self.wide, self.narrow, self.warps)
+        wide = self.pooled if pooled else self.wide
+        return Launch(wide, self.narrow, self.warps, self.programs_per_multiprocessor)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Fills the launch table of this machine's GPU for the grouped linear layer and convolution.
+
+    python benchmarks/tune_grouped_conv2d.py [--seconds 240] [--write]
+
+For every arithmetic and pass it times the tile shapes below on one of EDM's decoder layers and keeps the fastest, then
+measures from how much work per stage on the library's loop over the stages is faster. With ``--write`` the result
+replaces ``msd_kernels/tuned/sm_XX.json``; without, it is printed. ``python -m msd_kernels.aot`` must pass afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from msd_kernels import tuned
+from msd_kernels.library import grouped_conv2d as library
+from msd_kernels.triton import grouped_conv2d as triton
+from msd_kernels.triton.problems import Layout
+
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+# One third of the samples each, at the middle resolution: every tile kind has work.
+MIX = Layout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none")
+SHAPES = ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64), (64, 64))
+DEPTHS, STAGES, WARPS = (16, 32, 64), (2, 3, 4, 5), (4, 8)
+REPETITIONS = 10
+SAMPLES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median time of one call on the device."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(REPETITIONS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+def make_tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """x, skip, weight and the output's cotangent."""
+    sizes = (
+        sum(n * c for n, c in zip(layout.counts, layout.channels, strict=True)) * layout.in_pixels,
+        sum(n * d for n, d in zip(layout.counts, layout.skip_channels, strict=True)) * layout.in_pixels,
+        sum(layout.weight_sizes),
+        sum(n * o for n, o in zip(layout.counts, layout.out_channels, strict=True)) * layout.out_pixels,
+    )
+    return tuple(torch.randn(size, device="cuda").to(dtype) for size in sizes)
+
+
+def candidates(current: tuned.Tile) -> Iterator[tuple[tuned.Tile, int]]:
+    """The present tile first, then all others with every number of warps."""
+    shapes = [tuned.Tile(m, n, k, s) for (m, n), k, s in product(SHAPES, DEPTHS, STAGES)]
+    yield from product([current, *(tile for tile in shapes if tile != current)], WARPS)
+
+
+def fastest(parameters, run: Callable[[], object], deadline: float):
+    """The parameters with the wide tile and the warps that serve ``run(parameters)`` best."""
+    best, best_time = parameters, float("inf")
+    for tile, warps in candidates(parameters.wide):
+        if time.monotonic() > deadline:
+            break
+        trial = replace(parameters, wide=tile, warps=warps)
+        try:
+            taken = milliseconds(lambda trial=trial: run(trial))
+        except Exception as error:  # too much shared memory, too many registers: not a candidate
+            print(f"  {tile} x {warps} warps: {type(error).__name__}", file=sys.stderr)
+            continue
+        if taken < best_time:
+            best, best_time = trial, taken
+            print(f"  {tile} x {warps} warps: {taken:.3f} ms", file=sys.stderr)
+    return best
+
+
+def tune(architecture: int, seconds: float) -> dict:
+    """A whole table."""
+    table = {"grouped": {"product": {}, "wgrad": {}}, "crossover": {}}
+    share = seconds / (2 * len(tuned.ARITHMETICS))
+    for arithmetic in tuned.ARITHMETICS:
+        x, skip, weight, dy = make_tensors(MIX, DTYPES[arithmetic])
+        y, dweight = torch.empty_like(dy), torch.empty_like(weight)
+
+        def forward(trial, inputs=(x, skip, weight, None, None, None, y), arithmetic=arithmetic):
+            triton.grouped_conv2d_forward(*inputs, MIX, 1.0, arithmetic, trial)
+
+        def wgrad(trial, inputs=(dy, x, skip, dweight, None, None), arithmetic=arithmetic):
+            triton.grouped_conv2d_wgrad(*inputs, MIX, arithmetic, trial)
+
+        for name, run, read in (("product", forward, tuned.product), ("wgrad", wgrad, tuned.wgrad)):
+            print(f"{name}, {arithmetic}", file=sys.stderr)
+            best = fastest(read(architecture, arithmetic), run, time.monotonic() + share)
+            table["grouped"][name][arithmetic] = asdict(best)
+    return table
+
+
+def crossover(linear: bool) -> float:
+    """The largest work per stage, in GFLOP, up to which one launch is never slower than the library's loop."""
+    taken = 0.0
+    for samples in SAMPLES:
+        if linear:
+            layout = Layout((64 * samples,) * 3, (512,) * 3, (0,) * 3, (384, 256, 32), 1, 1, 1, "none")
+        else:
+            layout = replace(MIX, counts=(samples,) * 3)
+        tensors = [t if t.numel() else None for t in make_tensors(layout, torch.bfloat16)]
+        arguments = (*tensors[:3], None, None, None, *asdict(layout).values(), 1.0)
+        ours, loop = (milliseconds(partial(m.grouped_conv2d, *arguments)) for m in (triton, library))
+        print(f"{samples} samples per stage: {ours:.3f} ms, loop {loop:.3f} ms", file=sys.stderr)
+        if ours > loop:
+            break
+        taken = layout.flops / 3 / 1e9
+    return round(taken, 3)
+
+
+def format_table(table: dict) -> str:
+    """JSON with one line per tile."""
+    tiles: list[str] = []
+
+    def mark(value):
+        if isinstance(value, dict) and set(value) == {"m", "n", "k", "stages"}:
+            tiles.append(json.dumps(value))
+            return f"@{len(tiles) - 1}@"
+        return {key: mark(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    text = json.dumps(mark(table), indent=2)
+    for index, tile in enumerate(tiles):
+        text = text.replace(f'"@{index}@"', tile)
+    return text + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="for the search; the crossover takes some more"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="replace the committed table of this architecture"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tune_grouped_conv2d: needs a CUDA device, torch sees none", file=sys.stderr)
+        return 1
+    architecture = tuned.architecture_of(torch.device("cuda", torch.cuda.current_device()))
+    table = tune(architecture, options.seconds)
+    name = torch.cuda.get_device_name()
+    for op, linear in (("grouped_conv2d", False), ("grouped_linear", True)):
+        table["crossover"][op] = {"gflop_per_stage": crossover(linear), "measured_on": name}
+    text = format_table(table)
+    if options.write:
+        (Path(tuned.__file__).parent / f"sm_{architecture}.json").write_text(text)
+    else:
+        print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The grouped convolution in Triton: one launch forward, at most three backward, for any number of stages.
+
+The kernels are imported with the first call, so that this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from msd_kernels import allocate, tuned
+from msd_kernels.triton import launch as triton_launch
+from msd_kernels.triton.problems import (
+    MAX_LOCAL,
+    Layout,
+    arithmetic_constants,
+    dgrad_plan,
+    forward_plan,
+    sum_constants,
+    tile_constants,
+    wgrad_plan,
+)
+
+
+def call_of(op: str, x: Tensor, layout: Layout) -> dict:
+    """What the predicates below look at."""
+    return {"op": op, "device": x.device, "dtype": x.dtype, "layout": layout}
+
+
+def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    if layout.largest_local_offset > MAX_LOCAL // 2:
+        return (
+            f"one stage's weight and one sample's feature map may have {MAX_LOCAL // 2} elements, "
+            f"got {layout.largest_local_offset}"
+        )
+    return triton_launch.cannot_run(device.type, dtype)
+
+
+def slower(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) -> str | None:
+    """Why the library's loop over the stages is preferred to one launch, or None."""
+    if device.type != "cuda":
+        return "Triton's interpreter is for tests; force the backend to use it"
+    return _prefers_library(op, tuned.architecture_of(device), layout)
+
+
+@lru_cache(maxsize=4096)
+def _prefers_library(op: str, architecture: int, layout: Layout) -> str | None:
+    stages = len(list(layout.stages))
+    if stages < 2:
+        return f"{stages} non-empty stage: one library call is one launch too"
+    rule = tuned.crossover(architecture, op)
+    gflop = layout.flops / stages / 1e9
+    if gflop <= rule.gflop_per_stage:
+        return None
+    origin = (
+        f"measured on {rule.measured_on}" if rule.measured_on else "an estimate, not measured on this GPU"
+    )
+    return (
+        f"{gflop:.3g} GFLOP per non-empty stage are more than {rule.gflop_per_stage:g}, "
+        f"from where on one library call per stage is faster ({origin})"
+    )
+
+
+def grouped_conv2d(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    skip_channels: Sequence[int],
+    out_channels: Sequence[int],
+    height: int,
+    width: int,
+    kernel: int,
+    resample: str,
+    scale: float,
+) -> Tensor:
+    """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
+    layout = Layout.of(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    arithmetic = tuned.arithmetic(x.dtype, conv_allows_tf32())
+    return run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic)
+
+
+def grouped_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    skip_channels: Sequence[int],
+    out_channels: Sequence[int],
+    height: int,
+    width: int,
+    kernel: int,
+    resample: str,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
+    layout = Layout.of(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    return run_backward(dy, x, skip, weight, layout, wanted, tuned.arithmetic(x.dtype, conv_allows_tf32()))
+
+
+def conv_allows_tf32() -> bool:
+    """PyTorch's own setting for float32 convolutions."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic) -> Tensor:
+    """Allocates and computes the output."""
+    y = allocate.grouped_output(x, [n * layout.out_pixels for n in layout.counts], layout.out_channels)
+    inputs = (t if t is None else t.contiguous() for t in (x, skip, weight, bias, sample_bias, residual))
+    grouped_conv2d_forward(*inputs, y, layout, scale, arithmetic)
+    return y
+
+
+def run_backward(dy, x, skip, weight, layout, wanted, arithmetic) -> list[Tensor | None]:
+    """Allocates and computes the wanted gradients."""
+    dy, x, skip, weight = (t if t is None else t.contiguous() for t in (dy, x, skip, weight))
+    dx, dskip, dweight = allocate.gradients_like((x, skip, weight), wanted[:3])
+    dbias = weight.new_empty(sum(layout.out_channels)) if wanted[3] else None
+    dsample_bias = allocate.grouped_output(x, layout.counts, layout.out_channels) if wanted[4] else None
+    if dx is not None or dskip is not None:
+        grouped_conv2d_dgrad(dy, weight, dx, dskip, layout, arithmetic)
+    if dweight is not None or dbias is not None or dsample_bias is not None:
+        grouped_conv2d_wgrad(dy, x, skip, dweight, dbias, dsample_bias, layout, arithmetic)
+    return [dx, dskip, dweight, dbias, dsample_bias]
+
+
+def grouped_conv2d_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    layout: Layout,
+    scale: float,
+    arithmetic: str,
+    parameters: tuned.ProductParameters | None = None,
+) -> None:
+    """Writes ``y``: one launch, with the committed parameters unless others are given."""
+    constants = arithmetic_constants(layout, arithmetic, x.itemsize)
+    parameters = parameters or tuned.product(tuned.architecture_of(x.device), arithmetic)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = forward_plan(layout, parameters, x.device)
+    if not plan.table.tiles:
+        return
+    kernels = _product_kernels()
+    triton_launch.launch(
+        kernels._grouped_conv2d_forward_kernel,
+        triton_launch.programs(x.device, plan.table.tiles, plan.programs_per_multiprocessor),
+        x,
+        x,
+        skip,
+        weight,
+        bias,
+        sample_bias,
+        residual,
+        y,
+        plan.table.values,
+        plan.table.tiles,
+        *layout.grid,
+        scale,
+        PROBLEMS=plan.table.problems,
+        KERNEL=layout.kernel,
+        **layout.forward_modes,
+        **constants,
+        **tile_constants(plan.wide, plan.narrow),
+        num_warps=plan.warps,
+    )
+
+
+def grouped_conv2d_dgrad(
+    dy: Tensor, weight: Tensor, dx: Tensor | None, dskip: Tensor | None, layout: Layout, arithmetic: str
+) -> None:
+    """Writes the gradients of both sources, or of the one that is wanted: one launch."""
+    constants = arithmetic_constants(layout, arithmetic, dy.itemsize)
+    parameters = tuned.product(tuned.architecture_of(dy.device), arithmetic)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = dgrad_plan(layout, (dx is not None, dskip is not None), parameters, dy.device)
+    if not plan.table.tiles:
+        return
+    kernels = _product_kernels()
+    triton_launch.launch(
+        kernels._grouped_conv2d_dgrad_kernel,
+        triton_launch.programs(dy.device, plan.table.tiles, plan.programs_per_multiprocessor),
+        dy,
+        dy,
+        weight,
+        dskip if dx is None else dx,
+        dskip,
+        plan.table.values,
+        plan.table.tiles,
+        *layout.source_grid,
+        PROBLEMS=plan.table.problems,
+        KERNEL=layout.kernel,
+        **layout.dgrad_modes,
+        **constants,
+        **tile_constants(plan.wide, plan.narrow),
+        num_warps=plan.warps,
+    )
+
+
+def grouped_conv2d_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dsample_bias: Tensor | None,
+    layout: Layout,
+    arithmetic: str,
+    parameters: tuned.WgradParameters | None = None,
+) -> None:
+    """Writes those gradients that are not None: one launch for partial sums, one to add them up."""
+    constants = arithmetic_constants(layout, arithmetic, x.itemsize)
+    parameters = parameters or tuned.wgrad(tuned.architecture_of(x.device), arithmetic)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    wanted = tuple(g is not None for g in (dweight, dbias, dsample_bias))
+    plan = wgrad_plan(layout, wanted, parameters, x.device)
+    workspace = x.new_empty(plan.workspace, dtype=torch.float32)
+    kernels = import_module("msd_kernels.triton.grouped_conv2d_wgrad_kernels")
+    if plan.partials.tiles:
+        triton_launch.launch(
+            kernels._grouped_conv2d_wgrad_kernel,
+            triton_launch.programs(x.device, plan.partials.tiles, parameters.programs_per_multiprocessor),
+            x,
+            dy,
+            x,
+            skip,
+            workspace,
+            plan.partials.values,
+            plan.partials.tiles,
+            *layout.grid,
+            PROBLEMS=plan.partials.problems,
+            KERNEL=layout.kernel,
+            **layout.wgrad_modes,
+            **constants,
+            **tile_constants(plan.wide, plan.narrow),
+            SUM_ROWS=parameters.sum_rows if plan.pixel_sums else 0,
+            SUM_CHANNELS=parameters.sum_channels,
+            num_warps=parameters.warps,
+        )
+    if plan.sums.tiles:
+        triton_launch.launch(
+            kernels._grouped_conv2d_sum_partials_kernel,
+            plan.sums.tiles,
+            x,
+            workspace,
+            dweight,
+            dbias,
+            dsample_bias,
+            plan.sums.values,
+            PROBLEMS=plan.sums.problems,
+            **sum_constants(),
+        )
+
+
+@cache
+def _product_kernels() -> ModuleType:
+    return import_module("msd_kernels.triton.grouped_conv2d_product_kernels")

@@ -1,0 +1,160 @@
+"""The grouped Triton kernels on a GPU: agreement with float64, no waiting, CUDA graphs, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from helpers import ROUNDING, assert_elements_close
+from msd_kernels.reference import grouped_conv2d as reference
+from msd_kernels.triton import grouped_conv2d as implementation
+from msd_kernels.triton import launch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(launch.unavailable()), reason=launch.unavailable() or "-"),
+    pytest.mark.skipif(launch.interpreted(), reason="TRITON_INTERPRET is set"),
+]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Roundings to float32 per sum, times the sum of the terms' absolute values: tensor cores truncate some of them.
+SUM_ROUNDINGS = 32
+# counts, channels, skip_channels, out_channels, height, width, kernel, resample
+LAYOUTS = {
+    "EDM 16x16": ((3, 1, 2), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none"),
+    "one stage": ((2,), (160,), (0,), (96,), 9, 7, 3, "none"),
+    "empty stage": ((2, 0, 1), (64, 128, 32), (0, 0, 0), (32, 64, 128), 8, 8, 1, "none"),
+    "odd channels": ((2, 1), (3, 5), (0, 0), (12, 40), 7, 5, 3, "none"),
+    "up": ((1, 2), (256, 32), (0, 0), (256, 32), 8, 8, 3, "up"),
+    "up 1x1": ((1, 2), (256, 32), (0, 0), (384, 32), 8, 8, 1, "up"),
+    "down": ((1, 2), (128, 32), (0, 0), (128, 32), 16, 8, 3, "down"),
+    "linear": ((300, 4, 9), (512, 512, 512), (0, 0, 0), (384, 256, 32), 1, 1, 1, "none"),
+    "linear, few rows": ((5, 3, 8), (512, 512, 512), (0, 0, 0), (384, 256, 32), 1, 1, 1, "none"),
+}
+EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def make_inputs(layout, dtype):
+    """x, skip, weight, bias, sample_bias, residual and the cotangent on the GPU."""
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample = layout
+    out_height, out_width = reference.resampled_size(height, width, resample)
+    stages = list(zip(counts, channels, skip_channels, out_channels, strict=True))
+    outputs = sum(n * o for n, _, _, o in stages)
+    sizes = (
+        sum(n * c for n, c, _, _ in stages) * height * width,
+        sum(n * d for n, _, d, _ in stages) * height * width,
+        sum(o * (c + d) for _, c, d, o in stages) * kernel**2,
+        sum(out_channels),
+        outputs,
+        outputs * out_height * out_width,
+        outputs * out_height * out_width,
+    )
+    generator = torch.Generator("cuda").manual_seed(7)
+    return [torch.randn(n, generator=generator, device="cuda").to(dtype) if n else None for n in sizes]
+
+
+def run(tensors, layout):
+    """The output and all gradients."""
+    x, skip, weight, bias, sample_bias, residual, dy = tensors
+    y = implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, *layout, 0.7)
+    wanted = [True, skip is not None, True, True, True]
+    return [y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)]
+
+
+def run_reference(tensors, layout, function=lambda t: t):
+    wide = [None if t is None else function(t.double()) for t in tensors]
+    x, skip, weight, *_, dy = wide
+    y = reference.grouped_conv2d(*wide[:6], *layout, 0.7)
+    wanted = [True, skip is not None, True, True, True]
+    return [y, *reference.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)]
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@EACH_LAYOUT
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_equal_float64(layout, dtype):
+    tensors = make_inputs(layout, dtype)
+    with exact_float32():
+        found = run(tensors, layout)
+    magnitudes = run_reference(tensors, layout, torch.abs)
+    pooled = ROUNDING[dtype] if layout[-1] != "none" else 0
+    for actual, expected, magnitude in zip(found, run_reference(tensors, layout), magnitudes, strict=True):
+        if actual is not None:
+            atol = (SUM_ROUNDINGS * ROUNDING[torch.float32] + pooled) * magnitude.cpu()
+            assert_elements_close(actual, expected.cpu(), rtol=ROUNDING[dtype], atol=atol)
+
+
+@EACH_LAYOUT
+def test_results_repeat_bit_for_bit(layout):
+    tensors = make_inputs(layout, torch.bfloat16)
+    first, second = run(tensors, layout), run(tensors, layout)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_new_counts_never_wait_for_the_device():
+    layout = LAYOUTS["EDM 16x16"]
+    tensors = make_inputs(layout, torch.bfloat16)
+    run(tensors, layout)  # compiles
+    others = ((2, 1, 3), *layout[1:]), ((1, 0, 4), *layout[1:])
+    inputs = [make_inputs(other, torch.bfloat16) for other in others]
+    torch.cuda.synchronize()
+    with waiting_is_an_error():
+        for tensors, other in zip(inputs, others, strict=True):
+            run(tensors, other)
+
+
+@pytest.mark.parametrize("planned_before", [True, False], ids=["planned before", "planned inside"])
+def test_a_captured_step_replays_with_new_data(planned_before):
+    layout = LAYOUTS["EDM 16x16"]
+    if not planned_before:
+        layout = ((1, 3, 1), *layout[1:])
+    tensors = make_inputs(layout, torch.bfloat16)
+    warm = tensors if planned_before else make_inputs(LAYOUTS["EDM 16x16"], torch.bfloat16)
+    run(warm, layout if planned_before else LAYOUTS["EDM 16x16"])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(tensors, layout)
+    for tensor in tensors:
+        tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    expected = run(tensors, layout)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_tensors_beyond_32_bit_offsets():
+    free, _ = torch.cuda.mem_get_info()
+    layout = ((2**21 + 8, 3), (1024, 32), (0, 0), (16, 16), 1, 1, 1, "none")
+    if free < 20 * 2**30:
+        pytest.skip(f"needs 20 GiB of free device memory, {free / 2**30:.0f} are free")
+    rows, channels = layout[0][0], layout[1][0]
+    x = torch.zeros(rows * channels + 3 * 32, device="cuda", dtype=torch.bfloat16)
+    x[-3 * 32 - channels :] = 1
+    weight = torch.ones(16 * (1024 + 32), device="cuda", dtype=torch.bfloat16)
+    y = implementation.grouped_conv2d(x, None, weight, None, None, None, *layout, 1.0)
+    assert y[: (rows - 1) * 16].count_nonzero().item() == 0
+    assert (y[(rows - 1) * 16 : rows * 16] == 1024).all()
+    assert (y[rows * 16 :] == 32).all()

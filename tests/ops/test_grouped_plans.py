@@ -1,0 +1,175 @@
+"""Plans of the grouped Triton kernels, their launch parameters and the choice of backend: all without Triton."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import msd_kernels
+from msd_kernels import tuned
+from msd_kernels.triton import grouped_conv2d as triton
+from msd_kernels.triton import plan_cache, problems
+from msd_kernels.triton.problems import PRODUCT_FIELDS, SUM_FIELDS, WGRAD_FIELDS, Layout
+
+CPU = torch.device("cpu")
+PRODUCT = tuned.product(90, "half")
+WGRAD = tuned.wgrad(90, "half")
+EDM = Layout((60, 0, 3), (384, 256, 32), (256, 256, 256), (384, 256, 32), 32, 32, 3, "none")
+HOT_PATH = ("grouped_conv2d.py", "grouped_linear.py", "problems.py", "plan_cache.py", "launch.py")
+
+
+def rows(table: plan_cache.Table, fields) -> list[dict[str, int]]:
+    """The problems of a table by field name, without the unused ones."""
+    columns = table.values.t().tolist()
+    return [dict(zip(fields, c, strict=True)) for c in columns if c[0] < table.tiles]
+
+
+def test_forward_has_one_problem_per_stage_with_samples():
+    plan = problems.forward_plan(EDM, PRODUCT, CPU)
+    wide, narrow = rows(plan.table, PRODUCT_FIELDS)
+    assert (wide["rows"], wide["columns"], wide["narrow"]) == (60 * 1024, 384, 0)
+    assert (narrow["rows"], narrow["columns"], narrow["narrow"]) == (3 * 1024, 32, 1)
+    assert narrow["result"] == 60 * 1024 * 384
+    assert narrow["weight"] == 9 * (384 * 640 + 256 * 512)
+
+
+def test_forward_covers_every_tile_once():
+    plan = problems.forward_plan(EDM, PRODUCT, CPU)
+    _, narrow = rows(plan.table, PRODUCT_FIELDS)
+    assert narrow["first_tile"] == 60 * 1024 // plan.wide.m * (384 // plan.wide.n)
+    assert plan.table.tiles == narrow["first_tile"] + 3 * 1024 // plan.narrow.m
+
+
+def test_longest_tiles_come_first():
+    layout = replace(EDM, counts=(1, 2, 3), channels=(64, 256, 128), out_channels=(64, 64, 64))
+    plan = problems.forward_plan(layout, PRODUCT, CPU)
+    assert [p["channels"] for p in rows(plan.table, PRODUCT_FIELDS)] == [256, 128, 64]
+
+
+def test_dgrad_serves_both_sources_in_one_table():
+    plan = problems.dgrad_plan(EDM, (True, True), PRODUCT, CPU)
+    found = rows(plan.table, PRODUCT_FIELDS)
+    assert sorted((p["target"], p["columns"]) for p in found) == [(0, 32), (0, 384), (1, 256), (1, 256)]
+    first_of_x = next(p["weight"] for p in found if p["columns"] == 32)
+    assert first_of_x + 32 in [p["weight"] for p in found if p["target"] == 1]
+
+
+@pytest.mark.parametrize("stages", [1, 3, 64])
+def test_tables_grow_with_stages_alone(stages):
+    few, many = (
+        Layout((n,) * stages, (64,) * stages, (0,) * stages, (64,) * stages, 8, 8, 3, "none")
+        for n in (1, 999)
+    )
+    shapes = {problems.forward_plan(layout, PRODUCT, CPU).table.values.shape for layout in (few, many)}
+    assert shapes == {(len(PRODUCT_FIELDS), max(4, stages if stages == 64 else 4))}
+
+
+def test_offsets_are_64_bit():
+    layout = Layout((40_000, 8), (64, 64), (0, 0), (64, 64), 32, 32, 1, "none")
+    last = rows(problems.forward_plan(layout, PRODUCT, CPU).table, PRODUCT_FIELDS)[-1]
+    assert last["result"] == 40_000 * 1024 * 64 > 2**31
+
+
+def test_wgrad_writes_zeros_for_an_empty_stage():
+    plan = problems.wgrad_plan(EDM, (True, True, False), WGRAD, CPU)
+    empty = [p for p in rows(plan.sums, SUM_FIELDS) if p["terms"] == 0]
+    assert sorted((p["target"], p["size"]) for p in empty) == [(0, 9 * 256 * 512), (1, 256)]
+
+
+def test_wgrad_partial_sums_fill_the_workspace_without_overlap():
+    plan = problems.wgrad_plan(EDM, (True, True, True), WGRAD, CPU)
+    spans = sorted(
+        (p["partial"], p["terms"] * p["stride"] if p["stride"] else p["size"])
+        for p in rows(plan.sums, SUM_FIELDS)
+    )
+    ends = {start + size for start, size in spans}
+    assert max(ends) == plan.workspace
+    starts = {start for start, size in spans if size}
+    assert starts <= ends | {0}
+
+
+def test_wgrad_cuts_long_sums_into_many_tiles():
+    small = problems.wgrad_plan(EDM, (True, False, False), WGRAD, CPU)
+    large = problems.wgrad_plan(replace(EDM, counts=(600, 0, 30)), (True, False, False), WGRAD, CPU)
+    assert large.partials.tiles >= problems.WGRAD_TILES * 0.9
+    assert {p["chunk"] % WGRAD.wide.k for p in rows(large.partials, WGRAD_FIELDS)} == {0}
+    assert small.partials.tiles > 0
+
+
+def test_plans_are_cached_per_shapes():
+    assert problems.forward_plan(EDM, PRODUCT, CPU) is problems.forward_plan(replace(EDM), PRODUCT, CPU)
+    assert problems.forward_plan(EDM, PRODUCT, CPU) is not problems.forward_plan(
+        replace(EDM, counts=(1, 1, 1)), PRODUCT, CPU
+    )
+
+
+def test_vector_needs_every_channel_count_divisible():
+    assert problems.vector(2, (384, 32)) == 8
+    assert problems.vector(2, (384, 12)) == 1
+    assert problems.vector(4, (12, 4)) == 4
+
+
+def test_few_rows_take_the_short_tile():
+    plan = problems.forward_plan(Layout((5, 3), (512, 512), (0, 0), (384, 32), 1, 1, 1, "none"), PRODUCT, CPU)
+    assert (plan.wide.m, plan.narrow, plan.warps) == (PRODUCT.short.m, None, PRODUCT.short_warps)
+
+
+def test_single_elements_take_the_unaligned_tile():
+    assert PRODUCT.for_vectors(8, 1).launch(1000, 64, False).wide == PRODUCT.unaligned
+    assert PRODUCT.for_vectors(8, 8) is PRODUCT
+
+
+@pytest.mark.parametrize(("unknown", "taken"), [(86, 80), (89, 80), (103, 100), (120, 80), (75, 80)])
+def test_an_unknown_gpu_takes_the_nearest_table(unknown, taken):
+    assert tuned.product(unknown, "half") == tuned.product(taken, "half")
+
+
+@pytest.mark.parametrize("architecture", tuned.architectures())
+@pytest.mark.parametrize("arithmetic", tuned.ARITHMETICS)
+def test_tables_hold_powers_of_two(architecture, arithmetic):
+    for parameters in (tuned.product(architecture, arithmetic), tuned.wgrad(architecture, arithmetic)):
+        for tile in (parameters.wide, parameters.narrow, parameters.pooled, parameters.unaligned):
+            assert all(
+                side >= tuned.SMALLEST_SIDE and side & (side - 1) == 0 for side in (tile.m, tile.n, tile.k)
+            )
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> torch.device:
+    monkeypatch.setattr(tuned, "architecture_of", lambda device: 90)
+    return torch.device("cuda", 0)
+
+
+def test_auto_takes_one_launch_where_stages_are_small(on_a_gpu):
+    small = replace(EDM, counts=(1, 1, 1), skip_channels=(0, 0, 0))
+    assert triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, small) is None
+
+
+def test_auto_takes_the_library_where_stages_are_large(on_a_gpu):
+    reason = triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, EDM)
+    assert re.search(r"\d GFLOP per non-empty stage are more than", reason)
+
+
+def test_auto_takes_the_library_for_one_stage(on_a_gpu):
+    alone = replace(EDM, counts=(1, 0, 0))
+    assert "one library call" in triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, alone)
+
+
+def test_too_large_an_image_is_refused():
+    layout = Layout((1,), (2048,), (0,), (4,), 1024, 1024, 1, "none")
+    assert "2147483648" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
+
+
+def test_hot_path_never_waits_for_the_device():
+    folder = Path(msd_kernels.__file__).parent / "triton"
+    for name in HOT_PATH:
+        source = (folder / name).read_text()
+        found = re.findall(
+            r"\.item\(|\.cpu\(|\.tolist\(|\.numpy\(|synchronize\(|\.cuda\(|\.to\((?!device, non_blocking)",
+            source,
+        )
+        assert not found, f"{name}: {found}"
