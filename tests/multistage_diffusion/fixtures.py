@@ -23,7 +23,9 @@ def arrays(family: str) -> dict[str, np.ndarray]:
 def group(family: str, prefix: str) -> dict[str, Tensor]:
     """The tensors under a prefix, the prefix cut off."""
     found = {key[len(prefix) :]: value for key, value in arrays(family).items() if key.startswith(prefix)}
-    return {key: torch.from_numpy(np.array(value)) for key, value in found.items() if value.dtype.kind in "fiu"}
+    return {
+        key: torch.from_numpy(np.array(value)) for key, value in found.items() if value.dtype.kind in "fiu"
+    }
 
 
 def config(family: str, prefix: str = "") -> dict[str, object]:
