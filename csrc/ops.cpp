@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/channels_last.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/optimal_denoiser.h"
@@ -24,7 +25,7 @@ struct Sizes {
 
 int64_t checked_product(int64_t a, int64_t b) {
   int64_t product = 0;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "group_norm: size ", a, " x ", b,
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "msd_kernels: size ", a, " x ", b,
                   " does not fit 64 bits");
   return product;
 }
@@ -236,6 +237,17 @@ void optimal_denoiser_update_softmax(Tensor products, Tensor half_norms, Tensor 
   msd::optimal_denoiser_update_softmax(job);
 }
 
+void to_channels_last(Tensor x, int64_t samples, int64_t channels, int64_t pixels, Tensor y) {
+  const char* op = "to_channels_last";
+  const int64_t size = x.element_size();
+  STD_TORCH_CHECK(size == 2 || size == 4, op, ": elements must have 2 or 4 bytes, got ", size);
+  STD_TORCH_CHECK(samples >= 0 && channels >= 0 && pixels >= 0, op, ": sizes must not be negative");
+  const int64_t elements = checked_product(checked_product(samples, channels), pixels);
+  check_buffer(op, "x", x, elements, x.scalar_type());
+  check_buffer(op, "y", y, elements, x.scalar_type());
+  msd::to_channels_last(x.const_data_ptr(), y.mutable_data_ptr(), size, samples, channels, pixels);
+}
+
 std::string cpu_isa() { return msd::name(msd::cpu_isa()); }
 
 }  // namespace
@@ -251,6 +263,7 @@ STABLE_TORCH_LIBRARY(msd_kernels_native, m) {
       "Tensor? bias, Tensor? scale, Tensor? shift, int[] counts, int[] channels, int[] groups, "
       "int spatial, bool channels_last, bool silu, Tensor(a!)? dx, Tensor(b!)? dweight, "
       "Tensor(c!)? dbias, Tensor(d!)? dscale, Tensor(e!)? dshift) -> ()");
+  m.def("to_channels_last(Tensor x, int samples, int channels, int pixels, Tensor(a!) y) -> ()");
   m.def(
       "optimal_denoiser_centre(Tensor data, Tensor shift, float step, Tensor(a!) centred, "
       "Tensor(b!) half_norms) -> ()");
@@ -266,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CPU, m) {
   m.impl("group_norm_forward", TORCH_BOX(&group_norm_forward));
   m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
+  m.impl("to_channels_last", TORCH_BOX(&to_channels_last));
   m.impl("optimal_denoiser_centre", TORCH_BOX(&optimal_denoiser_centre));
   m.impl("optimal_denoiser_update_softmax", TORCH_BOX(&optimal_denoiser_update_softmax));
 }

@@ -12,6 +12,7 @@ from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import group_norm as library
 from msd_kernels.native import group_norm as native
+from msd_kernels.native.channels_last import to_channels_last
 from msd_kernels.ops import _autocast, _checks
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import group_norm as reference
@@ -156,7 +157,10 @@ def _prepare_dense(x, weight, bias, scale, shift):
 def _restore(y: Tensor, x: Tensor, channels_last: bool) -> Tensor:
     if not channels_last:
         return y.view(x.shape)
-    return y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    dense = y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    if dense.requires_grad and not torch.compiler.is_compiling():
+        dense.register_hook(to_channels_last)
+    return dense
 
 
 def _predicate_arguments(x: Tensor, channels: Sequence[int], groups: Sequence[int]) -> dict:
