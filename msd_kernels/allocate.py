@@ -10,9 +10,9 @@ from torch import Tensor
 from msd_kernels.reference.dtypes import wide
 
 
-def absent(like: Tensor) -> Tensor:
-    """Stands for a gradient that nobody asked for."""
-    return like.new_empty(0)
+def without_absent(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What a dispatcher op returns for gradients: an empty tensor stands for each that nobody asked for."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 def gradients_like(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:

@@ -235,13 +235,13 @@ def _backward(
     implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, head_dims, tokens, context))
     layout = (counts, heads, head_dims, tokens, context, order, scale)
     gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, *layout, wanted)
-    return tuple(allocate.absent(q) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, q)
 
 
 @_backward.register_fake
 def _(dy, q, k, v, y, log_sum, counts, heads, head_dims, tokens, context, order, scale, wanted):
     gradients = allocate.gradients_like((q, k, v), wanted)
-    return tuple(allocate.absent(q) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, q)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -217,7 +217,7 @@ def _backward(
     gradients = implementation.group_norm_backward(
         dy, x, mean, rstd, weight, bias, scale, shift, *layout, wanted
     )
-    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, x)
 
 
 @_backward.register_fake
@@ -239,10 +239,8 @@ def _(
     silu,
     wanted,
 ):
-    return tuple(
-        allocate.absent(x) if g is None else g
-        for g in allocate.gradients_like((x, weight, bias, scale, shift), wanted)
-    )
+    gradients = allocate.gradients_like((x, weight, bias, scale, shift), wanted)
+    return allocate.without_absent(gradients, x)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -209,7 +209,7 @@ def _backward(
     layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
     implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, *layout))
     gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)
-    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, x)
 
 
 @_backward.register_fake
@@ -220,7 +220,7 @@ def _(
     bias = weight.new_empty(sum(out_channels))
     sample_bias = allocate.grouped_output(x, counts, out_channels)
     gradients = allocate.gradients_like((x, skip, weight, bias, sample_bias), wanted)
-    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, x)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -142,14 +142,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, rows, in_features, out_features))
     gradients = implementation.grouped_linear_backward(dy, x, weight, rows, in_features, out_features, wanted)
-    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, x)
 
 
 @_backward.register_fake
 def _(dy, x, weight, rows, in_features, out_features, wanted):
     bias = weight.new_empty(sum(out_features))
     gradients = allocate.gradients_like((x, weight, bias), wanted)
-    return tuple(allocate.absent(x) if g is None else g for g in gradients)
+    return allocate.without_absent(gradients, x)
 
 
 def _save_for_backward(ctx, inputs, output):
