@@ -8,9 +8,10 @@ import json
 import pytest
 import torch
 
+from msd_kernels import grouped_linear
 from multistage_diffusion.flops import conditioning
 from multistage_diffusion.layers import StageModule
-from multistage_diffusion.networks import build
+from multistage_diffusion.networks import blocks, build
 from multistage_diffusion.networks.mixed_batch import StageNetwork, StageOrder
 
 STAGES = [2, 0, 1, 0, 2, 0]
@@ -159,6 +160,24 @@ def test_shared_layers_run_once_for_all_stages(family):
     first.register_forward_hook(lambda module, args, out: seen.append(args[0].counts))
     network(*inputs(), STAGES)
     assert seen == [(BATCH,)]
+
+
+@pytest.mark.parametrize("family", ["edm", "ncsnpp", "ldm"])
+def test_one_call_projects_the_embedding_for_all_blocks_and_stages(family, monkeypatch):
+    """One in the encoder and one in the decoder. Their values are those of the blocks' own layers, the fixtures say."""
+    calls = []
+
+    def counted(x, weight, bias):
+        calls.append(weight.shapes)
+        return grouped_linear(x, weight, bias)
+
+    monkeypatch.setattr(blocks, "grouped_linear", counted)
+    network = tiny(family)
+    network(*inputs(), STAGES)
+    layers = [m.affine for m in network.modules() if isinstance(m, blocks.ResidualBlock)]
+    encoder, decoder = calls
+    assert len(encoder) == sum(layer.num_stages == 1 for layer in layers)
+    assert len(decoder) == 3 * sum(layer.num_stages == 3 for layer in layers)
 
 
 def test_reduced_attention_leaves_the_later_decoders_without():

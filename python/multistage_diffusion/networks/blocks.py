@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from msd_kernels import StageBatch, resample2d
+from msd_kernels import StageBatch, StageWeights, grouped_linear, resample2d
 from multistage_diffusion.layers import (
     BOX,
     Initialiser,
@@ -54,6 +55,42 @@ class BlockStyle:
     initialise_last: Initialiser | None = ZERO
 
 
+class Projections:
+    """What every residual block inside ``module`` makes of one embedding: ``block.affine(emb)``, by its layer.
+
+    It depends on nothing else, so one launch computes it for all blocks and stages: every layer's stages are
+    stages of one grouped layer, and all layers see the same samples.
+    """
+
+    def __init__(self, emb: StageBatch, module: nn.Module) -> None:
+        layers = [block.affine for block in module.modules() if isinstance(block, ResidualBlock)]
+        self._outputs: dict[StageLinear, StageBatch] = {}
+        if layers:
+            repeats = len(layers)
+            inputs = StageBatch(
+                emb.values.repeat(repeats), emb.counts * repeats, emb.channels * repeats, 1, 1
+            )
+            weight, bias = (_joined(layers, name, emb.values.dtype) for name in ("weight", "bias"))
+            outputs = grouped_linear(inputs, weight, bias).values
+            sizes = [_size(emb.counts, layer.out_features) for layer in layers]
+            for layer, values in zip(layers, outputs.split(sizes), strict=True):
+                self._outputs[layer] = StageBatch(values, emb.counts, layer.out_features, 1, 1)
+
+    def __getitem__(self, layer: StageLinear) -> StageBatch:
+        return self._outputs[layer]
+
+
+def _joined(layers: Sequence[StageLinear], name: str, dtype: torch.dtype) -> StageWeights:
+    """A parameter of all layers as that of one layer with all their stages."""
+    packed = [layer.packed(name, dtype) for layer in layers]
+    shapes = tuple(shape for weights in packed for shape in weights.shapes)
+    return StageWeights(torch.cat([weights.values for weights in packed]), shapes)
+
+
+def _size(counts: Widths, channels: Widths) -> int:
+    return sum(n * c for n, c in zip(counts, channels, strict=True))
+
+
 class ResidualBlock(nn.Module):
     """Residual block: ``scale · (skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0(x))) + affine(emb))))))``.
 
@@ -88,15 +125,22 @@ class ResidualBlock(nn.Module):
     def forward(
         self,
         x: StageBatch,
-        emb: StageBatch,
+        emb: Projections,
         *,
         skip: StageBatch | None = None,
         context: StageBatch | None = None,
     ) -> StageBatch:
-        """``skip``: features of the encoder, concatenated to x. ``context``: what the attention looks at as well."""
+        """Runs the block.
+
+        Args:
+            x: features of the level below, or of the block before.
+            emb: holds this block's projection.
+            skip: features of the encoder, concatenated to ``x``.
+            context: what the attention looks at as well.
+        """
         if skip is not None:
             x = StageBatch.concatenate(x, skip)
-        h, affine = self.norm0(x, activation="silu"), self.affine(emb)
+        h, affine = self.norm0(x, activation="silu"), emb[self.affine]
         if self.adaptive_scale:
             halves = [segment.chunk(2, dim=1) for segment in affine.segments()]
             scale, shift = (StageBatch.from_segments([half[i] for half in halves]) for i in (0, 1))
@@ -150,7 +194,7 @@ class Resample(nn.Module):
         self.conv = conv
 
     def forward(
-        self, x: StageBatch, emb: StageBatch | None = None, *, context: StageBatch | None = None
+        self, x: StageBatch, emb: Projections | None = None, *, context: StageBatch | None = None
     ) -> StageBatch:
         """Called as a residual block is; embedding and context are ignored."""
         return self.conv(x)
@@ -219,7 +263,7 @@ class EncoderLevel(nn.Module):
     def forward(
         self,
         x: StageBatch,
-        emb: StageBatch,
+        emb: Projections,
         skips: list[StageBatch],
         *,
         pyramid: StageBatch | None = None,
@@ -275,7 +319,7 @@ class DecoderLevel(nn.Module):
     def forward(
         self,
         x: StageBatch,
-        emb: StageBatch,
+        emb: Projections,
         skips: list[StageBatch],
         *,
         image: StageBatch | None = None,

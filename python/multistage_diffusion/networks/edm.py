@@ -27,6 +27,7 @@ from multistage_diffusion.networks.blocks import (
     DecoderLevel,
     EncoderLevel,
     OutputHead,
+    Projections,
     ResidualBlock,
     ResidualInput,
     SkipInput,
@@ -272,14 +273,14 @@ class EDMUNet(StageNetwork):
         emb = self._embed(noise, encoder_counts, dtype, class_labels, augment_labels)
         pyramid = StageBatch.from_dense(x, encoder_counts)
         h = self.conv(pyramid)
-        skips = [h]
+        skips, projections = [h], Projections(emb, self.enc)
         for level in self.enc.values():
-            h, pyramid = level(h, emb, skips, pyramid=pyramid)
-        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
+            h, pyramid = level(h, projections, skips, pyramid=pyramid)
+        h, projections = self.to_decoders(counts, h), Projections(self.to_decoders(counts, emb), self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():
-            h, image = level(h, emb, skips, image=image)
+            h, image = level(h, projections, skips, image=image)
         return image.dense()
 
     def _embed(self, noise, counts, dtype, class_labels, augment_labels) -> StageBatch:

@@ -26,6 +26,7 @@ from multistage_diffusion.networks.blocks import (
     DecoderLevel,
     EncoderLevel,
     OutputHead,
+    Projections,
     Resample,
     ResidualBlock,
     decoder_blocks,
@@ -289,16 +290,17 @@ class LDMUNet(StageNetwork):
             tokens = StageBatch.from_dense(context.to(dtype).transpose(1, 2)[..., None], encoder_counts)
         emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype), extra)
         h = self.conv(StageBatch.from_dense(x, encoder_counts))
-        skips = [h]
+        skips, projections = [h], Projections(emb, nn.ModuleList([self.enc, self.middle]))
         for level in self.enc.values():
-            h, _ = level(h, emb, skips, context=tokens)
+            h, _ = level(h, projections, skips, context=tokens)
         for block in self.middle:
-            h = block(h, emb, context=tokens)
+            h = block(h, projections, context=tokens)
         h, emb, tokens = (self.to_decoders(counts, batch) for batch in (h, emb, tokens))
+        projections = Projections(emb, self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():
-            h, image = level(h, emb, skips, image=image, context=tokens)
+            h, image = level(h, projections, skips, image=image, context=tokens)
         return image.dense()
 
     def _check_conditioning(self, batch: int, context: Tensor | None, class_labels: Tensor | None) -> None:

@@ -25,6 +25,7 @@ from multistage_diffusion.networks.blocks import (
     DecoderLevel,
     EncoderLevel,
     OutputHead,
+    Projections,
     ResidualBlock,
     ResidualInput,
     decoder_blocks,
@@ -205,14 +206,14 @@ class NCSNpp(StageNetwork):
         emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype))
         pyramid = StageBatch.from_dense(x if self.config["centered"] else 2 * x - 1, encoder_counts)
         h = self.conv(pyramid)
-        skips = [h]
+        skips, projections = [h], Projections(emb, nn.ModuleList([self.enc, self.middle]))
         for level in self.enc.values():
-            h, pyramid = level(h, emb, skips, pyramid=pyramid)
+            h, pyramid = level(h, projections, skips, pyramid=pyramid)
         for block in self.middle:
-            h = block(h, emb)
-        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
+            h = block(h, projections)
+        h, projections = self.to_decoders(counts, h), Projections(self.to_decoders(counts, emb), self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():
-            h, image = level(h, emb, skips, image=image)
+            h, image = level(h, projections, skips, image=image)
         return image.dense()
