@@ -21,6 +21,10 @@ __all__ = ["NAMES", "BackendError", "Explanation", "FallbackWarning", "use"]
 NAMES = ("reference", "cpu", "triton", "cuda", "library")
 VARIABLE = "MSD_KERNELS_BACKEND"
 
+# Choices to remember per op: a step repeats its calls.
+MOST_CHOSEN = 4096
+# The ops that have backends, for settings that name one.
+_ops: set[str] = set()
 # Process-wide and not a context variable: autograd runs CUDA backwards in threads of its own.
 _forced: list[str] = []
 
@@ -89,6 +93,10 @@ class OpBackends:
     op: str
     candidates: Sequence[Candidate]
     _warned: set[tuple[str, str]] = field(default_factory=set)
+    _chosen: dict[tuple, ModuleType] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _ops.add(self.op)
 
     def choose(self, device_type: str, call: dict[str, Any]) -> ModuleType:
         """The implementation that serves a call; ``call`` holds what the candidates' predicates look at.
@@ -96,6 +104,20 @@ class OpBackends:
         Raises:
             BackendError: the forced backend cannot serve it.
         """
+        key = (_setting(), device_type, *call.values())
+        try:
+            implementation = self._chosen.get(key)
+        except TypeError:  # the dispatcher hands over lists, which cannot be hashed
+            key = implementation = None
+        if implementation is None:
+            implementation = self._choose(device_type, call)
+            if len(self._chosen) >= MOST_CHOSEN:
+                self._chosen.clear()
+            if key is not None:
+                self._chosen[key] = implementation
+        return implementation
+
+    def _choose(self, device_type: str, call: dict[str, Any]) -> ModuleType:
         forced = forced_backend(self.op)
         if forced is not None:
             return self._forced_candidate(forced, device_type, call).implementation
@@ -161,6 +183,10 @@ class OpBackends:
                 )
 
 
+def _setting() -> str:
+    return _forced[-1] if _forced else os.environ.get(VARIABLE, "auto")
+
+
 def forced_backend(op: str) -> str | None:
     """The backend forced for an op by :func:`use` or ``MSD_KERNELS_BACKEND``, or None for the automatic choice.
 
@@ -168,9 +194,9 @@ def forced_backend(op: str) -> str | None:
     name for the other ops: ``MSD_KERNELS_BACKEND=group_norm=cpu,library``.
 
     Raises:
-        ValueError: a name that is no backend.
+        ValueError: a name that is no backend, or no op.
     """
-    setting = _forced[-1] if _forced else os.environ.get(VARIABLE, "auto")
+    setting = _setting()
     if setting in ("auto", ""):
         return None
     general = own = None
@@ -179,6 +205,10 @@ def forced_backend(op: str) -> str | None:
         if name not in (*NAMES, "auto"):
             raise ValueError(
                 f"{VARIABLE}: unknown backend {name!r} in {setting!r}; allowed are auto, {', '.join(NAMES)}"
+            )
+        if target and target not in _ops:
+            raise ValueError(
+                f"{VARIABLE}: unknown op {target!r} in {setting!r}; allowed are {', '.join(sorted(_ops))}"
             )
         if not target:
             general = general or name

@@ -99,14 +99,14 @@ def test_backends_forced_but_unable_raises(backends):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("auto", {"a": None, "b": None}),
-        ("", {"a": None, "b": None}),
-        ("library", {"a": "library", "b": "library"}),
-        ("a=cpu", {"a": "cpu", "b": None}),
-        ("a=cpu,library", {"a": "cpu", "b": "library"}),
-        ("library,a=cpu", {"a": "cpu", "b": "library"}),
-        (" a=cpu , b=reference ", {"a": "cpu", "b": "reference"}),
-        ("library,a=auto", {"a": None, "b": "library"}),
+        ("auto", {"attention": None, "group_norm": None}),
+        ("", {"attention": None, "group_norm": None}),
+        ("library", {"attention": "library", "group_norm": "library"}),
+        ("attention=cpu", {"attention": "cpu", "group_norm": None}),
+        ("attention=cpu,library", {"attention": "cpu", "group_norm": "library"}),
+        ("library,attention=cpu", {"attention": "cpu", "group_norm": "library"}),
+        (" attention=cpu , group_norm=reference ", {"attention": "cpu", "group_norm": "reference"}),
+        ("library,attention=auto", {"attention": None, "group_norm": "library"}),
     ],
 )
 def test_backends_setting_syntax(setting, expected, monkeypatch):
@@ -130,6 +130,14 @@ def test_backends_unknown_name_is_an_error(setting, monkeypatch):
     monkeypatch.setenv(VARIABLE, setting)
     with pytest.raises(ValueError, match="MSD_KERNELS_BACKEND: unknown backend"):
         group_norm(torch.zeros(1, 4, 2, 2), 2)
+
+
+def test_backends_unknown_op_is_an_error():
+    with (
+        pytest.raises(ValueError, match=r"unknown op 'groupnorm' .* allowed are attention, group_norm"),
+        use("groupnorm=cpu"),
+    ):
+        pytest.fail("the block must not run")
 
 
 def test_backends_use_restores_after_an_error():
