@@ -31,7 +31,14 @@ REPORT = "_build_report.json"
 TARGETS = {f"{PACKAGE}._cuda": "cuda", f"{PACKAGE}._native": "cpu", f"{PACKAGE}._host": "host"}
 
 CXX_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-CUDA_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
+CUDA_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "-lineinfo",
+    "-Xfatbin=-compress-all",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+)
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
@@ -69,6 +76,15 @@ def imported(module: str):
         raise BuildError(
             f"{module} cannot be imported at build time (install it and use --no-build-isolation): {error}"
         ) from error
+
+
+def torch_folder() -> Path:
+    return Path(imported("torch").__file__).parent
+
+
+def torch_libraries() -> tuple[str, ...]:
+    """Links the stable ABI, which CPU-only builds of PyTorch have, too."""
+    return f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"
 
 
 def isystem(*folders) -> tuple[str, ...]:
@@ -132,26 +148,25 @@ class BuildKernels(build_ext):
             raise SystemExit(f"MSD_KERNELS_CUDA={choice} is none of 0, 1, auto")
         if choice == "0":
             raise BuildError("MSD_KERNELS_CUDA=0")
-        if not extension.sources:
-            raise BuildError("there are no CUDA sources")
         nvcc = find_nvcc()
         if nvcc is None:
             raise BuildError("no nvcc found: install the CUDA toolkit or set CUDA_HOME")
-        command = (nvcc, *CUDA_FLAGS, *gencode(cuda_architectures()))
-        self.link(extension, (nvcc,), compile_sources(extension, lambda source: command))
+        device_command = (nvcc, *CUDA_FLAGS, *gencode(cuda_architectures()))
+        host_command = self.torch_command()
+
+        def command_for(source: str) -> tuple[str, ...]:
+            return device_command if source.endswith(".cu") else host_command
+
+        self.link(extension, (nvcc,), compile_sources(extension, command_for), *torch_libraries())
 
     def build_cpu(self, extension: Extension):
-        include = Path(imported("torch").__file__).parent / "include"
-        includes = isystem(include, include / "torch" / "csrc" / "api" / "include")
-        cxx = self.cxx()
-        command = (*cxx, *self.cxx_flags(), *includes, f"-ffile-prefix-map={include}=.", STABLE_ABI)
+        command = self.torch_command()
         isas = cpu_isas()
 
         def command_for(source: str) -> tuple[str, ...]:
             return (*command, *isas.get(Path(source).stem.rpartition("_")[2], ()))
 
-        objects = compile_sources(extension, command_for)
-        self.link(extension, cxx, objects, f"-L{include.parent / 'lib'}", "-ltorch_cpu")
+        self.link(extension, self.cxx(), compile_sources(extension, command_for), *torch_libraries())
 
     def build_host(self, extension: Extension):
         includes = isystem(imported("pybind11").get_include(), sysconfig.get_path("include"))
@@ -173,6 +188,12 @@ class BuildKernels(build_ext):
     def cxx_flags(self) -> tuple[str, ...]:
         return (*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
 
+    def torch_command(self) -> tuple[str, ...]:
+        """Compiles C++ that uses PyTorch's stable ABI."""
+        include = torch_folder() / "include"
+        includes = isystem(include, include / "torch" / "csrc" / "api" / "include")
+        return (*self.cxx(), *self.cxx_flags(), *includes, f"-ffile-prefix-map={include}=.", STABLE_ABI)
+
     def link(self, extension: Extension, linker: tuple[str, ...], objects: list[str], *libraries: str):
         library = Path(self.get_ext_fullpath(extension.name))
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +212,7 @@ def extension(name: str, *patterns: str, **options) -> Extension:
 
 setup(
     ext_modules=[
-        extension("_cuda", "cuda/*.cu", py_limited_api=True),
+        extension("_cuda", "cuda_ops.cpp", "cuda/*.cpp", "cuda/*.cu", py_limited_api=True),
         extension("_native", "ops.cpp", "cpu/*.cpp", py_limited_api=True),
         extension("_host", "host.cpp"),
     ],

@@ -10,8 +10,6 @@ bandwidth of a large copy in the same run. Tensors that fit the cache can exceed
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -104,21 +102,6 @@ def checked_problem(shape: tuple[int, int, int], dtype: torch.dtype) -> Problem:
     problem = Problem.of(shape, SHAPES[shape], dtype)
     problem.check()
     return problem
-
-
-@pytest.fixture(params=[False, True], ids=["forward", "step"])
-def backward(request: pytest.FixtureRequest) -> bool:
-    return request.param
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the goals are for two cores, this machine gives one")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.benchmark(group="group_norm")

@@ -12,9 +12,8 @@ noise level at a time, as published: for each pair of levels, two passes over th
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,16 +148,6 @@ def report(result: dict[str, float]) -> str:
         f"{result['worst_error']:.1e}"
     )
     return "\n".join(lines)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the goals are for two cores, this machine gives one")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.benchmark(group="optimal_denoiser")

@@ -1,6 +1,9 @@
-"""The fixture ``race``, facts about the machine in place of pytest-benchmark's, and the table at the end."""
+"""The fixtures of the benchmarks, facts about the machine in place of pytest-benchmark's, and the table at the end."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,6 +34,21 @@ def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, ob
 def bandwidth() -> float:
     """Bytes per second of a copy on this machine, in this run."""
     return harness.copy_bandwidth()
+
+
+@pytest.fixture(params=[False, True], ids=["forward", "step"])
+def backward(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("the goals are for two cores, this machine gives one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Race:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def group_norm_silu(
@@ -15,6 +17,40 @@ def group_norm_silu(
     """GroupNorm, scale and shift, SiLU, as the residual blocks of U-Nets spell it."""
     normalised = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(torch.addcmul(shift[:, :, None, None], normalised, 1 + scale[:, :, None, None]))
+
+
+def upfirdn2d(x: Tensor, filter: Sequence[float], up: int, down: int) -> Callable[[Tensor], Tensor]:
+    """FIR resampling of tensors like ``x`` as score SDE does it in plain PyTorch, with its usual padding.
+
+    Zeros between and around the pixels, one convolution of all channels of all samples as images of their own with the
+    flipped kernel, then every ``down``-th pixel.
+    """
+    line = torch.tensor(filter, dtype=torch.float64)
+    line = line * up / line.sum()
+    kernel = torch.outer(line, line).flip(0, 1)[None, None].to(x)
+    excess = len(filter) - 2
+    before, after = (excess + 1) // 2 + up - 1, excess // 2
+
+    def forward(x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        spread = F.pad(x.reshape(-1, 1, height, 1, width, 1), (0, up - 1, 0, 0, 0, up - 1))
+        planes = F.pad(spread.reshape(-1, 1, height * up, width * up), (before, after, before, after))
+        y = F.conv2d(planes, kernel)[:, :, ::down, ::down]
+        return y.reshape(batch, channels, *y.shape[2:])
+
+    return forward
+
+
+def depthwise_resampling(
+    x: Tensor, filter: Sequence[float], up: int, down: int
+) -> Callable[[Tensor], Tensor]:
+    """FIR resampling of tensors like ``x`` as EDM does it: a convolution with one group per channel."""
+    line = torch.tensor(filter, dtype=torch.float64)
+    line = line * up / line.sum()
+    weight = torch.outer(line, line).to(x).expand(x.shape[1], 1, -1, -1).contiguous()
+    convolve = F.conv_transpose2d if up > 1 else F.conv2d
+    settings = {"stride": max(up, down), "padding": (len(filter) - 1) // 2, "groups": x.shape[1]}
+    return lambda x: convolve(x, weight, **settings)
 
 
 def step(
@@ -134,3 +170,27 @@ class MixedLinear:
         y = torch.baddbmm(torch.cat(biases)[:, :, None], torch.cat(kernels), torch.cat(list(x))[:, :, None])
         parts = y[:, :, 0].split(repeats)
         return [part[:, :o] for part, o in zip(parts, self.out_features, strict=True)]
+
+
+def einsum_attention(x: Tensor, heads: int, *, wide: bool) -> Tensor:
+    """Self-attention on a packed ``[B, 3C, H, W]`` as EDM's U-Net spells it, with a float32 softmax.
+
+    ``wide``: the scores are float32, as there; else products of the tensors' own dtype, as under autocast.
+    """
+    batch, channels, height, width = x.shape
+    q, k, v = x.reshape(batch * heads, channels // (3 * heads), 3, height * width).unbind(2)
+    k = k / k.shape[1] ** 0.5
+    if wide:
+        q, k = q.float(), k.float()
+    p = torch.einsum("ncq,nck->nqk", q, k).float().softmax(dim=2).to(v.dtype)
+    return torch.einsum("nqk,nck->ncq", p, v).reshape(batch, channels // 3, height, width)
+
+
+def sdpa(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """PyTorch's attention on ``[B, heads, tokens, d]``, by one of its backends or by its own choice."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return forward

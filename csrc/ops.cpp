@@ -5,179 +5,95 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "cpu/channels_last.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/optimal_denoiser.h"
+#include "cpu/resample2d.h"
+#include "group_norm_arguments.h"
+#include "resample2d_arguments.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// The number of elements of each kind of buffer of a packed stage batch.
-struct Sizes {
-  int64_t elements = 0, channels = 0, sample_channels = 0, sample_groups = 0;
-};
-
-int64_t checked_product(int64_t a, int64_t b) {
-  int64_t product = 0;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "msd_kernels: size ", a, " x ", b,
-                  " does not fit 64 bits");
-  return product;
-}
-
-Sizes checked_sizes(const msd::GroupNormShape& shape) {
-  const size_t stages = shape.counts.size();
-  STD_TORCH_CHECK(shape.channels.size() == stages && shape.groups.size() == stages,
-                  "group_norm: counts, channels and groups need one entry per stage, got ", stages,
-                  ", ", shape.channels.size(), " and ", shape.groups.size());
-  STD_TORCH_CHECK(shape.spatial >= 1, "group_norm: spatial=", shape.spatial, " must be positive");
-  Sizes sizes;
-  for (size_t s = 0; s < stages; ++s) {
-    const int64_t count = shape.counts[s];
-    const int64_t channels = shape.channels[s];
-    const int64_t groups = shape.groups[s];
-    STD_TORCH_CHECK(count >= 0, "group_norm: counts=", count, " of stage ", s, " is negative");
-    STD_TORCH_CHECK(channels >= 1 && groups >= 1 && channels % groups == 0,
-                    "group_norm: num_groups=", groups, " does not divide channels=", channels,
-                    " of stage ", s);
-    const int64_t sample_channels = checked_product(count, channels);
-    sizes.elements += checked_product(sample_channels, shape.spatial);
-    sizes.channels += channels;
-    sizes.sample_channels += sample_channels;
-    sizes.sample_groups += count * groups;
-  }
-  return sizes;
-}
+using msd::checked_product;
+using msd::element_type;
+using msd::OptionalTensor;
+using msd::ScalarType;
+using msd::Tensor;
 
 void check_buffer(const char* op, const char* name, const Tensor& tensor, int64_t elements,
                   ScalarType type) {
   STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.numel() == elements, op, ": ", name, " has ", tensor.numel(),
-                  " elements, expected ", elements);
-  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " must be ",
-                  torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
+  msd::check_contents(op, name, tensor, elements, type);
 }
 
-msd::ElementType element_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return msd::ElementType::kFloat;
-    case ScalarType::BFloat16:
-      return msd::ElementType::kBFloat16;
-    case ScalarType::Half:
-      return msd::ElementType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "group_norm: x must be float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
+// Uninitialised, on the CPU.
+Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t type) {
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
 }
 
-// Buffers whose sizes and types are checked against those of x.
-class Buffers {
- public:
-  Buffers(const Tensor& x, const msd::GroupNormShape& shape)
-      : type_(x.scalar_type()), sizes_(checked_sizes(shape)) {}
-
-  const Sizes& sizes() const { return sizes_; }
-
-  const void* input(const char* name, const Tensor& tensor) const {
-    check(name, tensor, sizes_.elements, type_);
-    return tensor.const_data_ptr();
-  }
-  void* output(const char* name, const Tensor& tensor) const {
-    check(name, tensor, sizes_.elements, type_);
-    return tensor.mutable_data_ptr();
-  }
-  const float* statistics(const char* name, const Tensor& tensor) const {
-    check(name, tensor, sizes_.sample_groups, ScalarType::Float);
-    return static_cast<const float*>(tensor.const_data_ptr());
-  }
-  float* mutable_statistics(const char* name, const Tensor& tensor) const {
-    check(name, tensor, sizes_.sample_groups, ScalarType::Float);
-    return static_cast<float*>(tensor.mutable_data_ptr());
-  }
-  msd::ConstArray parameter(const char* name, const OptionalTensor& tensor,
-                            int64_t elements) const {
-    if (!tensor.has_value()) return {};
-    const bool is_float = check_parameter(name, *tensor, elements);
-    return {tensor->const_data_ptr(), is_float};
-  }
-  msd::MutableArray gradient(const char* name, const OptionalTensor& tensor,
-                             int64_t elements) const {
-    if (!tensor.has_value()) return {};
-    const bool is_float = check_parameter(name, *tensor, elements);
-    return {tensor->mutable_data_ptr(), is_float};
-  }
-  msd::Affine affine(const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& scale, const OptionalTensor& shift) const {
-    return {parameter("weight", weight, sizes_.channels), parameter("bias", bias, sizes_.channels),
-            parameter("scale", scale, sizes_.sample_channels),
-            parameter("shift", shift, sizes_.sample_channels)};
-  }
-
- private:
-  static void check(const char* name, const Tensor& tensor, int64_t elements, ScalarType type) {
-    check_buffer("group_norm", name, tensor, elements, type);
-  }
-  bool check_parameter(const char* name, const Tensor& tensor, int64_t elements) const {
-    const bool is_float = tensor.scalar_type() == ScalarType::Float;
-    check(name, tensor, elements, is_float ? ScalarType::Float : type_);
-    return is_float;
-  }
-
-  ScalarType type_;
-  Sizes sizes_;
-};
-
-void group_norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor scale,
-                        OptionalTensor shift, std::vector<int64_t> counts,
-                        std::vector<int64_t> channels, std::vector<int64_t> groups, int64_t spatial,
-                        bool channels_last, double eps, bool silu, Tensor y, Tensor mean,
-                        Tensor rstd) {
-  const msd::GroupNormShape shape{counts,  channels,      groups,
-                                  spatial, channels_last, element_type(x)};
-  const Buffers buffers(x, shape);
-  msd::GroupNormForward job;
-  job.x = buffers.input("x", x);
-  job.affine = buffers.affine(weight, bias, scale, shift);
-  job.eps = static_cast<float>(eps);
-  job.silu = silu;
-  job.y = buffers.output("y", y);
-  job.mean = buffers.mutable_statistics("mean", mean);
-  job.rstd = buffers.mutable_statistics("rstd", rstd);
-  msd::group_norm_forward(shape, job);
+int32_t type_of(const Tensor& tensor) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  return type;
 }
 
-void group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, OptionalTensor weight,
-                         OptionalTensor bias, OptionalTensor scale, OptionalTensor shift,
-                         std::vector<int64_t> counts, std::vector<int64_t> channels,
-                         std::vector<int64_t> groups, int64_t spatial, bool channels_last,
-                         bool silu, OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias,
-                         OptionalTensor dscale, OptionalTensor dshift) {
-  const msd::GroupNormShape shape{counts,  channels,      groups,
-                                  spatial, channels_last, element_type(x)};
-  const Buffers buffers(x, shape);
-  const Sizes& sizes = buffers.sizes();
-  msd::GroupNormBackward job;
-  job.dy = buffers.input("dy", dy);
-  job.x = buffers.input("x", x);
-  job.mean = buffers.statistics("mean", mean);
-  job.rstd = buffers.statistics("rstd", rstd);
-  job.affine = buffers.affine(weight, bias, scale, shift);
-  job.silu = silu;
-  if (dx.has_value()) job.dx = buffers.output("dx", *dx);
-  job.dweight = buffers.gradient("dweight", dweight, sizes.channels);
-  job.dbias = buffers.gradient("dbias", dbias, sizes.channels);
-  job.dscale = buffers.gradient("dscale", dscale, sizes.sample_channels);
-  job.dshift = buffers.gradient("dshift", dshift, sizes.sample_channels);
-  msd::group_norm_backward(shape, job);
+Tensor allocate_like(const Tensor& like) {
+  return allocate(like.sizes(), like.strides(), type_of(like));
+}
+
+Tensor allocate_flat(int64_t elements, int32_t type) {
+  const int64_t stride = 1;
+  return allocate({&elements, 1}, {&stride, 1}, type);
+}
+
+// x and its likes in their own shapes, dense in the order that `channels_last` names, or flat.
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
+    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor scale,
+    OptionalTensor shift, std::vector<int64_t> counts, std::vector<int64_t> channels,
+    std::vector<int64_t> groups, int64_t spatial, bool channels_last, double eps, bool silu) {
+  const auto shape = msd::group_norm_shape(x, counts, channels, groups, spatial, channels_last);
+  const int64_t statistics = msd::GroupNormSizes(shape).sample_groups;
+  Tensor y = allocate_like(x);
+  Tensor mean = allocate_flat(statistics, aoti_torch_dtype_float32());
+  Tensor rstd = allocate_flat(statistics, aoti_torch_dtype_float32());
+  msd::group_norm_forward(shape, msd::group_norm_forward_job(shape, x, weight, bias, scale, shift,
+                                                             eps, silu, y, mean, rstd));
+  return {y, mean, rstd};
+}
+
+// Which gradients `group_norm_backward` computes: bits of `wanted`.
+enum WantedGradient { kX, kWeight, kBias, kScale, kShift };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
+    Tensor dy, bool dy_planar, Tensor x, Tensor mean, Tensor rstd, OptionalTensor weight,
+    OptionalTensor bias, OptionalTensor scale, OptionalTensor shift, std::vector<int64_t> counts,
+    std::vector<int64_t> channels, std::vector<int64_t> groups, int64_t spatial, bool channels_last,
+    bool silu, int64_t wanted) {
+  const auto shape = msd::group_norm_shape(x, counts, channels, groups, spatial, channels_last);
+  STD_TORCH_CHECK(!dy_planar || (channels_last && counts.size() == 1),
+                  "group_norm: a planar dy goes with an NHWC x of one stage");
+  const auto gradient = [&](WantedGradient which, const OptionalTensor& of) -> OptionalTensor {
+    const bool compute = (wanted >> which & 1) != 0 && of.has_value();
+    return compute ? OptionalTensor(allocate_like(*of)) : std::nullopt;
+  };
+  const OptionalTensor dx = gradient(kX, x), dweight = gradient(kWeight, weight),
+                       dbias = gradient(kBias, bias), dscale = gradient(kScale, scale),
+                       dshift = gradient(kShift, shift);
+  msd::group_norm_backward(
+      shape, msd::group_norm_backward_job(shape, dy, dy_planar, x, mean, rstd, weight, bias, scale,
+                                          shift, silu, dx, dweight, dbias, dscale, dshift));
+  const auto or_empty = [&](const OptionalTensor& found) {
+    return found.has_value() ? *found : allocate_flat(0, type_of(x));
+  };
+  return {or_empty(dx), or_empty(dweight), or_empty(dbias), or_empty(dscale), or_empty(dshift)};
 }
 
 msd::DataType data_type(const Tensor& data) {
@@ -237,15 +153,14 @@ void optimal_denoiser_update_softmax(Tensor products, Tensor half_norms, Tensor 
   msd::optimal_denoiser_update_softmax(job);
 }
 
-void to_channels_last(Tensor x, int64_t samples, int64_t channels, int64_t pixels, Tensor y) {
-  const char* op = "to_channels_last";
-  const int64_t size = x.element_size();
-  STD_TORCH_CHECK(size == 2 || size == 4, op, ": elements must have 2 or 4 bytes, got ", size);
-  STD_TORCH_CHECK(samples >= 0 && channels >= 0 && pixels >= 0, op, ": sizes must not be negative");
-  const int64_t elements = checked_product(checked_product(samples, channels), pixels);
-  check_buffer(op, "x", x, elements, x.scalar_type());
-  check_buffer(op, "y", y, elements, x.scalar_type());
-  msd::to_channels_last(x.const_data_ptr(), y.mutable_data_ptr(), size, samples, channels, pixels);
+void resample2d(Tensor x, std::vector<double> taps, bool upward, int64_t stride,
+                std::vector<int64_t> counts, std::vector<int64_t> channels, int64_t height,
+                int64_t width, int64_t out_height, int64_t out_width, bool channels_last,
+                Tensor y) {
+  const auto shape = msd::resample_shape(x, counts, channels, height, width, out_height, out_width,
+                                         channels_last, y);
+  msd::resample2d(shape, msd::resample_filter(taps, upward, stride), x.const_data_ptr(),
+                  y.mutable_data_ptr());
 }
 
 std::string cpu_isa() { return msd::name(msd::cpu_isa()); }
@@ -257,19 +172,22 @@ STABLE_TORCH_LIBRARY(msd_kernels_native, m) {
   m.def(
       "group_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
       "int[] counts, int[] channels, int[] groups, int spatial, bool channels_last, float eps, "
-      "bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+      "bool silu) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
-      "Tensor? bias, Tensor? scale, Tensor? shift, int[] counts, int[] channels, int[] groups, "
-      "int spatial, bool channels_last, bool silu, Tensor(a!)? dx, Tensor(b!)? dweight, "
-      "Tensor(c!)? dbias, Tensor(d!)? dscale, Tensor(e!)? dshift) -> ()");
-  m.def("to_channels_last(Tensor x, int samples, int channels, int pixels, Tensor(a!) y) -> ()");
+      "group_norm_backward(Tensor dy, bool dy_planar, Tensor x, Tensor mean, Tensor rstd, "
+      "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int[] counts, int[] channels, "
+      "int[] groups, int spatial, bool channels_last, bool silu, int wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "optimal_denoiser_centre(Tensor data, Tensor shift, float step, Tensor(a!) centred, "
       "Tensor(b!) half_norms) -> ()");
   m.def(
       "optimal_denoiser_update_softmax(Tensor(a!) products, Tensor half_norms, Tensor precision, "
       "Tensor(b!) peak, Tensor(c!) sums, Tensor(d!) rescale) -> ()");
+  m.def(
+      "resample2d(Tensor x, float[] taps, bool upward, int stride, int[] counts, int[] channels, "
+      "int height, int width, int out_height, int out_width, bool channels_last, Tensor(a!) y) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CompositeExplicitAutograd, m) {
@@ -279,7 +197,7 @@ STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CPU, m) {
   m.impl("group_norm_forward", TORCH_BOX(&group_norm_forward));
   m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
-  m.impl("to_channels_last", TORCH_BOX(&to_channels_last));
   m.impl("optimal_denoiser_centre", TORCH_BOX(&optimal_denoiser_centre));
   m.impl("optimal_denoiser_update_softmax", TORCH_BOX(&optimal_denoiser_update_softmax));
+  m.impl("resample2d", TORCH_BOX(&resample2d));
 }

@@ -1,7 +1,8 @@
 """Compiles every CUDA source for the supported architectures, without a GPU, and shows what each kernel uses.
 
-Exit status 1 if a source fails to compile, warns, or a kernel spills registers; 0 with a plain message
-where there is nothing to compile or no compiler.
+Exit status 1 if a source fails to compile, warns, or a kernel spills registers or indexes an array in local memory; 0
+with a plain message where there is nothing to compile or no compiler. Shared memory is what a kernel declares: more is
+asked for at its launch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Kernel:
     name: str
     registers: int
     spills: int
+    stack: int
     shared: int
 
     def row(self) -> tuple[str, ...]:
@@ -39,7 +41,7 @@ class Kernel:
             self.source,
             f"sm_{self.architecture}",
             self.name,
-            *map(str, (self.registers, self.spills, self.shared)),
+            *map(str, (self.registers, self.spills, self.stack, self.shared)),
         )
 
 
@@ -50,19 +52,23 @@ def parse_ptxas(source: str, output: str) -> list[Kernel]:
     for block in blocks:
         name, architecture = re.match(r"'([^']+)' for 'sm_(\w+)'", block).groups()
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
-        shared = re.search(r"(\d+) bytes smem", block)
-        registers = re.search(r"Used (\d+) registers", block)
         kernels.append(
             Kernel(
                 source,
                 architecture,
                 demangle(name),
-                int(registers.group(1)) if registers else 0,
+                _number(r"Used (\d+) registers", block),
                 sum(map(int, spilled.groups())) if spilled else 0,
-                int(shared.group(1)) if shared else 0,
+                _number(r"(\d+) bytes stack frame", block),
+                _number(r"(\d+) bytes smem", block),
             )
         )
     return kernels
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0
 
 
 def demangle(name: str) -> str:
@@ -70,7 +76,8 @@ def demangle(name: str) -> str:
         done = subprocess.run(("c++filt", name), text=True, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return name
-    return re.sub(r"\(.*", "", done.stdout.strip()).removeprefix("void ")
+    plain = done.stdout.strip().replace("(anonymous namespace)::", "").replace("msd::cuda::", "")
+    return re.sub(r"\(.*", "", plain).removeprefix("void ")
 
 
 def compile_source(nvcc: str, source: Path, architecture: str, folder: Path) -> list[Kernel]:
@@ -81,7 +88,7 @@ def compile_source(nvcc: str, source: Path, architecture: str, folder: Path) -> 
 
 def print_table(kernels: list[Kernel]):
     rows = [
-        ("source", "arch", "kernel", "registers", "spill bytes", "shared bytes"),
+        ("source", "arch", "kernel", "registers", "spill bytes", "stack bytes", "shared bytes"),
         *(k.row() for k in kernels),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -112,7 +119,9 @@ def main() -> int:
                 failures.append(f"{source} for {architecture}: {error}")
     print_table(kernels)
     failures += [
-        f"{k.source} for sm_{k.architecture}: {k.name} spills {k.spills} bytes" for k in kernels if k.spills
+        f"{k.source} for sm_{k.architecture}: {k.name} spills {k.spills} bytes, keeps {k.stack} bytes on the stack"
+        for k in kernels
+        if k.spills or k.stack
     ]
     print(*failures, sep="\n", end="\n" if failures else "")
     return 1 if failures else 0

@@ -136,6 +136,7 @@ void group_norm_forward(const GroupNormShape& shape, const GroupNormForward& job
 }
 
 void group_norm_backward(const GroupNormShape& shape, const GroupNormBackward& job) {
+  // The plan leaves a planar dy out: the sums' order, and so their bits, must not depend on it.
   const GroupNormPlan plan(shape, 3 * size_of(shape.type) + (job.silu ? sizeof(float) : 0));
   const GroupNormKernels& kernels = kernels_for(shape.type);
   GroupNormBackward with_sums = job;

@@ -1,61 +1,9 @@
-// GroupNorm with optional scale, shift and SiLU on packed stage batches, without PyTorch's types:
-//   xhat = (x - mean) rstd,  z = (xhat weight + bias) (1 + scale) + shift,  y = z or z sigmoid(z).
+// GroupNorm with optional scale, shift and SiLU on the CPU.
 #pragma once
 
-#include <cstdint>
-#include <vector>
+#include "../group_norm_job.h"
 
 namespace msd {
-
-enum class ElementType { kFloat, kBFloat16, kHalf };
-
-// Elements of float32, or else of the type of x. No data: the default value everywhere.
-struct ConstArray {
-  const void* data = nullptr;
-  bool is_float = true;
-};
-struct MutableArray {
-  void* data = nullptr;
-  bool is_float = true;
-};
-
-// Stage after stage; weight and bias have an element per channel, scale and shift one per sample
-// and channel.
-struct Affine {
-  ConstArray weight, bias, scale, shift;
-};
-
-struct GroupNormShape {
-  std::vector<int64_t> counts, channels, groups;
-  int64_t spatial = 0;
-  bool channels_last = true;
-  ElementType type = ElementType::kFloat;
-};
-
-struct GroupNormForward {
-  const void* x = nullptr;
-  Affine affine;
-  float eps = 0;
-  bool silu = false;
-  void* y = nullptr;
-  float* mean = nullptr;
-  float* rstd = nullptr;
-};
-
-// A gradient without data is not wanted.
-struct GroupNormBackward {
-  const void* dy = nullptr;
-  const void* x = nullptr;
-  const float* mean = nullptr;
-  const float* rstd = nullptr;
-  Affine affine;
-  bool silu = false;
-  void* dx = nullptr;
-  MutableArray dweight, dbias, dscale, dshift;
-  // Per sample and channel, for dweight and dbias: sum of dz and sum of dz xhat.
-  float* dz_sums = nullptr;
-  float* dz_xhat_sums = nullptr;
-};
 
 void group_norm_forward(const GroupNormShape& shape, const GroupNormForward& job);
 void group_norm_backward(const GroupNormShape& shape, const GroupNormBackward& job);

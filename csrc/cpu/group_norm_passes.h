@@ -3,18 +3,20 @@
 
 #include "group_norm_tiles.h"
 #include "group_norm_unit.h"
+#include "transpose.h"
 
 namespace msd::MSD_ISA {
 
 // One plane's piece as a matrix.
 struct Item {
-  int64_t plane, piece, rows, offset, stride, columns, first_row;
+  int64_t plane, piece, pixel, rows, offset, stride, columns, first_row;
   bool folded;  // columns are not the unit's channels
 
   Item(const Unit& unit, int64_t item)
       : plane(unit.piece_count == 1 ? item : item / unit.piece_count),
         piece(item - plane * unit.piece_count) {
     const Piece& cut = unit.pieces[piece];
+    pixel = cut.pixel;
     rows = cut.rows;
     offset = unit.x + plane * unit.plane_stride + cut.pixel * unit.pixel_stride;
     stride = cut.fold * unit.pixel_stride;
@@ -299,15 +301,50 @@ struct BackwardPass {
     return padded(unit.pieces[0].fold * unit.plane_channels);
   }
 
+  static int64_t dz_floats(const GroupNormBackward& job, const Unit& unit) {
+    return keeps_dz(job) ? unit.planes * unit.plane_rows * dz_row_floats(unit) : 0;
+  }
+
+  // Where a planar dy is interleaved: whole cache lines.
+  static int64_t dy_floats(const GroupNormBackward& job, const Unit& unit) {
+    if (!job.dy_planar) return 0;
+    return padded(unit.elements() * static_cast<int64_t>(sizeof(T)) / 4 + kColumnPadding);
+  }
+
   static int64_t scratch_floats(const GroupNormBackward& job, const Unit& unit) {
-    const int64_t dz = unit.planes * unit.plane_rows * dz_row_floats(unit);
-    return head_floats(unit) + (keeps_dz(job) ? dz : 0);
+    return head_floats(unit) + dz_floats(job, unit) + dy_floats(job, unit);
   }
 
   static float* dz_of(const GroupNormBackward& job, const Unit& unit, const Item& item,
                       float* base) {
     if (!keeps_dz(job)) return nullptr;
     return base + head_floats(unit) + item.first_row * dz_row_floats(unit);
+  }
+
+  // The item's part of dy as rows `stride` elements apart.
+  struct Cotangent {
+    const T* data;
+    int64_t stride;
+  };
+
+  // A planar dy of the item, with dense pixels of the unit's channels; `reduce` interleaves it.
+  static T* interleaved_dy(const GroupNormBackward& job, const Unit& unit, const Item& item,
+                           float* base) {
+    T* dy = reinterpret_cast<T*>(base + head_floats(unit) + dz_floats(job, unit));
+    return dy + item.pixel * unit.plane_channels;
+  }
+
+  static Cotangent cotangent_of(const GroupNormBackward& job, const Unit& unit, const Item& item,
+                                float* base) {
+    if (!job.dy_planar) return {static_cast<const T*>(job.dy) + item.offset, item.stride};
+    return {interleaved_dy(job, unit, item, base), item.columns};
+  }
+
+  static void interleave_dy(const GroupNormBackward& job, const Unit& unit, const Item& item,
+                            float* base) {
+    interleave_planes(static_cast<const T*>(job.dy) + unit.planar_dy + item.pixel, unit.spatial,
+                      unit.channels, item.rows * item.columns / unit.channels,
+                      interleaved_dy(job, unit, item, base));
   }
 
   static void prepare(const GroupNormBackward& job, const Unit& unit, float* base) {
@@ -338,19 +375,21 @@ struct BackwardPass {
                                          nullptr,
                                          nullptr};
     const T* x = static_cast<const T*>(job.x) + item.offset;
-    const T* dy = static_cast<const T*>(job.dy) + item.offset;
+    if (job.dy_planar) interleave_dy(job, unit, item, base);
+    const Cotangent dy = cotangent_of(job, unit, item, base);
     float* dz = dz_of(job, unit, item, base);
     const auto kernel = job.silu ? gradient_sums<T, true> : gradient_sums<T, false>;
     const int64_t width = unit.plane_channels;
     float* sums = scratch.sums(item.piece, kSum) + item.plane * width;
     float* moments = scratch.sums(item.piece, kMoment) + item.plane * width;
     if (!item.folded) {
-      kernel(x, dy, item.stride, item.rows, item.columns, parameters, dz, sums, moments);
+      kernel(x, dy.data, item.stride, dy.stride, item.rows, item.columns, parameters, dz, sums,
+             moments);
       return;
     }
     alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
-    kernel(x, dy, item.stride, item.rows, item.columns, parameters, dz, columns[kSum],
-           columns[kMoment]);
+    kernel(x, dy.data, item.stride, dy.stride, item.rows, item.columns, parameters, dz,
+           columns[kSum], columns[kMoment]);
     unfold_sums(columns[kSum], item.columns, width);
     unfold_sums(columns[kMoment], item.columns, width);
     __builtin_memcpy(sums, columns[kSum], width * sizeof(float));
@@ -417,11 +456,11 @@ struct BackwardPass {
                                          fold(scratch.parameters(kConstants)),
                                          fold(scratch.parameters(kSlopes))};
     const T* x = static_cast<const T*>(job.x) + item.offset;
-    const T* dy = static_cast<const T*>(job.dy) + item.offset;
+    const Cotangent dy = cotangent_of(job, unit, item, base);
     T* dx = static_cast<T*>(job.dx) + item.offset;
     const auto kernel = job.silu ? input_gradient<T, true> : input_gradient<T, false>;
-    kernel(x, dy, dz_of(job, unit, item, base), dx, item.stride, item.rows, item.columns,
-           parameters);
+    kernel(x, dy.data, dz_of(job, unit, item, base), dx, item.stride, dy.stride, item.rows,
+           item.columns, parameters);
   }
 };
 

@@ -76,6 +76,7 @@ Unit StagePlan::unit(int64_t index) const {
   unit.plane_stride = channels_last ? 0 : spatial;
   unit.pixel_stride = channels_last ? channels : 1;
   unit.x = x + sample * channels * spatial + first_channel * (channels_last ? 1 : spatial);
+  unit.planar_dy = x + sample * channels * spatial + first_channel * spatial;
   unit.channel = channel + first_channel;
   unit.sample_channel = sample_channel + sample * channels + first_channel;
   unit.group = group + sample * groups + first_group;

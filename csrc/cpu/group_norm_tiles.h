@@ -118,8 +118,9 @@ MSD_INLINE Pair silu_gradient(Pair dy, Pair z) {
 // Per column, the sums of dz and of dz (x - mean). With kSilu, dz itself goes to `dz` unless that
 // is null: padded(columns) floats per row, in the order of the lanes.
 template <class T, bool kSilu>
-void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t rows, int64_t columns,
-                   ColumnParameters parameters, float* dz, float* sums, float* moment_sums) {
+void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_stride, int64_t rows,
+                   int64_t columns, ColumnParameters parameters, float* dz, float* sums,
+                   float* moment_sums) {
   const int64_t dz_stride = padded(columns);
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
@@ -134,11 +135,12 @@ void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t rows, int64_
       for (int i = 0; i < n; ++i) sum[i] = moment[i] = broadcast_pair(0.0f);
       for (int64_t r = row; r < end; ++r) {
         for (int i = 0; i < n; ++i) {
-          const int64_t at = r * stride + column + i * kPair;
-          prefetch_pair(x + at + kPrefetchRows * stride);
-          prefetch_pair(dy + at + kPrefetchRows * stride);
-          const Pair difference = access.load(x + at) - mean[i];
-          Pair gradient = access.load(dy + at);
+          const T* x_here = x + r * stride + column + i * kPair;
+          const T* dy_here = dy + r * dy_stride + column + i * kPair;
+          prefetch_pair(x_here + kPrefetchRows * stride);
+          prefetch_pair(dy_here + kPrefetchRows * dy_stride);
+          const Pair difference = access.load(x_here) - mean[i];
+          Pair gradient = access.load(dy_here);
           if (kSilu) {
             gradient = silu_gradient(gradient, fma(difference, gain[i], offset[i]));
             if (dz != nullptr) store_pair(dz + r * dz_stride + column + i * kPair, gradient);
@@ -162,8 +164,8 @@ void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t rows, int64_
 // dx = gain dz + constant + (x - mean) slope, with dz as gradient_sums left it, or dy without
 // kSilu.
 template <class T, bool kSilu>
-void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t stride, int64_t rows,
-                    int64_t columns, ColumnParameters parameters) {
+void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t stride,
+                    int64_t dy_stride, int64_t rows, int64_t columns, ColumnParameters parameters) {
   const int64_t dz_stride = padded(columns);
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
@@ -175,8 +177,8 @@ void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t str
     for (int64_t r = 0; r < rows; ++r) {
       for (int i = 0; i < n; ++i) {
         const int64_t at = r * stride + column + i * kPair;
-        const Pair gradient =
-            kSilu ? load_pair(dz + r * dz_stride + column + i * kPair) : access.load(dy + at);
+        const Pair gradient = kSilu ? load_pair(dz + r * dz_stride + column + i * kPair)
+                                    : access.load(dy + r * dy_stride + column + i * kPair);
         const Pair difference = access.load(x + at) - mean[i];
         access.store(dx + at, fma(gain[i], gradient, fma(difference, slope[i], constant[i])));
       }

@@ -26,7 +26,8 @@ struct Piece {
 // `planes` planes of `spatial` pixels with `plane_channels` neighbouring channels each: one plane
 // of all channels in NHWC, one plane per channel in NCHW.
 struct Unit {
-  int64_t x;  // offset of the first element
+  int64_t x;          // offset of the first element
+  int64_t planar_dy;  // the same in a planar dy
   int64_t planes, plane_channels, plane_stride, pixel_stride;
   int64_t spatial, channels, groups, group_channels;
   int64_t channel, sample_channel, group;  // offsets of the first channel and group in their arrays

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from msd_kernels import allocate
 from msd_kernels.native import load
 
+# x and its likes may come and go in their own shapes, and dy in NCHW order although x is NHWC: the kernels look at
+# the order in memory alone.
+TAKES_OWN_SHAPES = True
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,6 +21,12 @@ def cannot_cpu(*, dtype: torch.dtype, **_) -> str | None:
     if dtype not in CPU_DTYPES:
         return f"takes float32, bfloat16 and float16, got {dtype}"
     return load("cpu").reason or None
+
+
+@cache
+def _operator(name: str):
+    """A registered function of the library, which must be loaded."""
+    return getattr(torch.ops.msd_kernels_native, name).default
 
 
 def group_norm(
@@ -35,11 +44,9 @@ def group_norm(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the dispatcher op ``msd_kernels::group_norm``."""
-    outputs = allocate.group_norm_outputs(x, counts, groups)
-    torch.ops.msd_kernels_native.group_norm_forward(
-        x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu, *outputs
+    return _operator("group_norm_forward")(
+        x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu
     )
-    return outputs
 
 
 def group_norm_backward(
@@ -61,9 +68,10 @@ def group_norm_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
-    gradients = allocate.gradients_like((x, weight, bias, scale, shift), wanted)
+    planar = channels_last and dy.dim() > 1 and dy.is_contiguous()
     layout = (counts, channels, groups, spatial, channels_last, silu)
-    torch.ops.msd_kernels_native.group_norm_backward(
-        dy, x, mean, rstd, weight, bias, scale, shift, *layout, *gradients
+    bits = sum(flag << i for i, flag in enumerate(wanted))
+    gradients = _operator("group_norm_backward")(
+        dy, planar, x, mean, rstd, weight, bias, scale, shift, *layout, bits
     )
-    return gradients
+    return [gradient if flag else None for gradient, flag in zip(gradients, wanted, strict=True)]

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from msd_kernels.ops._operators import PLAIN
 from msd_kernels.stage_batch import StageBatch, StageWeights
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Remembered:
+    """The layouts of calls that passed their checks: a step repeats its calls, and checking takes longer than this.
+
+    A call is known by what checks look at in its tensors (shapes, dtypes, devices, strides of the first) and by its
+    settings. Nothing is remembered while compiling or under a mode, where sizes may be symbolic.
+    """
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._layouts: dict[Hashable, tuple] = {}
+
+    def find(self, check: Callable[..., tuple], tensors: Sequence[Tensor | None], settings: tuple) -> tuple:
+        """``check(*tensors, *settings)``, or what it has returned for such a call."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or tensors[0] is None
+            or not PLAIN.issuperset(map(type, tensors))
+        ):
+            return check(*tensors, *settings)
+        key = (
+            tensors[0].stride(),
+            settings,
+            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+        )
+        try:
+            return self._layouts[key]
+        except (KeyError, TypeError):
+            return self._remember(key, check(*tensors, *settings))
+
+    def _remember(self, key: tuple, layout: tuple) -> tuple:
+        if len(self._layouts) >= self.MOST:
+            self._layouts.clear()
+        with suppress(TypeError):  # settings that cannot be hashed, like lists
+            self._layouts[key] = layout
+        return layout
 
 
 def require_floating(op: str, name: str, tensor: Tensor) -> None:

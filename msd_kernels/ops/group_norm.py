@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import group_norm as library
+from msd_kernels.native import cuda_group_norm
 from msd_kernels.native import group_norm as native
-from msd_kernels.native.channels_last import to_channels_last
 from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import group_norm as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights
@@ -24,10 +26,13 @@ __all__ = ["group_norm"]
 
 OP = "group_norm"
 
+_DENSE_LAYOUTS = _checks.Remembered()
+
 BACKENDS = OpBackends(
     OP,
     [
         Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
+        Candidate("cuda", cuda_group_norm, ("cuda",), cannot=cuda_group_norm.cannot),
         Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
         Candidate("library", library),
         Candidate("reference", reference),
@@ -76,10 +81,10 @@ def group_norm(
     Under autocast: float32 on CUDA, unchanged on the CPU, as ``torch.nn.functional.group_norm``.
     """
     call = _prepare(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    y, _, _ = torch.ops.msd_kernels.group_norm(*call)
+    y, _, _ = _forward(*call)
     if isinstance(x, StageBatch):
         return x.with_values(y)
-    return _restore(y, x, channels_last=call[9])
+    return y
 
 
 def explain(*args, **kwargs) -> Explanation:
@@ -90,50 +95,39 @@ def explain(*args, **kwargs) -> Explanation:
 
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
-    """Checks a call and flattens it to the arguments of the dispatcher op."""
-    if activation not in (None, "silu"):
-        raise ValueError(f"{OP}: activation must be None or 'silu', got {activation!r}")
-    if not eps >= 0:
-        raise ValueError(f"{OP}: eps must be >= 0, got {eps}")
+    """Checks a call and turns it into the arguments of the dispatcher op."""
+    settings = (num_groups, eps, activation)
     if isinstance(x, StageBatch):
-        flat, modulation = _prepare_stage_batch(x, weight, bias, scale, shift)
-        counts, channels, spatial, channels_last = x.counts, x.channels, x.height * x.width, True
+        tensors, layout = _prepare_stage_batch(x, weight, bias, scale, shift, *settings)
     else:
-        flat, modulation, channels_last = _prepare_dense(x, weight, bias, scale, shift)
-        counts, channels, spatial = (x.shape[0],), (x.shape[1],), math.prod(x.shape[2:])
-    values, weight, bias = flat
-    scale, shift = modulation
-    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
-        if tensor is not None:
-            _checks.require_like(OP, name, tensor, values, also=(torch.float32,))
-    groups = _checks.per_stage(OP, "num_groups", num_groups, len(counts))
-    for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
-        if g < 1 or c % g:
-            raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
-    tensors = _autocast.to_float32_on_cuda(values.device.type, values, weight, bias, scale, shift)
-    return (*tensors, counts, channels, groups, spatial, channels_last, float(eps), activation == "silu")
+        tensors = (x, weight, bias, scale, shift)
+        layout = _DENSE_LAYOUTS.find(_dense_layout, tensors, settings)
+    if tensors[0].is_cuda:
+        tensors = _autocast.to_float32_on_cuda("cuda", *tensors)
+    return (*tensors, *layout)
 
 
-def _prepare_stage_batch(x, weight, bias, scale, shift):
+def _prepare_stage_batch(x, weight, bias, scale, shift, num_groups, eps, activation):
     _checks.require_floating(OP, "x", x.values)
     shapes = [(c,) for c in x.channels]
-    packed = (
+    weight, bias = (
         None if w is None else _checks.pack_weights(OP, name, w, shapes).values
         for name, w in (("weight", weight), ("bias", bias))
     )
-    modulation = []
     for name, batch in (("scale", scale), ("shift", shift)):
         if batch is not None:
             _checks.require_layout(OP, name, batch, x.counts, x.channels, 1, 1)
-        modulation.append(None if batch is None else batch.values)
-    return (x.values, *packed), modulation
+    tensors = (x.values, weight, bias, *(None if t is None else t.values for t in (scale, shift)))
+    layout = _layout(tensors, x.counts, x.channels, x.height * x.width, True, num_groups, eps, activation)
+    return tensors, layout
 
 
-def _prepare_dense(x, weight, bias, scale, shift):
+def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):
     _checks.require_floating(OP, "x", x)
     if x.dim() < 2 or x.shape[1] < 1:
         raise ValueError(f"{OP}: x must be [B, C, *spatial] with C >= 1, got shape {tuple(x.shape)}")
-    if math.prod(x.shape[2:]) == 0:
+    spatial = math.prod(x.shape[2:])
+    if spatial == 0:
         raise ValueError(f"{OP}: x must have at least one pixel, got shape {tuple(x.shape)}")
     batch, channels = x.shape[:2]
     for name, tensor, shape in (
@@ -149,25 +143,71 @@ def _prepare_dense(x, weight, bias, scale, shift):
                 f"{OP}: {name} must be {list(shape)} for x of {list(x.shape)}, got {list(tensor.shape)}"
             )
     channels_last = x.dim() >= 3 and x.stride(1) == 1 and not x.is_contiguous()
-    values = x.movedim(1, -1).reshape(-1) if channels_last else x.reshape(-1)
-    modulation = [None if t is None else t.reshape(-1) for t in (scale, shift)]
-    return (values, weight, bias), modulation, channels_last
+    tensors = (x, weight, bias, scale, shift)
+    return _layout(tensors, (batch,), (channels,), spatial, channels_last, num_groups, eps, activation)
 
 
-def _restore(y: Tensor, x: Tensor, channels_last: bool) -> Tensor:
-    if not channels_last:
-        return y.view(x.shape)
-    dense = y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    if dense.requires_grad and not torch.compiler.is_compiling():
-        dense.register_hook(to_channels_last)
-    return dense
+def _layout(tensors, counts, channels, spatial, channels_last, num_groups, eps, activation):
+    """The arguments of the dispatcher op behind its tensors."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"{OP}: activation must be None or 'silu', got {activation!r}")
+    if not eps >= 0:
+        raise ValueError(f"{OP}: eps must be >= 0, got {eps}")
+    for name, tensor in zip(("weight", "bias", "scale", "shift"), tensors[1:], strict=True):
+        if tensor is not None:
+            _checks.require_like(OP, name, tensor, tensors[0], also=(torch.float32,))
+    groups = _checks.per_stage(OP, "num_groups", num_groups, len(counts))
+    for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
+        if g < 1 or c % g:
+            raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
+    return counts, channels, groups, spatial, channels_last, float(eps), activation == "silu"
 
 
 def _predicate_arguments(x: Tensor, channels: Sequence[int], groups: Sequence[int]) -> dict:
     return {"device_type": x.device.type, "dtype": x.dtype, "channels": channels, "groups": groups}
 
 
-@torch.library.custom_op("msd_kernels::group_norm", mutates_args=())
+def _order(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _fits_as_it_is(implementation: ModuleType, x: Tensor, channels_last: bool) -> bool:
+    """Whether a backend takes the tensors of a call in their own shapes; the others want them flat."""
+    if not getattr(implementation, "TAKES_OWN_SHAPES", False):
+        return False
+    return x.dim() == 1 or (x.dim() == 4 and x.is_contiguous(memory_format=_order(channels_last)))
+
+
+def _flat(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    """A tensor in the order of its memory. Stage batches are flat already."""
+    if t is None or t.dim() == 1:
+        return t
+    return (t.movedim(1, -1) if channels_last else t).reshape(-1)
+
+
+def _like(t: Tensor, flat: Tensor, channels_last: bool) -> Tensor:
+    """``flat`` in the shape of ``t``, which :func:`_flat` has flattened."""
+    if t.dim() == 1:
+        return flat
+    if t.dim() == 2 or not channels_last:
+        return flat.view(t.shape)
+    return flat.view(t.shape[0], *t.shape[2:], t.shape[1]).movedim(-1, 1)
+
+
+def _gradients(inputs: Sequence[Tensor | None], flat: Sequence[Tensor | None], channels_last: bool):
+    """What the backward op returns for the backends' gradients, None where there is none."""
+    gradients = (
+        _like(t, gradient, channels_last) if t is not None and gradient is not None else None
+        for t, gradient in zip(inputs, flat, strict=True)
+    )
+    return allocate.without_absent(tuple(gradients), inputs[0])
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+@operator("group_norm")
 def _forward(
     x: Tensor,
     weight: Tensor | None,
@@ -182,18 +222,24 @@ def _forward(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` is dense or the flat buffer of a stage batch; the statistics are flat."""
     implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, channels, groups))
-    return implementation.group_norm(
-        x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu
-    )
+    layout = (counts, channels, groups, spatial, channels_last, eps, silu)
+    parameters = (_dense(weight), _dense(bias), _dense(scale), _dense(shift))
+    if _fits_as_it_is(implementation, x, channels_last):
+        return implementation.group_norm(x, *parameters, *layout)
+    flat = [_flat(t, False) for t in parameters]
+    y, mean, rstd = implementation.group_norm(_flat(x, channels_last), *flat, *layout)
+    return _like(x, y, channels_last), mean, rstd
 
 
 @_forward.register_fake
 def _(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu):
-    return allocate.group_norm_outputs(x, counts, groups)
+    y, mean, rstd = allocate.group_norm_outputs(x.new_empty(x.numel()), counts, groups)
+    return _like(x, y, channels_last), mean, rstd
 
 
-@torch.library.custom_op("msd_kernels::group_norm_backward", mutates_args=())
+@operator("group_norm_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -213,11 +259,23 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, channels, groups))
-    layout = (counts, channels, groups, spatial, channels_last, eps, silu)
+    layout = (counts, channels, groups, spatial, channels_last, eps, silu, wanted)
+    parameters = (_dense(weight), _dense(bias), _dense(scale), _dense(shift))
+    if _fits_as_it_is(implementation, x, channels_last):
+        if not dy.is_contiguous():
+            dy = dy.contiguous(memory_format=_order(channels_last and x.dim() == 4))
+        gradients = implementation.group_norm_backward(dy, x, mean, rstd, *parameters, *layout)
+        return allocate.without_absent(gradients, x)
+    flat = [_flat(t, False) for t in parameters]
     gradients = implementation.group_norm_backward(
-        dy, x, mean, rstd, weight, bias, scale, shift, *layout, wanted
+        _flat(dy, channels_last).contiguous(),  # reshape alone keeps a stride of 0
+        _flat(x, channels_last),
+        mean,
+        rstd,
+        *flat,
+        *layout,
     )
-    return allocate.without_absent(gradients, x)
+    return _gradients((x, weight, bias, scale, shift), gradients, channels_last)
 
 
 @_backward.register_fake
@@ -239,8 +297,12 @@ def _(
     silu,
     wanted,
 ):
-    gradients = allocate.gradients_like((x, weight, bias, scale, shift), wanted)
-    return allocate.without_absent(gradients, x)
+    inputs = (x, weight, bias, scale, shift)
+    flat = [
+        t.new_empty(t.numel()) if t is not None and flag else None
+        for t, flag in zip(inputs, wanted, strict=True)
+    ]
+    return _gradients(inputs, flat, channels_last)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -255,9 +317,7 @@ def _differentiate(ctx, dy, _dmean, _drstd):
     if dy is None:
         return (None,) * 12
     wanted = list(ctx.needs_input_grad[:5])
-    gradients = torch.ops.msd_kernels.group_norm_backward(
-        dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted
-    )
+    gradients = _backward(dy, *ctx.saved_tensors, *ctx.layout, wanted)
     return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), *(None,) * 7)
 
 
@@ -270,10 +330,13 @@ def _save_for_double_backward(ctx, inputs, output):
 
 def _differentiate_twice(ctx, *grad_gradients):
     dy, *inputs = ctx.saved_tensors
-    found = autodiff.second_vjp(
-        lambda *leaves: reference.group_norm(*leaves, *ctx.layout)[0], dy, inputs, ctx.wanted, grad_gradients
-    )
-    d_dy, d_x, *d_parameters = found
+    channels_last = ctx.layout[4]
+
+    def function(x, weight, bias, scale, shift):
+        flat = (_flat(x, channels_last), weight, bias, _flat(scale, False), _flat(shift, False))
+        return _like(x, reference.group_norm(*flat, *ctx.layout)[0], channels_last)
+
+    d_dy, d_x, *d_parameters = autodiff.second_vjp(function, dy, inputs, ctx.wanted, grad_gradients)
     return (d_dy, d_x, None, None, *d_parameters, *(None,) * 8)
 
 

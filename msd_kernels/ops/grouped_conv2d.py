@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_conv2d as library
 from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_conv2d as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights
@@ -81,7 +81,7 @@ def grouped_conv2d(
     call, (out_height, out_width) = _prepare(
         x, weight, bias, skip=skip, sample_bias=sample_bias, residual=residual, scale=scale, resample=resample
     )
-    return StageBatch(torch.ops.msd_kernels.grouped_conv2d(*call), x.counts, call[9], out_height, out_width)
+    return StageBatch(_forward(*call), x.counts, call[9], out_height, out_width)
 
 
 def explain(*args, **kwargs) -> Explanation:
@@ -158,7 +158,7 @@ def _kernel_size(weight: StageWeights) -> int:
     return kernel[0]
 
 
-@torch.library.custom_op("msd_kernels::grouped_conv2d", mutates_args=())
+@operator("grouped_conv2d")
 def _forward(
     x: Tensor,
     skip: Tensor | None,
@@ -190,7 +190,7 @@ def _(
     return allocate.grouped_output(x, [n * out_height * out_width for n in counts], out_channels)
 
 
-@torch.library.custom_op("msd_kernels::grouped_conv2d_backward", mutates_args=())
+@operator("grouped_conv2d_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -233,7 +233,7 @@ def _differentiate(ctx, dy):
     """The residual's gradient is the cotangent of the unscaled sum; all the others follow from it."""
     wanted = list(ctx.needs_input_grad[:5])
     dsum = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
-    gradients = torch.ops.msd_kernels.grouped_conv2d_backward(dsum, *ctx.saved_tensors, *ctx.layout, wanted)
+    gradients = _backward(dsum, *ctx.saved_tensors, *ctx.layout, wanted)
     found = [g if flag else None for g, flag in zip(gradients, wanted, strict=True)]
     return (*found, dsum if ctx.needs_input_grad[5] else None, *(None,) * 9)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_linear as library
 from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_linear as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights
@@ -60,9 +60,7 @@ def grouped_linear(
     Under autocast: the autocast dtype, as ``torch.nn.functional.linear``.
     """
     batch, call = _prepare(x, weight, bias, counts=counts)
-    return StageBatch(
-        torch.ops.msd_kernels.grouped_linear(*call), batch.counts, call[5], batch.height, batch.width
-    )
+    return StageBatch(_forward(*call), batch.counts, call[5], batch.height, batch.width)
 
 
 def explain(*args, **kwargs) -> Explanation:
@@ -112,7 +110,7 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
     return StageBatch.from_dense(x, counts)
 
 
-@torch.library.custom_op("msd_kernels::grouped_linear", mutates_args=())
+@operator("grouped_linear")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -130,7 +128,7 @@ def _(x, weight, bias, rows, in_features, out_features):
     return allocate.grouped_output(x, rows, out_features)
 
 
-@torch.library.custom_op("msd_kernels::grouped_linear_backward", mutates_args=())
+@operator("grouped_linear_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -160,9 +158,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate(ctx, dy):
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.msd_kernels.grouped_linear_backward(
-        dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted
-    )
+    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted)
     return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), None, None, None)
 
 

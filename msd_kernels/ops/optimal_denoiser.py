@@ -18,6 +18,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import optimal_denoiser as library
 from msd_kernels.native import optimal_denoiser as native
 from msd_kernels.ops import _checks
+from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import optimal_denoiser as reference
 from msd_kernels.triton import optimal_denoiser as triton
@@ -199,7 +200,7 @@ def _whole_posterior(queries, sigma, rows, data_range):
     """The posterior given all data at once, and the centre that its log sums are relative to."""
     scale = _scale(rows, data_range)
     center = _center(rows, *scale)
-    return torch.ops.msd_kernels.optimal_denoiser(queries, sigma, rows, center, *scale), center
+    return _forward(queries, sigma, rows, center, *scale), center
 
 
 def _merged_posterior(queries, sigma, chunks, data_range, group):
@@ -213,7 +214,7 @@ def _merged_posterior(queries, sigma, chunks, data_range, group):
         scale = _scale(rows, data_range)
         if center is None:
             center = _shared_center(_center(rows, *scale), group)
-        posterior = torch.ops.msd_kernels.optimal_denoiser(queries, sigma, rows, center, *scale)
+        posterior = _forward(queries, sigma, rows, center, *scale)
         merged = posterior if merged is None else _merge(merged, posterior)
     if merged is None:
         raise ValueError(f"{OP}: data must hold at least one chunk, got an empty iterable")
@@ -246,7 +247,7 @@ def _shared_center(center: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return center
 
 
-@torch.library.custom_op("msd_kernels::optimal_denoiser", mutates_args=())
+@operator("optimal_denoiser")
 def _forward(
     x: Tensor, sigma: Tensor, data: Tensor, center: Tensor, low: float, step: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +269,7 @@ def _(x, sigma, data, center, low, step):
     return allocate.optimal_denoiser_outputs(x)
 
 
-@torch.library.custom_op("msd_kernels::optimal_denoiser_backward", mutates_args=())
+@operator("optimal_denoiser_backward")
 def _backward(
     dmean: Tensor,
     dlog_sum: Tensor,
@@ -321,9 +322,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, dmean, dlog_sum, _dlog_sum_squares):
-    dx, dsigma = torch.ops.msd_kernels.optimal_denoiser_backward(
-        dmean.contiguous(), dlog_sum.contiguous(), *ctx.saved_tensors, *ctx.scale
-    )
+    dx, dsigma = _backward(dmean.contiguous(), dlog_sum.contiguous(), *ctx.saved_tensors, *ctx.scale)
     return dx, dsigma, None, None, None, None
 
 

@@ -5,22 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import resample2d as library
+from msd_kernels.native import cuda_resample2d
+from msd_kernels.native import resample2d as native
 from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops._operators import operator
 from msd_kernels.reference import resample2d as reference
 from msd_kernels.stage_batch import StageBatch
+from msd_kernels.triton import resample2d as triton
+from msd_kernels.triton.launch import devices
 
 __all__ = ["resample2d"]
 
 OP = "resample2d"
 MAX_TAPS = 8
 
-BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+BACKENDS = OpBackends(
+    OP,
+    [
+        Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
+        Candidate("cuda", cuda_resample2d, ("cuda",), cannot=cuda_resample2d.cannot),
+        Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("library", library),
+        Candidate("reference", reference),
+    ],
+)
 
 
 def resample2d(
@@ -60,7 +73,7 @@ def resample2d(
     Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
     """
     call = _prepare(x, filter, up, down)
-    y = torch.ops.msd_kernels.resample2d(*call)
+    y = _forward(*call)
     out_height, out_width, channels_last = call[8:]
     if isinstance(x, StageBatch):
         return StageBatch(y, x.counts, x.channels, out_height, out_width)
@@ -124,10 +137,10 @@ def _out_size(size: int, taps: int, up: int, down: int) -> int:
 
 
 def _predicate_arguments(x: Tensor, taps: Sequence[float], upward: bool, stride: int) -> dict:
-    return {"dtype": x.dtype, "taps": taps, "upward": upward, "stride": stride}
+    return {"device_type": x.device.type, "dtype": x.dtype, "taps": taps, "upward": upward, "stride": stride}
 
 
-@torch.library.custom_op("msd_kernels::resample2d", mutates_args=())
+@operator("resample2d")
 def _forward(
     x: Tensor,
     taps: Sequence[float],
@@ -166,7 +179,7 @@ def _differentiate(ctx, dy):
     )
     layout = (counts, channels, out_height, out_width, height, width, channels_last)
     return (
-        torch.ops.msd_kernels.resample2d(dy.contiguous(), taps, not upward, stride, *layout),
+        _forward(dy.contiguous(), taps, not upward, stride, *layout),
         *(None,) * 10,
     )
 

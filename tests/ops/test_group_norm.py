@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import math
-import random
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from helpers import ROUNDING, assert_elements_close, each_backend, on_cuda, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, group_norm
+from group_norm_checks import (
+    DTYPES,
+    LAYOUTS,
+    PARAMETERS,
+    ROUNDINGS,
+    Inputs,
+    call,
+    check,
+    check_stages_bit_for_bit,
+    cotangent,
+    double_leaf,
+    formula,
+    magnitudes,
+    make_inputs,
+    over_channels,
+    random_calls,
+    run,
+)
+from helpers import ROUNDING, assert_elements_close, each_backend, on_cuda, stage_batch
+from msd_kernels import StageBatch, group_norm
 from msd_kernels.ops.group_norm import BACKENDS
 
-PARAMETERS = ("weight", "bias", "scale", "shift")
-DTYPES = [
-    pytest.param(dtype, parameter_dtype, id=f"{str(dtype)[6:]}-{str(parameter_dtype)[6:]}")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for parameter_dtype in dict.fromkeys((dtype, torch.float32))
-]
-LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 SHAPES = [
     ((3, 32, 8, 8), 8),
     ((2, 160, 5, 7), 16),
@@ -42,153 +50,6 @@ SHAPES = [
     ((2, 16, 13), 4),
     ((1, 8, 3, 4, 5), 2),
 ]
-
-# Roundings of the terms of its sum that a result may be off by, besides the rounding of the result itself: the worst
-# found over this file, every backend and the random shapes included, is 2.7.
-ROUNDINGS = 4
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of a dense call."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-
-    def present(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
-    def map(self, function) -> Inputs:
-        return replace(self, **{name: function(tensor) for name, tensor in self.present().items()})
-
-
-def make_inputs(
-    generator,
-    shape,
-    dtype=torch.float32,
-    parameter_dtype=torch.float32,
-    *,
-    offset=0.0,
-    present=PARAMETERS,
-    channels_last=False,
-) -> Inputs:
-    """Random leaves; ``offset`` is the mean of x in standard deviations."""
-
-    def draw(name, *size):
-        return torch.randn(size, generator=generator).to(parameter_dtype) if name in present else None
-
-    x = (torch.randn(shape, generator=generator) + offset).to(dtype)
-    if channels_last:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    batch, channels = shape[:2]
-    inputs = Inputs(
-        x,
-        draw("weight", channels),
-        draw("bias", channels),
-        draw("scale", batch, channels),
-        draw("shift", batch, channels),
-    )
-    return inputs.map(Tensor.requires_grad_)
-
-
-def double_leaf(t: Tensor) -> Tensor:
-    return t.detach().cpu().double().requires_grad_()
-
-
-def over_channels(t: Tensor | None, x: Tensor, default: float) -> Tensor:
-    """``[C]`` or ``[B, C]``, broadcast to ``x``."""
-    if t is None:
-        return torch.full_like(x, default)
-    return t.reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
-
-
-def group_mean(t: Tensor, groups: int) -> Tensor:
-    """The mean over each group at every element."""
-    grouped = t.reshape(t.shape[0], groups, math.prod(t.shape[1:]) // groups)
-    return grouped.mean(dim=2, keepdim=True).expand_as(grouped).reshape(t.shape)
-
-
-def formula(inputs: Inputs, groups: int, eps: float, silu: bool) -> Tensor:
-    """The definition, in the dtype of the inputs."""
-    x = inputs.x
-    centred = x - group_mean(x, groups)
-    x_hat = centred / torch.sqrt(group_mean(centred.square(), groups) + eps)
-    affine = x_hat * over_channels(inputs.weight, x, 1) + over_channels(inputs.bias, x, 0)
-    z = affine * (1 + over_channels(inputs.scale, x, 0)) + over_channels(inputs.shift, x, 0)
-    return z * torch.sigmoid(z) if silu else z
-
-
-def magnitudes(inputs: Inputs, dy: Tensor, groups: int, eps: float, silu: bool, condition: bool) -> dict:
-    """Per result the sum of the absolute values of the terms that a kernel adds up to get it.
-
-    With ``condition`` an error of x_hat counts ``1 + |mean| / std`` times, because the mean itself is rounded.
-    """
-    x = inputs.x.detach()
-    mean = group_mean(x, groups)
-    rstd = 1 / torch.sqrt(group_mean((x - mean).square(), groups) + eps)
-    x_hat = ((x - mean) * rstd).abs()
-    slip = 1 + mean.abs() * rstd if condition else torch.ones_like(x)
-    weight, bias = over_channels(inputs.weight, x, 1).abs(), over_channels(inputs.bias, x, 0).abs()
-    factor, shift = 1 + over_channels(inputs.scale, x, 0).abs(), over_channels(inputs.shift, x, 0).abs()
-    affine = x_hat * weight + bias
-    y = affine * factor + shift + slip * weight * factor
-    dz = dy.abs() * (1 + y) if silu else dy.abs()
-    dx_hat = dz * weight * factor
-    projection = group_mean(dx_hat * x_hat, groups)
-    dx = dx_hat + group_mean(dx_hat, groups) + x_hat * projection
-    dx = rstd * (dx + slip * (projection + x_hat * group_mean(dx_hat, groups)))
-    channels = (0, *range(2, x.dim()))
-    pixels = tuple(range(2, x.dim()))
-
-    def over_pixels(t: Tensor) -> Tensor:
-        return t.sum(dim=pixels) if pixels else t
-
-    return {
-        "y": y,
-        "x": dx,
-        "weight": (dz * factor * (x_hat + slip)).sum(dim=channels),
-        "bias": (dz * factor).sum(dim=channels),
-        "scale": over_pixels(dz * (affine + slip * weight)),
-        "shift": over_pixels(dz),
-    }
-
-
-def run(inputs: Inputs, dy: Tensor, groups: int, eps: float, silu: bool, function) -> dict[str, Tensor]:
-    """``y`` and the gradients by the names of the inputs."""
-    y = function(inputs, groups, eps, silu)
-    leaves = inputs.present()
-    return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
-
-
-def call(inputs: Inputs, groups: int, eps: float, silu: bool) -> Tensor:
-    arguments = inputs.present()
-    return group_norm(num_groups=groups, eps=eps, activation="silu" if silu else None, **arguments)
-
-
-def check(inputs: Inputs, groups: int, backend: str, dy: Tensor, *, eps=1e-5, silu=True) -> None:
-    """Result and all gradients, per element, against the formula in float64, in poisoned memory."""
-    with poisoned_memory():
-        found = run(inputs, dy, groups, eps, silu, call)
-    exact, dy = inputs.map(double_leaf), dy.cpu().double()
-    expected = run(exact, dy, groups, eps, silu, formula)
-    # The library rounds every step to the dtype of the activations, the other backends work in float32.
-    # Statistics are float32 everywhere.
-    steps = ROUNDING[inputs.x.dtype if backend == "library" else torch.float32]
-    terms, conditioned = (magnitudes(exact, dy, groups, eps, silu, flag) for flag in (False, True))
-    for name, actual in found.items():
-        leaf = inputs.x if name == "y" else getattr(inputs, name)
-        assert actual.dtype == leaf.dtype
-        atol = ROUNDINGS * (steps * terms[name] + ROUNDING[torch.float32] * conditioned[name])
-        assert_elements_close(actual, expected[name].detach(), rtol=ROUNDING[leaf.dtype], atol=atol.detach())
-
-
-def cotangent(inputs: Inputs, generator) -> Tensor:
-    """Random, in the memory format of x."""
-    dy = torch.randn(inputs.x.shape, generator=generator).to(inputs.x.dtype)
-    return torch.empty_like(inputs.x, requires_grad=False).copy_(dy)
 
 
 @each_backend(BACKENDS)
@@ -318,26 +179,8 @@ def test_group_norm_refuses_an_unknown_instruction_set(backend, monkeypatch):
 
 @each_backend(BACKENDS)
 def test_group_norm_of_500_random_shapes(backend, generator):
-    draw = random.Random(500)
-    for _ in range(500):
-        group_channels = draw.choice((1, 2, 3, 4, 5, 10, 18, 24, 40, 64))
-        groups = draw.choice((1, 2, 3, 4, 8, 16))
-        shape = (
-            draw.randint(0, 3),
-            groups * group_channels,
-            *(draw.choice((1, 2, 3, 5, 8, 17)) for _ in range(2)),
-        )
-        dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
-        inputs = make_inputs(
-            generator,
-            shape,
-            dtype,
-            draw.choice((dtype, torch.float32)),
-            offset=draw.choice((0.0, 3.0, 30.0)),
-            present=[name for name in PARAMETERS if draw.random() < 0.7],
-            channels_last=draw.random() < 0.7,
-        )
-        check(inputs, groups, backend, cotangent(inputs, generator), eps=1e-3, silu=draw.random() < 0.5)
+    for inputs, groups, silu in random_calls(generator, 500):
+        check(inputs, groups, backend, cotangent(inputs, generator), eps=1e-3, silu=silu)
 
 
 @pytest.mark.parametrize("backend", ["library", "reference"], indirect=True)
@@ -362,44 +205,11 @@ def test_group_norm_threads_share_any_batch_with_the_same_bits(batch, dtype, bac
     assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))
 
 
-def stage_call(x: StageBatch, parameters: dict, groups) -> StageBatch:
-    return group_norm(x, groups, activation="silu", **parameters)
-
-
 @each_backend(BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("counts", [(3, 0, 2), (0, 1, 1), (1, 2, 0), (0, 0, 0)], ids=str)
 def test_group_norm_of_a_stage_batch_equals_separate_calls_bit_for_bit(counts, dtype, backend, generator):
-    channels, groups = (384, 256, 32), (16, 16, 8)
-    x = stage_batch(generator, counts, channels, 8, 8, dtype=dtype, requires_grad=True)
-    packed = {
-        name: StageWeights(
-            torch.randn(sum(channels), generator=generator).to(dtype).requires_grad_(),
-            [(c,) for c in channels],
-        )
-        for name in ("weight", "bias")
-    }
-    modulation = {
-        name: stage_batch(generator, counts, channels, 1, 1, dtype=dtype, requires_grad=True)
-        for name in ("scale", "shift")
-    }
-    leaves = [x.values, *(p.values for p in (*packed.values(), *modulation.values()))]
-    y = stage_call(x, {**packed, **modulation}, groups)
-    dy = y.with_values(torch.randn(y.values.shape, generator=generator).to(dtype))
-    gradients = torch.autograd.grad(y.values, leaves, dy.values)
-    found = [y.segments(), x.with_values(gradients[0]).segments()]
-    found += [p.with_values(g).tensors() for p, g in zip(packed.values(), gradients[1:3], strict=True)]
-    found += [
-        [part.flatten(1) for part in m.with_values(g).segments()]
-        for m, g in zip(modulation.values(), gradients[3:], strict=True)
-    ]
-    for stage, dense in enumerate(zip(x.segments(), dy.segments(), strict=True)):
-        parts = [w.tensors()[stage] for w in packed.values()]
-        parts += [m.segments()[stage].flatten(1) for m in modulation.values()]
-        inputs = Inputs(dense[0], *parts).map(lambda t: t.detach().clone().requires_grad_())
-        alone = run(inputs, dense[1], groups[stage], 1e-5, True, call)
-        for whole, separate in zip(found, alone.values(), strict=True):
-            assert torch.equal(whole[stage], separate)
+    check_stages_bit_for_bit(generator, counts, (384, 256, 32), (16, 16, 8), (8, 8), dtype)
 
 
 @each_backend(BACKENDS)

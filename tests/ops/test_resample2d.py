@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -19,6 +20,7 @@ from helpers import (
 )
 from msd_kernels import StageBatch
 from msd_kernels.backends import use
+from msd_kernels.native import load
 from msd_kernels.ops.resample2d import BACKENDS, explain, resample2d
 
 FILTERS = {
@@ -33,8 +35,14 @@ ANY_FILTER = pytest.mark.parametrize("filter", FILTERS.values(), ids=FILTERS)
 DIRECTION = pytest.mark.parametrize(("up", "down"), [(1, 2), (2, 1), (1, 1)], ids=["down", "up", "plain"])
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda t: str(t)[6:]
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda t: str(t)[6:]
 )
+# The backends that take float64.
+PLAIN = pytest.mark.parametrize("backend", ["library", "reference"], indirect=True)
+# Odd sizes, one channel, pixels narrower and wider than the vectors of any processor.
+SHAPES = ((2, 5, 8, 6), (1, 3, 7, 9), (2, 1, 5, 4), (1, 40, 5, 7))
+# Rows and pixels beyond the blocks that the CPU kernels cut them into.
+LARGE_SHAPES = ((1, 2, 5, 1100), (1, 24, 3, 150), (1, 700, 3, 40), (1, 1060, 4, 9))
 
 # Roundings of float32 (float64) per output, relative to the sum of its terms' absolute values: up to 64 additions in
 # any order and the rounded products of taps. The worst found over all filters, dtypes and backends is 7.3.
@@ -59,8 +67,8 @@ def magnitude(x: Tensor, filter: list[float], up: int, down: int) -> Tensor:
     return gain * formula(x.abs(), [abs(tap) for tap in filter], up, down)
 
 
-def make(generator, shape, dtype, channels_last: bool) -> Tensor:
-    x = (torch.randn(shape, generator=generator) + 30).to(dtype)
+def make(generator, shape, dtype, channels_last: bool, device: str = "cpu") -> Tensor:
+    x = (torch.randn(shape, generator=generator) + 30).to(device, dtype)
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -74,8 +82,9 @@ def check(x: Tensor, dy: Tensor, filter: list[float], up: int, down: int) -> Non
     """Result and gradient, per element, against the convolution in float64, in poisoned memory."""
     with poisoned_memory():
         found = gradient(lambda t: resample2d(t, filter, up, down), x, dy)
-    exact = gradient(lambda t: formula(t, filter, up, down), x.double(), dy.double())
-    terms = gradient(lambda t: magnitude(t, filter, up, down), x.double().abs(), dy.double().abs())
+    wide, wide_dy = x.detach().cpu().double(), dy.cpu().double()
+    exact = gradient(lambda t: formula(t, filter, up, down), wide, wide_dy)
+    terms = gradient(lambda t: magnitude(t, filter, up, down), wide.abs(), wide_dy.abs())
     unit = ROUNDING[torch.float64 if x.dtype == torch.float64 else torch.float32]
     smallest = torch.finfo(x.dtype).smallest_normal * ROUNDING[x.dtype]
     for actual, expected, bound in zip(found, exact, terms, strict=True):
@@ -90,6 +99,20 @@ def cotangent(generator, x: Tensor, filter, up, down) -> Tensor:
     return torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator))
 
 
+def check_shapes(generator, shapes, dtype, channels_last, filter, up, down, device: str = "cpu") -> None:
+    for shape in shapes:
+        x = make(generator, shape, dtype, channels_last, device)
+        check(x, cotangent(generator, x, filter, up, down), filter, up, down)
+
+
+def check_reach(generator, shape, channels_last, filter, up, down, device: str = "cpu") -> None:
+    """One pixel is no number: so are those outputs that have a tap there, and no others."""
+    x = make(generator, shape, torch.float32, channels_last, device)
+    x[..., -2, -2] = torch.nan
+    reached = formula(x.isnan().double(), [1.0] * len(filter), up, down) > 0
+    assert torch.equal(resample2d(x, filter, up, down).isnan(), reached)
+
+
 @each_backend(BACKENDS)
 @ANY_FILTER
 @DIRECTION
@@ -98,8 +121,51 @@ def cotangent(generator, x: Tensor, filter, up, down) -> Tensor:
 def test_resample2d_equals_the_depthwise_convolution(
     dtype, channels_last, up, down, filter, backend, generator
 ):
-    for shape in ((2, 5, 8, 6), (1, 3, 7, 9), (2, 1, 5, 4)):
-        x = make(generator, shape, dtype, channels_last)
+    check_shapes(generator, SHAPES, dtype, channels_last, filter, up, down)
+
+
+@PLAIN
+@ANY_FILTER
+@DIRECTION
+@LAYOUTS
+def test_resample2d_of_float64_equals_the_depthwise_convolution(
+    channels_last, up, down, filter, backend, generator
+):
+    check_shapes(generator, SHAPES, torch.float64, channels_last, filter, up, down)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
+@DTYPES
+def test_resample2d_on_every_instruction_set(dtype, isa, backend, generator, monkeypatch):
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
+    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for filter, channels_last in itertools.product(FILTERS.values(), (False, True)):
+        for up, down in ((1, 2), (2, 1), (1, 1)):
+            check_shapes(generator, SHAPES[1:], dtype, channels_last, filter, up, down)
+
+
+@each_backend(BACKENDS)
+@LAYOUTS
+@DIRECTION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_resample2d_of_large_rows_and_pixels(dtype, up, down, channels_last, backend, generator):
+    for name in ("linear", "eight"):
+        check_shapes(generator, LARGE_SHAPES, dtype, channels_last, FILTERS[name], up, down)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@LAYOUTS
+@DIRECTION
+def test_resample2d_of_random_sizes(up, down, channels_last, backend, generator):
+    for _ in range(60):
+        taps, batch, channels, height, width = (
+            int(torch.randint(low, high, (), generator=generator))
+            for low, high in ((1, 9), (1, 4), (1, 70), (4, 20), (4, 70))
+        )
+        x = make(generator, (batch, channels, height, width), torch.float32, channels_last)
+        filter = (torch.rand(taps, generator=generator) + 0.1).tolist()
         check(x, cotangent(generator, x, filter, up, down), filter, up, down)
 
 
@@ -143,6 +209,17 @@ def test_resample2d_keeps_a_constant_image_in_half_precision(backend):
     for factors in ({"up": 2}, {"down": 2}):
         y = resample2d(x, [0.9, 2.1, 2.1, 0.9], **factors)
         assert (y[:, :, 1:-1, 1:-1] == 201).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "library"], indirect=True)
+@ANY_FILTER
+@DIRECTION
+@LAYOUTS
+def test_resample2d_spreads_nan_as_far_as_the_filter_reaches(
+    channels_last, up, down, filter, backend, generator
+):
+    for shape in SHAPES:
+        check_reach(generator, shape, channels_last, filter, up, down)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +297,7 @@ def test_resample2d_of_no_samples_is_empty():
     assert x.grad.shape == x.shape
 
 
-@each_backend(BACKENDS)
+@PLAIN
 @pytest.mark.parametrize("filter", [[1, 1], [1, 2, 4, 1], [1, 2, 1]], ids=str)
 @DIRECTION
 def test_resample2d_derivatives_agree_with_differences(up, down, filter, backend, generator):
@@ -267,13 +344,43 @@ def test_resample2d_under_autocast_does_as_conv2d(generator):
     assert double.dtype == torch.float64
 
 
-def test_resample2d_explains_its_choice():
-    assert explain(torch.ones(1, 1, 2, 2), [1, 1], down=2).backend == "library"
-    with use("reference"):
-        assert explain(torch.ones(1, 1, 2, 2), [1, 1], down=2).backend == "reference"
-
-
 IMAGE = torch.ones(1, 2, 4, 4)
+
+
+def test_resample2d_explains_its_choice():
+    explanation = explain(IMAGE, [1, 1], down=2)
+    assert explanation.backend == ("library" if load("cpu").reason else "cpu")
+    assert explanation.why_not["triton"]
+    double = explain(IMAGE.double(), [1, 1], down=2)
+    assert double.backend == "library"
+    assert double.why_not["cpu"] == "takes float32, bfloat16 and float16, got torch.float64"
+    with use("reference"):
+        assert explain(IMAGE, [1, 1], down=2).backend == "reference"
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"taps": [0.1] * 9}, "taps must be 1 to 8, got 9"),
+        ({"stride": 3}, "stride must be 1 to 2, got 3"),
+        ({"counts": [1, 1]}, "counts and channels need one entry per stage, got 2 and 1"),
+        ({"counts": [-1]}, "counts=-1 and channels=2 of stage 0 must not be negative or zero"),
+        ({"out_width": 0}, "sizes must be positive, got 2 x 0"),
+        ({"width": 5}, "x has 32 elements, expected 40"),
+        ({"y": torch.empty(7)}, "y has 7 elements, expected 8"),
+        ({"y": torch.empty(8, dtype=torch.float64)}, "y must be Float, got Double"),
+        ({"height": 2**40, "width": 2**40}, "does not fit 64 bits"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resample2d_kernel_refuses_what_would_lead_out_of_bounds(changed, message, backend):
+    arguments = {
+        "x": IMAGE.reshape(-1), "taps": [0.5, 0.5], "upward": False, "stride": 2, "counts": [1], "channels": [2],
+        "height": 4, "width": 4, "out_height": 2, "out_width": 2, "channels_last": True, "y": torch.empty(8),
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.msd_kernels_native.resample2d(**arguments | changed)
 
 
 @pytest.mark.parametrize(

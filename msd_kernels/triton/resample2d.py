@@ -1,0 +1,157 @@
+"""FIR resampling in Triton: one launch for all stages, dense NHWC, NCHW or packed, in either direction.
+
+The kernel is imported with the first call, so that this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from msd_kernels import allocate
+from msd_kernels.triton.group_norm import slower
+from msd_kernels.triton.launch import cannot_run, launch, multiprocessors
+from msd_kernels.triton.plan_cache import Table, cached_plan, make_table
+
+__all__ = ["cannot", "resample2d", "slower"]
+
+FIELDS = (
+    "first_tile",  # programs of the stages before this one
+    "channels",
+    "x",  # first element in x
+    "y",  # first element in y
+)
+
+TILE = 2048  # elements in flight per program
+BLOCK_CHANNELS = 64  # of an NHWC tile: 128 bytes in 16 bits
+VECTOR = 8  # elements per thread: a 16-byte load in 16 bits
+WARP_SIZE = 32
+MOST_ROWS = 8  # output rows of a program: of the input rows for them, few are also read by its neighbours
+PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer rows rather than fewer programs
+INTERPRETED_ROWS = 2
+MAX_ROW = 2**31 - 2**20  # offsets inside one row are 32-bit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs besides the data.
+
+    Attributes:
+        tiles: one tile per sample, block of output rows, columns and channels.
+        rows: output rows of a tile.
+        constants: constexprs and warps.
+    """
+
+    tiles: Table
+    rows: int
+    constants: dict[str, int]
+
+
+def cannot(*, device_type: str, dtype: torch.dtype, **_) -> str | None:
+    """Why this kernel cannot serve a call, or None."""
+    return cannot_run(device_type, dtype)
+
+
+def tile_constants(channels: Sequence[int], out_width: int, channels_last: bool) -> dict[str, int]:
+    """The kernel's constexprs for a layout: a tile of BX columns by BC channels, VECTOR elements per thread.
+
+    Every stage's channel count is a multiple of ALIGN, which lets NHWC loads be wide.
+    """
+    if channels_last:
+        block_channels = min(_power_of_two(max(channels)), BLOCK_CHANNELS)
+        block_columns = min(_power_of_two(out_width), TILE // block_channels)
+    else:
+        block_columns = min(_power_of_two(out_width), TILE // VECTOR)
+        block_channels = min(_power_of_two(max(channels)), TILE // block_columns)
+    return {
+        "CHANNELS_LAST": channels_last,
+        "BX": block_columns,
+        "BC": block_channels,
+        "ALIGN": math.gcd(VECTOR, *channels),
+        "num_warps": max(1, block_columns * block_channels // (WARP_SIZE * VECTOR)),
+    }
+
+
+@cached_plan
+def plan(
+    counts: tuple[int, ...],
+    channels: tuple[int, ...],
+    height: int,
+    width: int,
+    out_height: int,
+    out_width: int,
+    channels_last: bool,
+    device: torch.device,
+) -> Plan:
+    """The table of one layout, made once."""
+    row_elements = max(width, out_width) * max(channels)
+    if row_elements > MAX_ROW:
+        raise ValueError(f"resample2d: rows of up to {MAX_ROW} elements can be offset, got {row_elements}")
+    constants = tile_constants(channels, out_width, channels_last)
+    columns = _ceil_div(out_width, constants["BX"])
+    slabs = [n * columns * _ceil_div(c, constants["BC"]) for n, c in zip(counts, channels, strict=True)]
+    rows = _rows_of_tile(sum(slabs), out_height, device)
+    problems, start = [], {"x": 0, "y": 0}
+    for n, c, slab in zip(counts, channels, slabs, strict=True):
+        problems.append({"channels": c, "tiles": slab * _ceil_div(out_height, rows), **start})
+        x_size, y_size = n * c * height * width, n * c * out_height * out_width
+        start = {"x": start["x"] + x_size, "y": start["y"] + y_size}
+    return Plan(make_table(problems, FIELDS, device), rows, constants)
+
+
+def _rows_of_tile(slabs: int, out_height: int, device: torch.device) -> int:
+    """As many as leave enough programs for the device."""
+    if device.type != "cuda":
+        return INTERPRETED_ROWS
+    rows = MOST_ROWS
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    while rows > 1 and slabs * _ceil_div(out_height, rows) < wanted:
+        rows //= 2
+    return rows
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not under ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@cache
+def _kernels() -> ModuleType:
+    return import_module("msd_kernels.triton.resample2d_kernels")
+
+
+def resample2d(
+    x: Tensor,
+    taps: Sequence[float],
+    upward: bool,
+    stride: int,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    height: int,
+    width: int,
+    out_height: int,
+    out_width: int,
+    channels_last: bool,
+) -> Tensor:
+    """As the dispatcher op ``msd_kernels::resample2d``."""
+    y = allocate.grouped_output(x, [n * out_height * out_width for n in counts], channels)
+    sizes = (height, width, out_height, out_width)
+    layout = plan(tuple(counts), tuple(channels), *sizes, channels_last, x.device)
+    if layout.tiles.tiles:
+        launch(
+            _kernels()._resample2d_kernel, layout.tiles.tiles, x,
+            x, y, layout.tiles.values, *sizes, layout.rows,
+            TAPS=tuple(taps), UPWARD=upward, STRIDE=stride, PROBLEMS=layout.tiles.problems, **layout.constants,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,138 @@
+"""Builds the CUDA kernels for the CPU and runs the library's ops with them: logic, indices and barriers without a GPU.
+
+What it cannot show: speed, the instructions in ptx.cuh, and memory ordering inside of a warp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from msd_kernels.backends import OpBackends
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+SOURCES = REPOSITORY / "csrc"
+LIBRARY = "msd_kernels_cuda_emulated"  # the build gives the registered library this name
+
+_device_numbers = itertools.count()
+
+sys.path.append(str(SOURCES))  # for toolchain.py
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an emulated device has; each one is new to the library, so that nothing is remembered of another."""
+
+    multiprocessors: int = 4
+    shared_per_block: int = 100 << 10
+    clusters: bool = True
+    order: int = 0  # of the threads: 0 forwards, 1 backwards, else random
+
+
+def missing() -> str:
+    """Why the kernels cannot be built here, or an empty string."""
+    if not (SOURCES / "cuda").is_dir():
+        return "the CUDA sources are not part of an install"
+    from toolchain import BuildError, find_cxx
+
+    try:
+        find_cxx(None)
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+class Emulator:
+    """The library of emulated kernels."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(str(library))
+        self._library = ctypes.CDLL(str(library))
+        self.kernels = getattr(torch.ops, LIBRARY)
+
+    def use(self, device: Device) -> None:
+        self._library.emulator_configure(
+            next(_device_numbers),
+            device.multiprocessors,
+            device.shared_per_block,
+            device.clusters,
+            device.order,
+        )
+
+    def launches(self) -> tuple[int, int]:
+        """Without and with clusters, since the last :meth:`use`."""
+        return self._library.emulator_launches(0), self._library.emulator_launches(1)
+
+    def fault(self, name: str) -> str:
+        """What the emulator says of a kernel that is wrong on purpose (faults.cpp)."""
+        function = self._library.emulator_fault
+        function.restype = ctypes.c_char_p
+        return function(name.encode()).decode()
+
+
+def build(folder: Path) -> Path:
+    """Compiles what has changed since the last time; returns the library."""
+    from toolchain import Compilation, compile_changed, find_cxx, run
+
+    torch_folder = Path(torch.__file__).parent
+    includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
+    # Addresses that a GPU would refuse.
+    checks = ("-fsanitize=alignment", "-fno-sanitize-recover=all")
+    cxx = (*find_cxx(None), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}")
+    cxx = (*cxx, "-include", str(HERE / "ptx.cuh"), "-Wno-unknown-pragmas")
+    for_torch = (
+        *(f"-isystem{include}" for include in includes),
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-Dmsd_kernels_cuda={LIBRARY}",
+    )
+    sources = [path for pattern in ("*.cu", "*.cpp") for path in sorted((SOURCES / "cuda").glob(pattern))]
+    commands = dict.fromkeys(sources, (*cxx, *checks, "-x", "c++"))
+    commands |= {HERE / name: (*cxx, *checks) for name in ("emulator.cpp", "faults.cpp")}
+    commands[HERE / "ops.cpp"] = (*cxx, *for_torch)
+    compilations = [
+        Compilation(path, command, folder / f"{path.name}.o") for path, command in commands.items()
+    ]
+    compile_changed(compilations)
+    library = folder / "libcuda_emulator.so"
+    objects = (str(compilation.object) for compilation in compilations)
+    run(
+        (
+            *cxx[:1],
+            "-shared",
+            *checks,
+            *objects,
+            f"-L{torch_folder / 'lib'}",
+            "-ltorch_cpu",
+            "-o",
+            str(library),
+        )
+    )
+    return library
+
+
+def run(kernel, on, *arguments) -> None:
+    """In the place of :func:`msd_kernels.native.cuda.run`: there are no streams."""
+    kernel(*arguments, 0)
+
+
+@contextmanager
+def served_by(backends: OpBackends) -> Iterator[None]:
+    """Lets the candidate ``cuda`` of an op serve CPU tensors, whether or not the extension was built."""
+    before = backends.candidates
+    backends.candidates = [
+        replace(c, devices=("cpu",), cannot=lambda **_: None) if c.name == "cuda" else c for c in before
+    ]
+    backends._chosen.clear()
+    try:
+        yield
+    finally:
+        backends.candidates = before
+        backends._chosen.clear()
