@@ -3,7 +3,7 @@
 Uses the interpreter it is started with, installs nothing and needs no network. Every part runs in a process of its own
 within its share of the time; what fails, is stopped or does not fit is listed. Writes
 ``benchmarks/results/gpu-<name of the GPU>.json`` and prints a short table last. Without a GPU it says so and ends.
-Exit status 1 if the build or a test fails.
+Exit status 1 if the build or a test fails, or compute-sanitizer finds an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
+from sanitize_cuda import FOUND  # noqa: E402
 
 import harness  # noqa: E402
 
 TOTAL_SECONDS = 520.0
 # The most that a part may take; what one leaves over is there for the next.
-BUILD_SECONDS, TEST_SECONDS = 200.0, 140.0
-BENCHMARK_SECONDS = {"group_norm": 110.0, "grouped_conv2d": 80.0, "attention": 30.0, "grouped_linear": 30.0}
+BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 200.0, 140.0, 45.0
+BENCHMARK_SECONDS = {
+    "group_norm": 110.0,
+    "grouped_conv2d": 80.0,
+    "attention": 50.0,
+    "grouped_linear": 30.0,
+    "resample2d": 35.0,
+}
 # The folders that need no package beyond PyTorch, Triton, NumPy and pytest.
 GPU_TESTS = ("-m", "gpu", "tests/ops", "tests/gpu")
 LOG_LINES = 30
@@ -137,6 +145,19 @@ def test_counts(report: Path) -> str:
     return f"{total - failures - errors - skipped} passed, {failures + errors} failed, {skipped} skipped"
 
 
+def sanitize(tool: str, clock: Clock) -> Part:
+    """The compiled CUDA kernels under compute-sanitizer, where it is installed and knows the device."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return Part(tool, "not run", detail="there is no compute-sanitizer")
+    script = ROOT / "benchmarks" / "sanitize_cuda.py"
+    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, str(script)]
+    part = run_part(tool, command, SANITIZER_SECONDS, clock, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if part.status == "failed" and part.detail != f"exit status {FOUND}":
+        part.status, part.detail = "not run", f"compute-sanitizer cannot work here: {part.detail}"
+    return part
+
+
 def benchmark(name: str, clock: Clock, folder: Path) -> tuple[Part, list[dict]]:
     """One benchmark's part and results; it stops itself a little before it would be stopped."""
     out = folder / f"{name}.jsonl"
@@ -195,6 +216,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts, results = [build(clock), test(clock, folder)], []
+        parts += [sanitize(tool, clock) for tool in ("memcheck", "racecheck")]
         for bench in BENCHMARK_SECONDS:
             part, found = benchmark(bench, clock, folder)
             parts.append(part)
@@ -205,7 +227,9 @@ def main() -> int:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {path.relative_to(ROOT)}\n")
     print(summary(parts, results))
-    return int(any(part.status != "passed" for part in parts[:2]))
+    must_pass = [part.status == "passed" for part in parts[:2]]
+    must_not_fail = [part.status != "failed" for part in parts[2:4]]
+    return int(not all(must_pass + must_not_fail))
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
 
+import bench_attention  # noqa: E402
 import bench_group_norm  # noqa: E402
 import bench_grouped_conv2d  # noqa: E402
 import bench_grouped_linear  # noqa: E402
+import bench_resample2d  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 import harness  # noqa: E402
-import peers  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
-from msd_kernels import StageBatch, attention, explain  # noqa: E402
+from msd_kernels import explain  # noqa: E402
+from msd_kernels.backends import use  # noqa: E402
 
 DTYPE = torch.bfloat16
 WIDTHS = bench_grouped_conv2d.WIDTHS
@@ -64,13 +65,30 @@ def group_norm_race(shape: tuple[int, int, int], groups: int, compiled: bool, de
     x, weight, bias, scale, shift = problem.leaves
     served = explain("group_norm", x, groups, weight, bias, scale=scale, shift=shift, activation="silu")
     least = problem.least_bytes(False), problem.least_bytes(True)
-    return Prepared(partial(problem.cases, compiled=compiled), served.backend, least)
+
+    def cases(backward: bool) -> dict[str, Function]:
+        found = problem.cases(backward, compiled)
+        if served.backend == "cuda":
+            found["triton"] = with_backend("triton", found[OURS])
+        return found
+
+    return Prepared(cases, served.backend, least)
+
+
+def with_backend(name: str, function: Function) -> Function:
+    """Ours by another backend than the one that serves it."""
+
+    def run():
+        with use(name):
+            return function()
+
+    return run
 
 
 def group_norm() -> list[Race]:
-    """EDM at batch 64 and 8, LDM at batch 16, NHWC; compilation takes long, so only some shapes race against it."""
+    """EDM at batch 512, 64 and 8, LDM at 16, NHWC; compilation takes long, so only some shapes race against it."""
     compiled = {(64, 256, 32): 16, (16, 224, 64): 32}
-    others = {(64, 640, 32): 16, (64, 384, 16): 16, (64, 512, 8): 16, (8, 256, 32): 16}
+    others = {(512, 256, 32): 16, (64, 640, 32): 16, (64, 384, 16): 16, (64, 512, 8): 16, (8, 256, 32): 16}
     return [
         Race(
             "x".join(map(str, (*shape, shape[-1]))),
@@ -118,50 +136,72 @@ def grouped_linear() -> list[Race]:
     return [Race(name, partial(grouped_linear_race, counts)) for name, counts in mixes]
 
 
-def attention_race(counts: tuple[int, ...], side: int, device: str) -> Prepared:
-    generator = torch.Generator().manual_seed(0)
-    size = sum(n * c for n, c in zip(counts, WIDTHS, strict=True)) * side**2
-    drawn = [torch.randn(size, generator=generator).to(device, DTYPE) for _ in range(4)]
-    dy, leaves = drawn[0], [t.requires_grad_() for t in drawn[1:]]
-
-    def batches(tensors) -> list[StageBatch]:
-        return [StageBatch(t, counts, WIDTHS, side, side) for t in tensors]
-
-    def ours(*tensors):
-        return attention(*batches(tensors)).values
-
-    def loop(*tensors):
-        outputs = []
-        for stage in zip(*(batch.segments() for batch in batches(tensors)), strict=True):
-            tokens = [t.flatten(2).transpose(1, 2).unsqueeze(1) for t in stage]
-            outputs.append(F.scaled_dot_product_attention(*tokens).reshape(-1))
-        return torch.cat(outputs)
+def attention_race(shape, layout: str, compiled: bool, device: str) -> Prepared:
+    problem = bench_attention.Problem.of(shape, layout, DTYPE, device)
+    problem.check()
+    served = problem.explain().backend
 
     def cases(backward: bool) -> dict[str, Function]:
-        sides = {"loop": loop, OURS: ours}
-        if backward:
-            return {name: peers.step(forward, leaves, dy) for name, forward in sides.items()}
-        return {name: peers.inference(forward, leaves) for name, forward in sides.items()}
+        found = problem.cases(backward, compiled, backends=tuple(bench_attention.SDPA))
+        other = "triton" if served == "library" else "library"
+        found[other] = with_backend(other, found[OURS])
+        return found
 
-    exact = loop(*(t.detach().double() for t in leaves))
-    harness.check("attention", [ours(*leaves)], [exact], DTYPE)
-    operations = sum(4 * n * side**4 * c for n, c in zip(counts, WIDTHS, strict=True))
-    least = DTYPE.itemsize * size
-    return Prepared(
-        cases, explain("attention", *batches(leaves)).backend, (4 * least, 12 * least), operations
-    )
+    return Prepared(cases, served, problem.least_bytes, problem.operations)
 
 
-def attention_of_stages() -> list[Race]:
-    """One head of dimension 384, 256 and 32, a third of 96 samples each."""
-    return [Race(f"{side**2} tokens", partial(attention_race, (32, 32, 32), side)) for side in (16, 8)]
+def attention() -> list[Race]:
+    """EDM's one head of 384, 256 and 32 over 256 and 64 tokens, goal G7, and LDM's heads of 32; packed, all stages.
+
+    The peers get q, k and v apart and dense, one call per stage. Compilation takes long, so one case races against it.
+    """
+    heads = ((1, 1, 1), bench_attention.EDM_HEADS, 16)
+    widest = "64 of head 384, 256 tokens"
+    shapes = {
+        widest: ((64,), (1,), (384,), 16),
+        "64 of head 256, 256 tokens": ((64,), (1,), (256,), 16),
+        "64 of head 256, 64 tokens": ((64,), (1,), (256,), 8),
+        "32+32+32, 256 tokens": ((32, 32, 32), *heads),
+        "3+3+2, 256 tokens": ((3, 3, 2), *heads),
+        "16 of 16 heads of 32, 1024 tokens": ((16,), (16,), (32,), 32),
+    }
+    races = {name: (shape, "per_head", name == widest) for name, shape in shapes.items()}
+    races[f"{widest}, interleaved"] = (shapes[widest], "interleaved", False)
+    return [Race(name, partial(attention_race, *arguments)) for name, arguments in races.items()]
+
+
+def resample2d_race(
+    shape: tuple[int, int, int], filter: str, upward: bool, compiled: bool, device: str
+) -> Prepared:
+    taps = bench_resample2d.FILTERS[filter]
+    problem = bench_resample2d.Problem.of(shape, taps, upward, DTYPE, torch.channels_last, device)
+    problem.check()
+    served = explain("resample2d", problem.x, taps, problem.up, problem.down)
+    least = problem.least_bytes(False), problem.least_bytes(True)
+    return Prepared(partial(problem.cases, compiled=compiled), served.backend, least)
+
+
+def resample2d() -> list[Race]:
+    """EDM's and score SDE's feature maps, NHWC; goal G10. Compilation takes long, so one case races against it."""
+    headline = (64, 256, 32)
+    cases = [((*headline, "box"), False), ((*headline, "fir"), True)]
+    cases += [((*shape, "fir"), False) for shape in ((256, 256, 32), (64, 384, 16), (8, 256, 32))]
+    return [
+        Race(
+            f"{batch}x{channels}x{side}x{side} {filter} {'up' if upward else 'down'}",
+            partial(resample2d_race, (batch, channels, side), filter, upward, compiled),
+        )
+        for (batch, channels, side, filter), compiled in cases
+        for upward in (False, True)
+    ]
 
 
 BENCHMARKS = {
     "group_norm": group_norm,
     "grouped_conv2d": grouped_conv2d,
-    "attention": attention_of_stages,
+    "attention": attention,
     "grouped_linear": grouped_linear,
+    "resample2d": resample2d,
 }
 
 

@@ -9,10 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msd_kernels import StageBatch, StageWeights, group_norm, grouped_conv2d, grouped_linear
+from msd_kernels import (
+    StageBatch,
+    StageWeights,
+    attention,
+    group_norm,
+    grouped_conv2d,
+    grouped_linear,
+    resample2d,
+)
+from msd_kernels.ops import attention as attention_op
 from msd_kernels.ops import group_norm as group_norm_op
 from msd_kernels.ops import grouped_conv2d as grouped_conv2d_op
 from msd_kernels.ops import grouped_linear as grouped_linear_op
+from msd_kernels.ops import resample2d as resample2d_op
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,38 @@ def plain_conv(side: int) -> Call:
     return Call([(2, 2, side, side), (3, 2, 1, 1)], function)
 
 
+def stage_attention(side: int) -> Call:
+    counts, channels = (2, 0, 1), (6, 4, 5)
+
+    def function(q, k, v):
+        context = (StageBatch(t, counts, channels, side, 1) for t in (k, v))
+        return attention(StageBatch(q, counts, channels, side, side), *context, num_heads=(2, 1, 1)).values
+
+    lengths = (side**2, side, side)
+    return Call([packed_size(counts, channels, length) for length in lengths], function)
+
+
+def packed_attention(side: int) -> Call:
+    def function(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return attention(x, num_heads=2, layout="interleaved")
+
+    return Call([(2, 12, side, side)], function)
+
+
+def stage_resampling(side: int) -> Call:
+    counts, channels = (2, 0, 1), (6, 4, 2)
+
+    def function(x):
+        return resample2d(StageBatch(x, counts, channels, side, side), [1, 3, 3, 1], up=2).values
+
+    return Call([packed_size(counts, channels, side**2)], function)
+
+
+def dense_resampling(side: int) -> Call:
+    return Call([(2, 5, side, side + 1)], lambda x: resample2d(x, [1, 3, 2], down=2))
+
+
 CALLS = {
     "group_norm of a dense tensor": (group_norm_op.BACKENDS, dense_norm),
     "group_norm without parameters": (group_norm_op.BACKENDS, plain_norm),
@@ -153,4 +195,8 @@ CALLS = {
     "grouped_linear of a dense tensor": (grouped_linear_op.BACKENDS, dense_linear),
     "grouped_conv2d with everything": (grouped_conv2d_op.BACKENDS, fused_conv),
     "grouped_conv2d of one stage": (grouped_conv2d_op.BACKENDS, plain_conv),
+    "attention of stages": (attention_op.BACKENDS, stage_attention),
+    "attention of a packed tensor": (attention_op.BACKENDS, packed_attention),
+    "resample2d of stages": (resample2d_op.BACKENDS, stage_resampling),
+    "resample2d of a dense tensor": (resample2d_op.BACKENDS, dense_resampling),
 }

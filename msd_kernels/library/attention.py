@@ -17,8 +17,8 @@ from msd_kernels.reference.attention import flatten_heads, one_part, scale_of, s
 
 aten = torch.ops.aten
 
-# Scores that the formulation through matrix products holds at once; the CPU's stay in the second-level cache.
-SCORES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Scores that the formulation through matrix products holds at once; the CPU's about fill its second-level cache.
+SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 # Up to this many scores per head, matrix products beat the CPU's fused backward in bfloat16. They also are
 # more exact: the fused one takes sum(p * dp) as sum(dy * y), from the rounded output.
 FEW_SCORES = 256 * 256
@@ -141,7 +141,7 @@ def _write_gradients_by_products(dy, q, k, v, scale, targets) -> None:
     for samples in _chunks(q, k):
         cotangents, queries, keys, values = (_as_matrices(part[samples]) for part in (dy, q, k, v))
         p = _product(queries, keys.mT).mul_(scale).softmax(dim=-1)
-        dp = _product(cotangents, values.mT)
+        dp = _value_products(cotangents, values)
         ds = aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
         factors = ((ds, keys), (ds.mT, queries), (p.to(q.dtype).mT, cotangents))
         for target, (left, right) in zip(targets, factors, strict=True):
@@ -174,9 +174,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return rounded.float().add_(lost)
 
 
+def _value_products(dy: Tensor, v: Tensor) -> Tensor:
+    """``dy @ v.T`` in float32, up to a number per row that the backward of the softmax takes out again.
+
+    So ``v`` may lose its mean, after which the CPU's rounding of the product is no larger than that of ``ds``.
+    """
+    if not v.is_cpu or v.dtype not in HALF or v.shape[-1] <= SHORT_PRODUCT:
+        return _product(dy, v.mT)
+    return torch.bmm(dy, (v - v.mean(dim=-2, keepdim=True)).mT).float()
+
+
 def _as_matrices(heads: Tensor) -> Tensor:
-    """``[n, h, t, d]`` as ``[n * h, t, d]`` with dense rows."""
-    return _with_dense_rows(heads).flatten(0, 1)
+    """``[n, h, t, d]`` as ``[n * h, t, d]``, dense on the CPU, whose product would copy it at every use."""
+    return (heads.contiguous() if heads.is_cpu else _with_dense_rows(heads)).flatten(0, 1)
 
 
 def _with_dense_rows(heads: Tensor) -> Tensor:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import attention as library
 from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops._operators import operator
 from msd_kernels.reference import attention as reference
 from msd_kernels.reference import autodiff
 from msd_kernels.stage_batch import StageBatch
+from msd_kernels.triton import attention as triton
+from msd_kernels.triton.attention_plans import Layout
+from msd_kernels.triton.launch import devices
 
 __all__ = ["attention"]
 
@@ -29,7 +32,14 @@ PACKED_ORDERS = {
 }
 TOKENS_FIRST, HEADS_FIRST = "nthd", "nhtd"
 
-BACKENDS = OpBackends(OP, [Candidate("library", library), Candidate("reference", reference)])
+BACKENDS = OpBackends(
+    OP,
+    [
+        Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("library", library),
+        Candidate("reference", reference),
+    ],
+)
 
 
 def attention(
@@ -76,7 +86,7 @@ def attention(
     Under autocast: the autocast dtype, as ``torch.nn.functional.scaled_dot_product_attention``.
     """
     call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
-    y, _ = torch.ops.msd_kernels.attention(*call)
+    y, _ = _forward(*call)
     if isinstance(q, StageBatch):
         _, heads, head_dims = call[3:6]
         channels = tuple(h * d for h, d in zip(heads, head_dims, strict=True))
@@ -94,7 +104,7 @@ def attention(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``attention(*args, **kwargs)``, and why the others do not."""
     call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[5:8]))
+    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[3:9]))
 
 
 def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
@@ -189,11 +199,11 @@ def _split_channels(channels, num_heads, parts):
     return heads, tuple(c // (parts * h) for c, h in zip(channels, heads, strict=True))
 
 
-def _predicate_arguments(q: Tensor, head_dims: Sequence[int], tokens: int, context: int) -> dict:
-    return {"dtype": q.dtype, "head_dims": head_dims, "tokens": tokens, "context": context}
+def _predicate_arguments(q: Tensor, *layout, backward: bool = False) -> dict:
+    return triton.call_of(q, Layout.of(*layout), backward)
 
 
-@torch.library.custom_op("msd_kernels::attention", mutates_args=())
+@operator("attention")
 def _forward(
     q: Tensor,
     k: Tensor | None,
@@ -206,8 +216,9 @@ def _forward(
     order: str,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, head_dims, tokens, context))
-    return implementation.attention(q, k, v, counts, heads, head_dims, tokens, context, order, scale)
+    layout = (counts, heads, head_dims, tokens, context, order)
+    implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, *layout))
+    return implementation.attention(q, k, v, *layout, scale)
 
 
 @_forward.register_fake
@@ -215,7 +226,7 @@ def _(q, k, v, counts, heads, head_dims, tokens, context, order, scale):
     return allocate.attention_outputs(q, counts, heads, head_dims, tokens)
 
 
-@torch.library.custom_op("msd_kernels::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _backward(
     dy: Tensor,
     q: Tensor,
@@ -232,9 +243,9 @@ def _backward(
     scale: float | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, head_dims, tokens, context))
-    layout = (counts, heads, head_dims, tokens, context, order, scale)
-    gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, *layout, wanted)
+    layout = (counts, heads, head_dims, tokens, context, order)
+    implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, *layout, backward=True))
+    gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, *layout, scale, wanted)
     return allocate.without_absent(gradients, q)
 
 
@@ -254,9 +265,7 @@ def _differentiate(ctx, dy, _dlog_sum):
     if dy is None:
         return (None,) * 10
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.msd_kernels.attention_backward(
-        dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted
-    )
+    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted)
     return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), *(None,) * 7)
 
 

@@ -16,14 +16,18 @@ import torch
 
 __all__ = [
     "ARITHMETICS",
+    "AttentionParameters",
     "Crossover",
     "Launch",
     "ProductParameters",
+    "RowTile",
+    "StreamTile",
     "Tile",
     "WgradParameters",
     "architecture_of",
     "architectures",
     "arithmetic",
+    "attention",
     "crossover",
     "product",
     "wgrad",
@@ -110,6 +114,41 @@ class WgradParameters:
 
 
 @dataclass(frozen=True)
+class RowTile:
+    """Attention with whole rows of scores: ``own`` tokens, ``depth`` elements of the head dimension at a time."""
+
+    own: int
+    depth: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class StreamTile:
+    """Attention with whole heads of up to ``head`` elements: ``own`` tokens, ``other`` of the other side at a time."""
+
+    head: int
+    own: int
+    other: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class AttentionParameters:
+    """One launch of attention.
+
+    ``ragged_row`` serves rows of scores that fill no power of two, and ``single_row`` and ``single_stream`` memory
+    orders that are read by single elements. The last stream tile serves the largest heads.
+    """
+
+    row: RowTile
+    ragged_row: RowTile
+    single_row: RowTile
+    stream: tuple[StreamTile, ...]
+    single_stream: tuple[StreamTile, ...]
+    warps: int
+
+
+@dataclass(frozen=True)
 class Crossover:
     """Where ``auto`` leaves the per-stage library loop for one grouped launch.
 
@@ -139,6 +178,17 @@ def product(architecture: int, arithmetic: str) -> ProductParameters:
 def wgrad(architecture: int, arithmetic: str) -> WgradParameters:
     """Parameters of their weight gradients."""
     return _parse(WgradParameters, _table(architecture)["grouped"]["wgrad"][arithmetic])
+
+
+@cache
+def attention(architecture: int, arithmetic: str, launch: str) -> AttentionParameters:
+    """Parameters of attention: ``launch`` is ``"forward"``, ``"dq"`` or ``"dkv"``."""
+    entry = dict(_table(architecture)["attention"][launch][arithmetic])
+    for name in ("row", "ragged_row", "single_row"):
+        entry[name] = RowTile(**entry[name])
+    for name in ("stream", "single_stream"):
+        entry[name] = tuple(StreamTile(**tile) for tile in entry[name])
+    return AttentionParameters(**entry)
 
 
 @cache
