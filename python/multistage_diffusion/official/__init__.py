@@ -75,9 +75,9 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             f"{_summary('missing', missing)}; {_summary('unexpected', extra)}; check family and config"
         )
     wrong = [
-        f"{name} is {list(given[name].shape)}, the network needs {list(view.shape)}"
-        for name, view in expected.items()
-        if given[name].shape != view.shape
+        f"{name} is {list(given[name].shape)}, the network needs {list(place.shape)}"
+        for name, place in expected.items()
+        if given[name].shape != place.shape
     ]
     if wrong:
         raise ValueError(f"official.load: {_summary('wrong shapes', wrong)}; check the widths in config")
@@ -90,8 +90,8 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             "in config"
         )
     with torch.no_grad():
-        for name, view in expected.items():
-            view.copy_(given[name])
+        for name, place in expected.items():
+            place.write(given[name])
 
 
 def export(network: nn.Module, values: str = "parameters") -> dict[str, Tensor]:
@@ -118,10 +118,7 @@ def export(network: nn.Module, values: str = "parameters") -> dict[str, Tensor]:
             "export needs a shared encoder, got separate networks"
         )
     gradients = values == "gradients"
-    found = {
-        name: view.clone(memory_format=torch.contiguous_format)
-        for name, view in tensors(rules.entries(network), gradients=gradients)
-    }
+    found = {name: place.read() for name, place in tensors(rules.entries(network), gradients=gradients)}
     return found if gradients else found | dict(rules.constants(network))
 
 
@@ -167,7 +164,7 @@ def start_multistage(unified: nn.Module, decoder_widths: Sequence[int]) -> tuple
         )
     network = build_network(unified.config | {"decoder_widths": list(decoder_widths)})
     rules = _family(network.family)
-    source = dict(tensors(rules.entries(unified)))
+    source = {name: place.view for name, place in tensors(rules.entries(unified))}
     layers: dict[tuple[StageModule, int], list[tuple[str, Tensor, Tensor | None]]] = {}
     seen = set()
     for entry in rules.entries(network):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from multistage_diffusion.networks.blocks import ResidualBlock, ResidualInput, SkipInput
 from multistage_diffusion.networks.edm import EDMUNet
 from multistage_diffusion.networks.embeddings import FourierEmbedding
-from multistage_diffusion.official.entries import Arguments, Entry, Family, separable_filter, weights
+from multistage_diffusion.official.entries import (
+    Arguments,
+    Entry,
+    Family,
+    interleaved,
+    separable_filter,
+    weights,
+)
 
 ARGUMENTS = {
     "img_resolution": "image_size",
@@ -119,7 +126,7 @@ def _block(name: str, block: ResidualBlock) -> Iterator[Entry]:
         yield from weights(f"{name}.{part}", getattr(block, part))
     if block.attention is not None:
         yield from weights(f"{name}.norm2", block.attention.norm)
-        yield from weights(f"{name}.qkv", block.attention.qkv)
+        yield from interleaved(f"{name}.qkv", block.attention.qkv, 3)
         yield from weights(f"{name}.proj", block.attention.proj)
 
 

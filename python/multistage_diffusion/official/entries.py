@@ -22,12 +22,14 @@ class Entry:
         name: the reference's name; ``{stage}`` stands for the number of the decoder. Or stage -> name.
         module, parameter: where it is here.
         view: a stage's tensor here -> the reference's, as a view, so that it can be written to.
+        joined: the reference has the view's first two dimensions as one, which no view can show.
     """
 
     name: str | Callable[[int], str]
     module: StageModule
     parameter: str
     view: View = lambda tensor: tensor
+    joined: bool = False
 
     def named(self, stage: int) -> str:
         return self.name(stage) if callable(self.name) else self.name.format(stage=stage)
@@ -53,8 +55,28 @@ class Family:
     constants_matter: bool = True
 
 
-def tensors(entries: Iterable[Entry], *, gradients: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(reference name, view of the parameter or of its gradient) for every stage of every entry."""
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the reference lies here: a view of a parameter or of its gradient; see :class:`Entry`."""
+
+    view: Tensor
+    joined: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """The reference's."""
+        return self.view.flatten(0, 1).shape if self.joined else self.view.shape
+
+    def read(self) -> Tensor:
+        """A contiguous copy in the reference's shape."""
+        return self.view.clone(memory_format=torch.contiguous_format).view(self.shape)
+
+    def write(self, tensor: Tensor) -> None:
+        self.view.copy_(tensor.reshape(self.view.shape))
+
+
+def tensors(entries: Iterable[Entry], *, gradients: bool = False) -> Iterator[tuple[str, Place]]:
+    """(reference name, place of the parameter or of its gradient) for every stage of every entry."""
     for entry in entries:
         flat = getattr(entry.module, entry.parameter)
         values = flat.grad if gradients else flat.detach()
@@ -62,7 +84,7 @@ def tensors(entries: Iterable[Entry], *, gradients: bool = False) -> Iterator[tu
             continue
         stages = zip(entry.module.stage_ids, entry.module.stage_tensors(entry.parameter, values), strict=True)
         for stage, tensor in stages:
-            yield entry.named(stage), entry.view(tensor)
+            yield entry.named(stage), Place(entry.view(tensor), entry.joined)
 
 
 def weights(name: str, module: StageModule | OnStages | None, view: View | None = None) -> Iterator[Entry]:
@@ -74,6 +96,18 @@ def weights(name: str, module: StageModule | OnStages | None, view: View | None 
     yield Entry(f"{name}.weight", module, "weight", *([view] if view else []))
     if module.bias is not None:
         yield Entry(f"{name}.bias", module, "bias")
+
+
+def interleaved(name: str, module: StageModule, parts: int) -> Iterator[Entry]:
+    """Entries of a layer whose outputs are [parts, C] here and [C, parts] in the reference."""
+    for parameter in ("weight", "bias"):
+        yield Entry(
+            f"{name}.{parameter}",
+            module,
+            parameter,
+            lambda tensor: tensor.unflatten(0, (parts, -1)).transpose(0, 1),
+            joined=True,
+        )
 
 
 def part(index: int, parts: int) -> View:
