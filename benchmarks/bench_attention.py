@@ -3,7 +3,8 @@
     python -m pytest benchmarks/bench_attention.py
 
 Ours reads the packed output of the qkv convolution where it lies, in the order of our EDM networks and in the
-reference's, which interleaves q, k and v; the einsum gets it in NCHW, for which it was made, and PyTorch's attention gets q, k and v apart and dense.
+reference's, which interleaves q, k and v; the einsum gets it in NCHW, for which it was made, and PyTorch's attention
+gets q, k and v apart and dense.
 """
 
 from __future__ import annotations
