@@ -11,19 +11,7 @@ namespace msd {
 namespace {
 
 const GroupNormKernels& kernels_for(ElementType type) {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::kAvx512Bf16:
-      return group_norm_kernels_avx512bf16(type);
-    case Isa::kAvx512:
-      return group_norm_kernels_avx512(type);
-    case Isa::kAvx2:
-      return group_norm_kernels_avx2(type);
-    default:
-      break;
-  }
-#endif
-  return group_norm_kernels_portable(type);
+  return MSD_FOR_THIS_CPU(group_norm_kernels)(type);
 }
 
 // Uninitialised floats, aligned for the widest vectors.

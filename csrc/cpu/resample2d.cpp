@@ -9,22 +9,6 @@
 namespace msd {
 namespace {
 
-ResampleKernel kernel_for(ElementType type) {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::kAvx512Bf16:
-      return resample2d_kernel_avx512bf16(type);
-    case Isa::kAvx512:
-      return resample2d_kernel_avx512(type);
-    case Isa::kAvx2:
-      return resample2d_kernel_avx2(type);
-    default:
-      break;
-  }
-#endif
-  return resample2d_kernel_portable(type);
-}
-
 // This many elements cost about as much as one of what `useful_threads` has in mind.
 constexpr int64_t kElementsPerUseful = 4;
 
@@ -70,7 +54,7 @@ int64_t count_elements(const ResampleShape& shape) {
 }  // namespace
 
 void resample2d(const ResampleShape& shape, const ResampleFilter& filter, const void* x, void* y) {
-  const ResampleKernel kernel = kernel_for(shape.type);
+  const ResampleKernel kernel = MSD_FOR_THIS_CPU(resample2d_kernel)(shape.type);
   const ResampleJob job = {x, y, resample_axis(filter, shape.height, shape.out_height),
                            resample_axis(filter, shape.width, shape.out_width)};
   const int64_t elements = count_elements(shape);

@@ -46,13 +46,9 @@ class Operator:
         self._function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        tensors = args[: self._num_tensors]
-        if _observed(tensors):
+        if _observed(args[: self._num_tensors]):
             return self._overload(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-            return self._function.apply(*args, None)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return self._kernel(*args)
+        return self._differentiable(None, *args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: ``fake`` allocates what the kernel returns, without computing it."""
@@ -83,7 +79,8 @@ class Operator:
         )
         LIBRARY.impl(self._name, self._differentiable, "Autograd", with_keyset=True)
 
-    def _differentiable(self, keyset: DispatchKeySet, *args: Any) -> Any:
+    def _differentiable(self, keyset: DispatchKeySet | None, *args: Any) -> Any:
+        """``keyset`` is the dispatcher's, None for a call around it."""
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[: self._num_tensors]):
             return self._function.apply(*args, keyset)
         return self._below_autograd(keyset, *args)
