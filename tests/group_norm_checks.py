@@ -24,6 +24,8 @@ LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "
 # Roundings of the terms of its sum that a result may be off by, besides the rounding of the result itself: the worst
 # found over this file, every backend and the random shapes included, is 2.7.
 ROUNDINGS = 4
+# What the CPU kernel's short series for SiLU adds where bfloat16 is stored: a relative error of 1.4e-4.
+CPU_BFLOAT16_SILU = 1.4e-4
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ def check(inputs: Inputs, groups: int, backend: str, dy: Tensor, *, eps=1e-5, si
         leaf = inputs.x if name == "y" else getattr(inputs, name)
         assert actual.dtype == leaf.dtype
         atol = ROUNDINGS * (steps * terms[name] + ROUNDING[torch.float32] * conditioned[name])
-        assert_elements_close(actual, expected[name].detach(), rtol=ROUNDING[leaf.dtype], atol=atol.detach())
+        rtol = ROUNDING[leaf.dtype]
+        if name == "y" and silu and backend == "cpu" and leaf.dtype == torch.bfloat16:
+            rtol += CPU_BFLOAT16_SILU
+        assert_elements_close(actual, expected[name].detach(), rtol=rtol, atol=atol.detach())
 
 
 def cotangent(inputs: Inputs, generator) -> Tensor:

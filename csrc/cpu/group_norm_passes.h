@@ -90,6 +90,10 @@ void read_affine(const Affine& affine, const Unit& unit, float* gain, float* off
   }
 }
 
+MSD_INLINE void scale_for_silu(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= kSiluScale;
+}
+
 // Sum of f(0), ..., f(count - 1) in a fixed order that vectorises.
 template <class F>
 MSD_INLINE double ordered_sum(int64_t count, const F& f) {
@@ -267,6 +271,9 @@ struct ForwardPass {
         offset[c] -= rest * gain[c];
       }
     }
+    if (!job.silu) return;
+    scale_for_silu(gain, unit.channels);
+    scale_for_silu(offset, unit.channels);
   }
 
   static void map(const GroupNormForward& job, const Unit& unit, float* base, int64_t index) {
@@ -288,8 +295,17 @@ struct ForwardPass {
 
 template <class T>
 struct BackwardPass {
-  enum { kSum, kMoment, kArrays };                                                    // per piece
-  enum { kMeans, kGains, kOffsets, kConstants, kSlopes, kAffineGains, kParameters };  // per unit
+  enum { kSum, kMoment, kArrays };  // per piece
+  enum {                            // per unit; the first three make z
+    kMeans,
+    kZGains,
+    kZOffsets,
+    kGains,
+    kConstants,
+    kSlopes,
+    kAffineGains,
+    kParameters
+  };
 
   static bool keeps_dz(const GroupNormBackward& job) { return job.silu && job.dx != nullptr; }
 
@@ -352,7 +368,8 @@ struct BackwardPass {
     float* means = scratch.parameters(kMeans);
     float* gains = scratch.parameters(kGains);
     float* affine_gains = scratch.parameters(kAffineGains);
-    read_affine<T>(job.affine, unit, affine_gains, scratch.parameters(kOffsets));
+    float* offsets = scratch.parameters(kZOffsets);
+    read_affine<T>(job.affine, unit, affine_gains, offsets);
     for (int64_t g = 0; g < unit.groups; ++g) {
       const float mean = job.mean[unit.group + g];
       const float rstd = job.rstd[unit.group + g];
@@ -362,6 +379,11 @@ struct BackwardPass {
         gains[c] = affine_gains[c] * rstd;
       }
     }
+    float* z_gains = scratch.parameters(kZGains);
+    __builtin_memcpy(z_gains, gains, unit.channels * sizeof(float));
+    if (!job.silu) return;
+    scale_for_silu(z_gains, unit.channels);
+    scale_for_silu(offsets, unit.channels);
   }
 
   static void reduce(const GroupNormBackward& job, const Unit& unit, float* base, int64_t index) {
@@ -370,8 +392,8 @@ struct BackwardPass {
     FoldedParameters fold(unit, item);
     const ColumnParameters parameters = {unit.plane_channels == 1,
                                          fold(scratch.parameters(kMeans)),
-                                         fold(scratch.parameters(kGains)),
-                                         fold(scratch.parameters(kOffsets)),
+                                         fold(scratch.parameters(kZGains)),
+                                         fold(scratch.parameters(kZOffsets)),
                                          nullptr,
                                          nullptr};
     const T* x = static_cast<const T*>(job.x) + item.offset;

@@ -3,8 +3,6 @@
 // registers. Arrays of columns are float32 and padded.
 #pragma once
 
-#include <type_traits>
-
 #include "group_norm_unit.h"
 #include "vec.h"
 
@@ -15,7 +13,8 @@ constexpr int64_t kChunkRows = 64;
 // The first sweep asks for data so many rows ahead.
 constexpr int64_t kPrefetchRows = 32;
 
-// z = (x - mean) gain + offset;  dx = gain dz + constant + (x - mean) slope
+// (x - mean) gain + offset is z, or z kSiluScale where SiLU follows;
+// dx = gain dz + constant + (x - mean) slope
 struct ColumnParameters {
   bool uniform;  // one value for all columns
   const float *mean, *gain, *offset, *constant, *slope;
@@ -23,6 +22,7 @@ struct ColumnParameters {
   template <class T, int n>
   __attribute__((always_inline)) void load(const float* values, int64_t column,
                                            Pair (&tile)[n]) const {
+    MSD_UNROLL
     for (int i = 0; i < n; ++i) {
       tile[i] = uniform ? broadcast_pair(*values) : load_lanes<T>(values + column + i * kPair);
     }
@@ -66,11 +66,13 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
       constexpr int n = decltype(pairs)::value;
       const T* first = x + row * stride + column;
       Pair shift[n], sum[n], squares[n];
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) {
         shift[i] = access.load(first + i * kPair);
         sum[i] = squares[i] = broadcast_pair(0.0f);
       }
       for (int64_t r = 1; r < chunk; ++r) {
+        MSD_UNROLL
         for (int i = 0; i < n; ++i) {
           const T* here = first + r * stride + i * kPair;
           prefetch_pair(here + kPrefetchRows * stride);
@@ -79,6 +81,7 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
           squares[i] = fma(difference, difference, squares[i]);
         }
       }
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) {
         const int64_t at = column + i * kPair;
         merge_chunk<T>({moments.origin + at, moments.mean + at, moments.m2 + at}, row, chunk,
@@ -92,7 +95,6 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
 template <class T, bool kSilu>
 void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
                ColumnParameters parameters) {
-  constexpr bool kCoarse = std::is_same_v<T, BFloat16>;
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
     Pair mean[n], gain[n], offset[n];
@@ -101,18 +103,13 @@ void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
     parameters.load<T>(parameters.offset, column, offset);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * stride + column;
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) {
         const Pair z = fma(access.load(x + at + i * kPair) - mean[i], gain[i], offset[i]);
-        access.store(y + at + i * kPair, kSilu ? z * sigmoid<kCoarse>(z) : z);
+        access.store(y + at + i * kPair, kSilu ? silu<T>(z) : z);
       }
     }
   });
-}
-
-// dz = dy s (1 + z (1 - s)) with s = sigmoid(z)
-MSD_INLINE Pair silu_gradient(Pair dy, Pair z) {
-  const Pair s = sigmoid<false>(z);
-  return dy * fma(z * s, broadcast_pair(1.0f) - s, s);
 }
 
 // Per column, the sums of dz and of dz (x - mean). With kSilu, dz itself goes to `dz` unless that
@@ -122,18 +119,21 @@ void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_stride, i
                    int64_t columns, ColumnParameters parameters, float* dz, float* sums,
                    float* moment_sums) {
   const int64_t dz_stride = padded(columns);
-  for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
+  for_column_tiles<1>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
     Pair mean[n], gain[n], offset[n], total[n], moment_total[n];
     parameters.load<T>(parameters.mean, column, mean);
     parameters.load<T>(parameters.gain, column, gain);
     parameters.load<T>(parameters.offset, column, offset);
+    MSD_UNROLL
     for (int i = 0; i < n; ++i) total[i] = moment_total[i] = broadcast_pair(0.0f);
     for (int64_t row = 0; row < rows; row += kChunkRows) {
       const int64_t end = rows - row < kChunkRows ? rows : row + kChunkRows;
       Pair sum[n], moment[n];
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) sum[i] = moment[i] = broadcast_pair(0.0f);
       for (int64_t r = row; r < end; ++r) {
+        MSD_UNROLL
         for (int i = 0; i < n; ++i) {
           const T* x_here = x + r * stride + column + i * kPair;
           const T* dy_here = dy + r * dy_stride + column + i * kPair;
@@ -142,18 +142,20 @@ void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_stride, i
           const Pair difference = access.load(x_here) - mean[i];
           Pair gradient = access.load(dy_here);
           if (kSilu) {
-            gradient = silu_gradient(gradient, fma(difference, gain[i], offset[i]));
+            gradient = silu_gradient<T>(gradient, fma(difference, gain[i], offset[i]));
             if (dz != nullptr) store_pair(dz + r * dz_stride + column + i * kPair, gradient);
           }
           sum[i] = sum[i] + gradient;
           moment[i] = fma(gradient, difference, moment[i]);
         }
       }
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) {
         total[i] = total[i] + sum[i];
         moment_total[i] = moment_total[i] + moment[i];
       }
     }
+    MSD_UNROLL
     for (int i = 0; i < n; ++i) {
       store_lanes<T>(sums + column + i * kPair, total[i]);
       store_lanes<T>(moment_sums + column + i * kPair, moment_total[i]);
@@ -175,6 +177,7 @@ void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t str
     parameters.load<T>(parameters.constant, column, constant);
     parameters.load<T>(parameters.slope, column, slope);
     for (int64_t r = 0; r < rows; ++r) {
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) {
         const int64_t at = r * stride + column + i * kPair;
         const Pair gradient = kSilu ? load_pair(dz + r * dz_stride + column + i * kPair)

@@ -59,6 +59,7 @@ MSD_INLINE void add_tiles(const T* x, int64_t stride, Window window, Access acce
                           Pair (&sum)[n]) {
   for (int64_t r = 0; r < window.count; ++r) {
     const Pair weight = broadcast_pair(window.weights[r]);
+    MSD_UNROLL
     for (int i = 0; i < n; ++i) {
       sum[i] = fma(access.load(x + r * stride + i * kPair), weight, sum[i]);
     }
@@ -82,6 +83,7 @@ void resample_block(const ResampleJob& job, const ResampleUnit& unit, const T* x
       constexpr int n = decltype(pairs)::value;
       Pair sum[n] = {};
       add_tiles(source + channel, in_stride, rows, access, sum);
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) store_pair(target + channel + i * kPair, sum[i]);
     });
   }
@@ -93,6 +95,7 @@ void resample_block(const ResampleJob& job, const ResampleUnit& unit, const T* x
       constexpr int n = decltype(pairs)::value;
       Pair sum[n] = {};
       add_tiles(source + channel, stride, columns, WholePair(), sum);
+      MSD_UNROLL
       for (int i = 0; i < n; ++i) access.store(target + channel + i * kPair, sum[i]);
     });
   }
@@ -165,6 +168,7 @@ MSD_INLINE void sum_rows(const T* x, int64_t stride, int64_t count, Window rows,
     constexpr int n = decltype(pairs)::value;
     Pair sum[n] = {};
     add_tiles(x + i, stride, rows, access, sum);
+    MSD_UNROLL
     for (int j = 0; j < n; ++j) store_lanes<T>(sums + i + j * kPair, sum[j]);
   });
 }
@@ -206,6 +210,7 @@ MSD_INLINE void add_part(const float* part, const ResampleAxis& axis, int64_t ph
                          int64_t channels, Pair (&sum)[n]) {
   for (int64_t k = first; k < axis.taps[phase]; k += axis.step, part += channels) {
     const Pair weight = broadcast_pair(axis.weights[phase][k]);
+    MSD_UNROLL
     for (int i = 0; i < n; ++i) sum[i] = fma(load_pair(part + i * kPair), weight, sum[i]);
   }
 }
@@ -225,6 +230,7 @@ MSD_INLINE void filter_phase(const NarrowBuffers& buffers, const ResampleAxis& a
       add_part(buffers.parts[0] + i, axis, phase, 0, channels, sum);
       add_part(buffers.parts[1] + i, axis, phase, 1, channels, sum);
     }
+    MSD_UNROLL
     for (int j = 0; j < n; ++j) store_pair(target + i + j * kPair, sum[j]);
   });
 }
@@ -248,6 +254,7 @@ template <class T>
 MSD_INLINE void store_row(const float* values, int64_t count, T* y) {
   for_column_tiles<kWideTile>(count, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
+    MSD_UNROLL
     for (int i = 0; i < n; ++i) {
       access.store(y + column + i * kPair, load_lanes<T>(values + column + i * kPair));
     }

@@ -7,6 +7,16 @@
 // processor lacks.
 #define MSD_INLINE static inline __attribute__((always_inline))
 
+// Before a loop over the few parts of a tile. GCC else unrolls it too late, and keeps arrays that
+// could be registers in memory.
+#if defined(__clang__)
+#define MSD_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define MSD_UNROLL _Pragma("GCC unroll 8")
+#else
+#define MSD_UNROLL
+#endif
+
 namespace msd {
 
 struct BFloat16 {

@@ -22,9 +22,13 @@ MSD_INLINE Pair operator*(Pair a, Pair b) { return {a.lo * b.lo, a.hi * b.hi}; }
 MSD_INLINE Pair fma(Pair a, Pair b, Pair c) {
   return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
 }
-template <bool kCoarse>
-MSD_INLINE Pair sigmoid(Pair z) {
-  return {sigmoid<kCoarse>(z.lo), sigmoid<kCoarse>(z.hi)};
+template <class T>
+MSD_INLINE Pair silu(Pair t) {
+  return {silu<T>(t.lo), silu<T>(t.hi)};
+}
+template <class T>
+MSD_INLINE Pair silu_gradient(Pair dy, Pair t) {
+  return {silu_gradient<T>(dy.lo, t.lo), silu_gradient<T>(dy.hi, t.hi)};
 }
 MSD_INLINE Pair clamp_negative(Pair v) { return {clamp_negative(v.lo), clamp_negative(v.hi)}; }
 

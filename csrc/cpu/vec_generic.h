@@ -8,9 +8,7 @@ namespace msd::MSD_ISA {
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
 // 1 / (1 + exp(-z)), with exp(-z) = 2^n exp(r), n an integer found by adding 1.5 2^23, whose last
-// mantissa bit is 1, and |r| <= log(2)/2. Beyond |z| = 87 the value no longer changes. There
-// is no coarse variant.
-template <bool>
+// mantissa bit is 1, and |r| <= log(2)/2. Beyond |z| = 87 the value no longer changes.
 MSD_INLINE Vec sigmoid(Vec z) {
   const Vec limit = broadcast(87.0f);
   const Vec below = z < limit ? z : limit;
@@ -28,6 +26,21 @@ MSD_INLINE Vec sigmoid(Vec z) {
   series = fma(series, r, broadcast(1.0f));
   const Vec exponential = (Vec)((Bits)series + ((Bits)shifted << 23));
   return broadcast(1.0f) / (broadcast(1.0f) + exponential);
+}
+
+// SiLU takes z kSiluScale. Its precision does not depend on the type here.
+constexpr float kSiluScale = 1.0f;
+
+template <class>
+MSD_INLINE Vec silu(Vec z) {
+  return z * sigmoid(z);
+}
+
+// dy s (1 + z (1 - s)) with s = sigmoid(z)
+template <class>
+MSD_INLINE Vec silu_gradient(Vec dy, Vec z) {
+  const Vec s = sigmoid(z);
+  return dy * fma(z * s, broadcast(1.0f) - s, s);
 }
 
 template <class T>
