@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import harness
-from harness import Comparison, Function, Rounds
+from harness import OURS, Comparison, Function, Rounds
 
 ROWS = pytest.StashKey[list[list]]()  # label, Comparison, dict of notes
+# Seconds of a turn: short ones say more about what the case before has left in the caches than about the op.
+TURN = 0.01
 FACTS = pytest.StashKey[dict[str, object]]()
 
 
@@ -60,11 +62,15 @@ class Race:
 
     def __call__(self, cases: dict[str, Function], seconds: float) -> Comparison:
         """Races for about so many seconds."""
-        rounds = Rounds(cases)
+        rounds = Rounds(cases, span=TURN)
         count = rounds.calibrate(seconds)
-        # Setup runs before every round and is not in its time.
-        self._benchmark.pedantic(rounds.ours, setup=rounds.peers, rounds=count)
-        comparison = rounds.comparison()
+        # Teardown runs after every round and is not in its time.
+        self._benchmark.pedantic(
+            rounds.ours, teardown=rounds.peers, rounds=count, iterations=rounds.calls[OURS]
+        )
+        if self._benchmark.disabled:  # then it has made one call only
+            rounds.peers()
+        comparison = rounds.comparison(count)
         self._benchmark.extra_info.update(comparison.as_dict(), threads=torch.get_num_threads())
         self._rows.append([self._label, comparison, {}])
         return comparison
@@ -84,14 +90,14 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:
         return
-    terminalreporter.section("ours and peers, interleaved: median [quartiles]")
+    terminalreporter.section("ours and peers in turns of several calls: median [quartiles]")
     facts = config.stash[FACTS]
     if facts["load"] > 0.5 * facts["cores"]:
         terminalreporter.write_line(
             f"Other processes were at work, load {facts['load']} on {facts['cores']} cores: do not trust these times."
         )
     terminalreporter.write_line("  ".join(f"{name} {value}" for name, value in facts.items()))
-    header = ("case", "ours ms", "peer", "peer ms", "peer / ours", "of the fastest", "")
+    header = ("case", "ours ms", "peer", "peer ms", "peer / ours", "first calls", "fastest", "")
     lines = [
         (
             label,
@@ -99,6 +105,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             peer,
             harness.milliseconds(comparison.time(peer).median),
             harness.ratio_text(comparison.ratio(peer)),
+            f"{comparison.first_ratio(peer):.2f}x",
             f"{comparison.best_ratio(peer):.2f}x",
             "  ".join(f"{name} {value}" for name, value in notes.items()),
         )

@@ -1,4 +1,4 @@
-"""Times functions against each other: interleaved in one process, medians with quartiles, ratios round by round.
+"""Times functions against each other: they take turns in one process; medians with quartiles, ratios round by round.
 
 Needs PyTorch only, so that it also runs where pytest-benchmark is missing.
 """
@@ -47,31 +47,42 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The seconds of every case, one entry per round."""
+    """The turns of every case, one entry per round: the seconds of each call of the turn."""
 
-    seconds: dict[str, list[float]]
+    turns: dict[str, list[Sequence[float]]]
 
     @property
     def peers(self) -> list[str]:
-        return [name for name in self.seconds if name != OURS]
+        return [name for name in self.turns if name != OURS]
+
+    def seconds(self, name: str) -> list[float]:
+        """Per round, the mean of the turn's calls."""
+        return [statistics.fmean(turn) for turn in self.turns[name]]
 
     def time(self, name: str = OURS) -> Spread:
-        return Spread.of(self.seconds[name])
+        return Spread.of(self.seconds(name))
 
     def ratio(self, peer: str) -> Spread:
         """How many times as long as ours the peer takes, from the pairs of one round: above 1, ours is faster."""
-        return Spread.of([p / o for p, o in zip(self.seconds[peer], self.seconds[OURS], strict=True)])
+        return Spread.of([p / o for p, o in zip(self.seconds(peer), self.seconds(OURS), strict=True)])
+
+    def first_ratio(self, peer: str) -> float:
+        """The same for the first call of each turn alone, which finds in the caches what another case has left."""
+        pairs = zip(self.turns[peer], self.turns[OURS], strict=True)
+        return statistics.median(p[0] / o[0] for p, o in pairs)
 
     def best_ratio(self, peer: str) -> float:
-        """The ratio of the fastest runs, which other processes on the same cores disturb least."""
-        return min(self.seconds[peer]) / min(self.seconds[OURS])
+        """The ratio of the fastest turns, which other processes on the same cores disturb least."""
+        return min(self.seconds(peer)) / min(self.seconds(OURS))
 
     def as_dict(self) -> dict:
-        """Median and quartiles of the seconds and of the ratios, and the ratios of the fastest runs."""
+        """Median and quartiles of the seconds and of the ratios, and the ratios of first calls and fastest turns."""
         return {
-            "rounds": len(self.seconds[OURS]),
-            "seconds": {name: _rounded(self.time(name)) for name in self.seconds},
+            "rounds": len(self.turns[OURS]),
+            "calls": {name: len(turns[0]) for name, turns in self.turns.items()},
+            "seconds": {name: _rounded(self.time(name)) for name in self.turns},
             "ratio": {name: _rounded(self.ratio(name)) for name in self.peers},
+            "ratio_of_first_calls": {name: float(f"{self.first_ratio(name):.4g}") for name in self.peers},
             "ratio_of_fastest": {name: float(f"{self.best_ratio(name):.4g}") for name in self.peers},
         }
 
@@ -87,55 +98,74 @@ def wall_clock(function: Function) -> float:
 
 
 class Rounds:
-    """Runs the cases in turn: the peers, then ours, then the peers again, each round from another one on.
+    """Lets the cases take turns: each round ours, then the peers, each round from another one on.
 
     So nobody always comes after the same one, which may leave little in the caches.
 
     Args:
         cases: functions by name; the one called ``"ours"`` is compared with all the others.
         timer: runs a function and returns its seconds.
+        span: seconds that a turn should last, of as many calls as that takes; 0 for single calls.
     """
 
-    def __init__(self, cases: dict[str, Function], timer: Timer = wall_clock) -> None:
-        self._cases, self._timer = cases, timer
-        self.forget()
+    MOST_CALLS = 100
 
-    def forget(self) -> None:
-        self._seconds: dict[str, list[float]] = {name: [] for name in self._cases}
+    def __init__(self, cases: dict[str, Function], timer: Timer = wall_clock, span: float = 0.0) -> None:
+        self._cases, self._timer, self._span = cases, timer, span
+        self.calls = dict.fromkeys(cases, 1)
+        self._forget()
 
-    def run(self, name: str) -> None:
-        self._seconds[name].append(self._timer(self._cases[name]))
+    def _forget(self) -> None:
+        self._turn: list[float] = []
+        self._turns: dict[str, list[Sequence[float]]] = {name: [] for name in self._cases}
 
-    def peers(self) -> None:
-        peers = [name for name in self._cases if name != OURS]
-        first = len(self._seconds[OURS]) % len(peers)
-        for name in peers[first:] + peers[:first]:
-            self.run(name)
+    def _call(self, name: str) -> None:
+        self._turn.append(self._timer(self._cases[name]))
+
+    def _end_turn(self, name: str) -> None:
+        self._turns[name].append(tuple(self._turn))
+        self._turn.clear()
 
     def ours(self) -> None:
-        self.run(OURS)
+        """One call of our turn."""
+        self._call(OURS)
+
+    def peers(self) -> None:
+        """Ends our turn; then every peer has its own."""
+        self._end_turn(OURS)
+        peers = [name for name in self._cases if name != OURS]
+        first = len(self._turns[OURS]) % len(peers)
+        for name in peers[first:] + peers[:first]:
+            for _ in range(self.calls[name]):
+                self._call(name)
+            self._end_turn(name)
 
     def calibrate(self, seconds: float, fewest: int = 5, most: int = 200) -> int:
-        """Warms every case up and says how many rounds fit into ``seconds``."""
+        """Warms every case up, sets the calls of a turn and says how many rounds fit into ``seconds``."""
         for _ in range(2):
-            self.forget()
-            self.peers()
+            self._forget()
             self.ours()
-        one_round = sum(values[-1] for values in self._seconds.values())
-        self.forget()
+            self.peers()
+        one_round = 0.0
+        for name, ((once,),) in self._turns.items():
+            self.calls[name] = min(self.MOST_CALLS, max(1, round(self._span / once)))
+            one_round += self.calls[name] * once
+        self._forget()
         return min(most, max(fewest, int(seconds / one_round)))
 
-    def comparison(self) -> Comparison:
-        return Comparison(self._seconds)
+    def comparison(self, rounds: int) -> Comparison:
+        """The first so many rounds."""
+        return Comparison({name: turns[:rounds] for name, turns in self._turns.items()})
 
 
 def compare(cases: dict[str, Function], seconds: float, timer: Timer = wall_clock) -> Comparison:
-    """Interleaves the cases for about so many seconds."""
+    """Interleaves single calls of the cases for about so many seconds."""
     rounds = Rounds(cases, timer)
-    for _ in range(rounds.calibrate(seconds)):
-        rounds.peers()
+    count = rounds.calibrate(seconds)
+    for _ in range(count):
         rounds.ours()
-    return rounds.comparison()
+        rounds.peers()
+    return rounds.comparison(count)
 
 
 def check(name: str, found: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> None:
