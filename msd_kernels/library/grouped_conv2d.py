@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd_kernels.library.segments import flat_nhwc, gather, nhwc, split
-from msd_kernels.reference.dtypes import wide
 from msd_kernels.reference.grouped_conv2d import resampled_size
 
 
@@ -139,20 +138,19 @@ def _stage_gradients(dy, sources, weight, resample, wanted):
     want_x, want_skip, want_weight, want_bias, want_sample_bias = wanted
     source = _resample(_join(sources), resample)
     padding = weight.shape[2] // 2
-    dsource, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, source, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1,
-        [want_x or want_skip, want_weight, False],
+    dsource, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, source, weight, [weight.shape[0]], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1,
+        [want_x or want_skip, want_weight, want_bias],
     )  # fmt: skip
     dx, dskip = (
         _split_sources(_resample_adjoint(dsource, resample), sources) if want_x or want_skip else (None, None)
     )
-    dsample_bias = dy.sum(dim=(2, 3), dtype=wide(dy.dtype)) if want_bias or want_sample_bias else None
     return (
         flat_nhwc(dx) if want_x else None,
         flat_nhwc(dskip) if want_skip else None,
         flat_nhwc(dweight) if want_weight else None,
-        dsample_bias.sum(dim=0).to(dy.dtype) if want_bias else None,
-        dsample_bias.reshape(-1).to(dy.dtype) if want_sample_bias else None,
+        dbias,
+        dy.sum(dim=(2, 3)).reshape(-1) if want_sample_bias else None,
     )
 
 

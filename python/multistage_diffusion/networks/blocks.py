@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from msd_kernels import StageBatch, StageWeights, grouped_linear, resample2d
+from multistage_diffusion.dropout import dropout
 from multistage_diffusion.layers import (
     BOX,
     Initialiser,
@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
             h = self.norm1(self.conv0(h), scale=scale, shift=shift, activation="silu")
         else:
             h = self.norm1(self.conv0(h, sample_bias=affine), activation="silu")
-        h = h.map(lambda values: F.dropout(values, self.dropout, self.training))
+        h = h.map(lambda values: dropout(values, self.dropout, self.training))
         h = self.conv1(h, residual=x if self.skip is None else self.skip(x), scale=self.scale)
         return h if self.attention is None else self.attention(h, context)
 
