@@ -250,11 +250,14 @@ def _add_optimizer_options(parser) -> None:
 
 def run(args) -> int:
     from ..data import load_images
+    from ..host_memory import keep_freed_memory
     from ..training import Trainer
 
     if not args.resume and args.data is None:
         raise ValueError("--data is needed to start a run (--resume takes it from the run)")
     device = set_up_machine(args)
+    if device.type == "cpu":
+        keep_freed_memory()
     saved = _saved_config(args) if args.resume else None
     source = args.data or (saved or {}).get("data")
     if source is None:
