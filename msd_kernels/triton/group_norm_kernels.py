@@ -88,6 +88,18 @@ def _affine(weight, bias, scale, shift, per_channel, per_sample, in_block):
 
 
 @triton.jit
+def _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAST: tl.constexpr):
+    """What each column's sums are relative to: the median of three elements of its group, as one may be an outlier."""
+    step = 1 if CHANNELS_LAST else pixels
+    middle = first_of_group + per_group // 2 * step + pixels // 2 * stride
+    last = first_of_group + (per_group - 1) * step + (pixels - 1 - pixels // 4) * stride
+    a = tl.load(x + first_of_group + pixels // 4 * stride, mask=in_block, other=0).to(tl.float32)
+    b = tl.load(x + middle, mask=in_block, other=0).to(tl.float32)
+    c = tl.load(x + last, mask=in_block, other=0).to(tl.float32)
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
 def _to_columns(per_group_values, member):
     """A value per group at every column of the group."""
     return tl.sum(member * per_group_values[None, :], axis=1)
@@ -108,7 +120,7 @@ def _group_norm_forward_kernel(
     """One program: all pixels of one sample's block of groups.
 
     Reads the slab for the statistics, reads it again, writes ``y`` once, ``mean`` and ``rstd`` once per group.
-    Sums are of differences to the group's first element, so that a large mean costs no digits; tiles are merged by
+    Sums are of differences to an element of the group, so that a large mean costs no digits; tiles are merged by
     Chan's update, per column, then per group.
     """
     (
@@ -123,7 +135,7 @@ def _group_norm_forward_kernel(
         in_groups,
         per_group,
     ) = _columns(table, pixels, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
-    pivot = tl.load(x + first_of_group, mask=in_block, other=0).to(tl.float32)
+    pivot = _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAST)
     column_mean = tl.zeros([BC], tl.float32)
     column_m2 = tl.zeros([BC], tl.float32)
     seen = 0.0

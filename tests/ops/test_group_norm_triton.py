@@ -56,6 +56,15 @@ def test_group_norm_with_some_of_its_parameters(present, silu, generator):
 
 
 @LAYOUTS
+def test_group_norm_around_an_outlier(channels_last, generator):
+    """Differences from the first element would lose digits."""
+    inputs = make_inputs(generator, (1, 8, 24, 24), channels_last=channels_last)
+    with torch.no_grad():
+        inputs.x[..., 0, 0] += 1e4
+    check(inputs, 4, "triton", cotangent(inputs, generator))
+
+
+@LAYOUTS
 @pytest.mark.parametrize("offset", [-100.0, 1000.0])
 def test_group_norm_of_off_centre_inputs(offset, channels_last, generator):
     inputs = make_inputs(generator, (1, 24, 12, 12), offset=offset, channels_last=channels_last)
