@@ -343,7 +343,7 @@ struct BackwardPass {
     int64_t stride;
   };
 
-  // A planar dy of the item, with dense pixels of the unit's channels; `reduce` interleaves it.
+  // Where a planar dy of the item comes to lie with dense pixels of the unit's channels.
   static T* interleaved_dy(const GroupNormBackward& job, const Unit& unit, const Item& item,
                            float* base) {
     T* dy = reinterpret_cast<T*>(base + head_floats(unit) + dz_floats(job, unit));
@@ -356,11 +356,15 @@ struct BackwardPass {
     return {interleaved_dy(job, unit, item, base), item.columns};
   }
 
-  static void interleave_dy(const GroupNormBackward& job, const Unit& unit, const Item& item,
-                            float* base) {
-    interleave_planes(static_cast<const T*>(job.dy) + unit.planar_dy + item.pixel, unit.spatial,
-                      unit.channels, item.rows * item.columns / unit.channels,
-                      interleaved_dy(job, unit, item, base));
+  // Some rows of a planar dy, interleaved. SiLU's gradient is kept instead of them; so they take
+  // each other's place, which leaves them in the first-level cache.
+  static const T* interleave_rows(const GroupNormBackward& job, const Unit& unit, const Item& item,
+                                  float* base, int64_t row, int64_t rows) {
+    const int64_t fold = item.columns / unit.channels;
+    T* out = interleaved_dy(job, unit, item, base) + (job.silu ? 0 : row * item.columns);
+    interleave_planes(static_cast<const T*>(job.dy) + unit.planar_dy + item.pixel + row * fold,
+                      unit.spatial, unit.channels, rows * fold, out);
+    return out;
   }
 
   static void prepare(const GroupNormBackward& job, const Unit& unit, float* base) {
@@ -396,26 +400,38 @@ struct BackwardPass {
                                          fold(scratch.parameters(kZOffsets)),
                                          nullptr,
                                          nullptr};
-    const T* x = static_cast<const T*>(job.x) + item.offset;
-    if (job.dy_planar) interleave_dy(job, unit, item, base);
-    const Cotangent dy = cotangent_of(job, unit, item, base);
-    float* dz = dz_of(job, unit, item, base);
-    const auto kernel = job.silu ? gradient_sums<T, true> : gradient_sums<T, false>;
     const int64_t width = unit.plane_channels;
+    alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
     float* sums = scratch.sums(item.piece, kSum) + item.plane * width;
     float* moments = scratch.sums(item.piece, kMoment) + item.plane * width;
     if (!item.folded) {
-      kernel(x, dy.data, item.stride, dy.stride, item.rows, item.columns, parameters, dz, sums,
-             moments);
+      add_rows(job, unit, item, base, parameters, sums, moments);
       return;
     }
-    alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
-    kernel(x, dy.data, item.stride, dy.stride, item.rows, item.columns, parameters, dz,
-           columns[kSum], columns[kMoment]);
+    add_rows(job, unit, item, base, parameters, columns[kSum], columns[kMoment]);
     unfold_sums(columns[kSum], item.columns, width);
     unfold_sums(columns[kMoment], item.columns, width);
     __builtin_memcpy(sums, columns[kSum], width * sizeof(float));
     __builtin_memcpy(moments, columns[kMoment], width * sizeof(float));
+  }
+
+  // The sums of the item's columns, chunk by chunk.
+  static void add_rows(const GroupNormBackward& job, const Unit& unit, const Item& item,
+                       float* base, const ColumnParameters& parameters, float* sums,
+                       float* moments) {
+    const auto kernel = job.silu ? add_gradient_sums<T, true> : add_gradient_sums<T, false>;
+    const T* x = static_cast<const T*>(job.x) + item.offset;
+    const Cotangent dy = cotangent_of(job, unit, item, base);
+    float* dz = dz_of(job, unit, item, base);
+    __builtin_memset(sums, 0, padded(item.columns) * sizeof(float));
+    __builtin_memset(moments, 0, padded(item.columns) * sizeof(float));
+    for (int64_t row = 0; row < item.rows; row += kChunkRows) {
+      const int64_t rows = item.rows - row < kChunkRows ? item.rows - row : kChunkRows;
+      const T* part = job.dy_planar ? interleave_rows(job, unit, item, base, row, rows)
+                                    : dy.data + row * dy.stride;
+      kernel(x + row * item.stride, part, item.stride, dy.stride, rows, item.columns, parameters,
+             dz == nullptr ? nullptr : dz + row * padded(item.columns), sums, moments);
+    }
   }
 
   // From the channels' sums P of dz and Q of dz xhat: dshift = P, dscale = weight Q + bias P, and

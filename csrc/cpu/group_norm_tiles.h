@@ -19,13 +19,16 @@ struct ColumnParameters {
   bool uniform;  // one value for all columns
   const float *mean, *gain, *offset, *constant, *slope;
 
+  template <class T>
+  __attribute__((always_inline)) Pair at(const float* values, int64_t column) const {
+    return uniform ? broadcast_pair(*values) : load_lanes<T>(values + column);
+  }
+
   template <class T, int n>
   __attribute__((always_inline)) void load(const float* values, int64_t column,
                                            Pair (&tile)[n]) const {
     MSD_UNROLL
-    for (int i = 0; i < n; ++i) {
-      tile[i] = uniform ? broadcast_pair(*values) : load_lanes<T>(values + column + i * kPair);
-    }
+    for (int i = 0; i < n; ++i) tile[i] = at<T>(values, column + i * kPair);
   }
 };
 
@@ -112,58 +115,44 @@ void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
   });
 }
 
-// Per column, the sums of dz and of dz (x - mean). With kSilu, dz itself goes to `dz` unless that
-// is null: padded(columns) floats per row, in the order of the lanes.
+template <class T>
+MSD_INLINE void add_lanes(float* sums, Pair v) {
+  store_lanes<T>(sums, load_lanes<T>(sums) + v);
+}
+
+// Adds to the columns' sums those of dz and of dz (x - mean) over at most kChunkRows rows. With
+// kSilu, dz itself goes to `dz` unless that is null: padded(columns) floats per row, in the order
+// of the lanes.
 template <class T, bool kSilu>
-void gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_stride, int64_t rows,
-                   int64_t columns, ColumnParameters parameters, float* dz, float* sums,
-                   float* moment_sums) {
+void add_gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_stride, int64_t rows,
+                       int64_t columns, ColumnParameters parameters, float* dz, float* sums,
+                       float* moment_sums) {
   const int64_t dz_stride = padded(columns);
-  for_column_tiles<1>(columns, [=](int64_t column, auto pairs, auto access) {
-    constexpr int n = decltype(pairs)::value;
-    Pair mean[n], gain[n], offset[n], total[n], moment_total[n];
-    parameters.load<T>(parameters.mean, column, mean);
-    parameters.load<T>(parameters.gain, column, gain);
-    parameters.load<T>(parameters.offset, column, offset);
-    MSD_UNROLL
-    for (int i = 0; i < n; ++i) total[i] = moment_total[i] = broadcast_pair(0.0f);
-    for (int64_t row = 0; row < rows; row += kChunkRows) {
-      const int64_t end = rows - row < kChunkRows ? rows : row + kChunkRows;
-      Pair sum[n], moment[n];
-      MSD_UNROLL
-      for (int i = 0; i < n; ++i) sum[i] = moment[i] = broadcast_pair(0.0f);
-      for (int64_t r = row; r < end; ++r) {
-        MSD_UNROLL
-        for (int i = 0; i < n; ++i) {
-          const T* x_here = x + r * stride + column + i * kPair;
-          const T* dy_here = dy + r * dy_stride + column + i * kPair;
-          prefetch_pair(x_here + kPrefetchRows * stride);
-          prefetch_pair(dy_here + kPrefetchRows * dy_stride);
-          const Pair difference = access.load(x_here) - mean[i];
-          Pair gradient = access.load(dy_here);
-          if (kSilu) {
-            gradient = silu_gradient<T>(gradient, fma(difference, gain[i], offset[i]));
-            if (dz != nullptr) store_pair(dz + r * dz_stride + column + i * kPair, gradient);
-          }
-          sum[i] = sum[i] + gradient;
-          moment[i] = fma(gradient, difference, moment[i]);
-        }
+  for_column_tiles<1>(columns, [=](int64_t column, auto, auto access) {
+    const Pair mean = parameters.at<T>(parameters.mean, column);
+    const Pair gain = parameters.at<T>(parameters.gain, column);
+    const Pair offset = parameters.at<T>(parameters.offset, column);
+    Pair sum = broadcast_pair(0.0f), moment = sum;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* x_here = x + r * stride + column;
+      const T* dy_here = dy + r * dy_stride + column;
+      prefetch_pair(x_here + kPrefetchRows * stride);
+      prefetch_pair(dy_here + kPrefetchRows * dy_stride);
+      const Pair difference = access.load(x_here) - mean;
+      Pair gradient = access.load(dy_here);
+      if (kSilu) {
+        gradient = silu_gradient<T>(gradient, fma(difference, gain, offset));
+        if (dz != nullptr) store_pair(dz + r * dz_stride + column, gradient);
       }
-      MSD_UNROLL
-      for (int i = 0; i < n; ++i) {
-        total[i] = total[i] + sum[i];
-        moment_total[i] = moment_total[i] + moment[i];
-      }
+      sum = sum + gradient;
+      moment = fma(gradient, difference, moment);
     }
-    MSD_UNROLL
-    for (int i = 0; i < n; ++i) {
-      store_lanes<T>(sums + column + i * kPair, total[i]);
-      store_lanes<T>(moment_sums + column + i * kPair, moment_total[i]);
-    }
+    add_lanes<T>(sums + column, sum);
+    add_lanes<T>(moment_sums + column, moment);
   });
 }
 
-// dx = gain dz + constant + (x - mean) slope, with dz as gradient_sums left it, or dy without
+// dx = gain dz + constant + (x - mean) slope, with dz as add_gradient_sums left it, or dy without
 // kSilu.
 template <class T, bool kSilu>
 void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t stride,
