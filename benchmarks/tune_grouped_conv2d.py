@@ -1,6 +1,6 @@
 """Fills the launch table of this machine's GPU for the grouped linear layer and convolution.
 
-    python benchmarks/tune_grouped_conv2d.py [--seconds 240] [--write]
+    python benchmarks/tune_grouped_conv2d.py [--seconds 240] [--arithmetics half,tf32,float32] [--write]
 
 For every arithmetic and pass it times the tile shapes below on one of EDM's decoder layers and keeps the fastest, then
 measures from how much work per stage on the library's loop over the stages is faster. With ``--write`` the result
@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
 
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
 
-from msd_kernels import tuned
-from msd_kernels.library import grouped_conv2d as library
-from msd_kernels.triton import grouped_conv2d as triton
-from msd_kernels.triton.problems import Layout
+import torch  # noqa: E402
+
+from msd_kernels import tuned  # noqa: E402
+from msd_kernels.library import grouped_conv2d as library  # noqa: E402
+from msd_kernels.triton import grouped_conv2d as triton  # noqa: E402
+from msd_kernels.triton.problems import Layout  # noqa: E402
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 # One third of the samples each, at the middle resolution: every tile kind has work.
@@ -33,6 +38,7 @@ MIX = Layout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64), (64, 64))
 DEPTHS, STAGES, WARPS = (16, 32, 64), (2, 3, 4, 5), (4, 8)
 REPETITIONS = 10
+SLEEP_CYCLES = 1_000_000  # about 0.5 ms, in which the host gets ahead of the device
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -43,6 +49,7 @@ def milliseconds(run: Callable[[], object]) -> float:
     times = []
     for _ in range(REPETITIONS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         run()
         end.record()
@@ -63,9 +70,11 @@ def make_tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]
 
 
 def candidates(current: tuned.Tile) -> Iterator[tuple[tuned.Tile, int]]:
-    """The present tile first, then all others with every number of warps."""
-    shapes = [tuned.Tile(m, n, k, s) for (m, n), k, s in product(SHAPES, DEPTHS, STAGES)]
-    yield from product([current, *(tile for tile in shapes if tile != current)], WARPS)
+    """The present tile first, then all others with every number of warps; early ones are unlike each other."""
+    shapes = [tuned.Tile(m, n, k, s) for s, k, (m, n) in product(STAGES, DEPTHS, SHAPES)]
+    others = list(product([tile for tile in shapes if tile != current], WARPS))
+    random.Random(0).shuffle(others)
+    yield from [*product([current], WARPS), *others]
 
 
 def fastest(parameters, run: Callable[[], object], deadline: float):
@@ -86,11 +95,11 @@ def fastest(parameters, run: Callable[[], object], deadline: float):
     return best
 
 
-def tune(architecture: int, seconds: float) -> dict:
-    """A whole table."""
-    table = {"grouped": {"product": {}, "wgrad": {}}, "crossover": {}}
-    share = seconds / (2 * len(tuned.ARITHMETICS))
-    for arithmetic in tuned.ARITHMETICS:
+def tune(architecture: int, arithmetics: Sequence[str], seconds: float):
+    """The committed table with other parameters for these arithmetics, and the fastest of each pass."""
+    table, best = deepcopy(tuned.table(architecture)), {}
+    share = seconds / (2 * len(arithmetics))
+    for arithmetic in arithmetics:
         x, skip, weight, dy = make_tensors(MIX, DTYPES[arithmetic])
         y, dweight = torch.empty_like(dy), torch.empty_like(weight)
 
@@ -102,12 +111,13 @@ def tune(architecture: int, seconds: float) -> dict:
 
         for name, run, read in (("product", forward, tuned.product), ("wgrad", wgrad, tuned.wgrad)):
             print(f"{name}, {arithmetic}", file=sys.stderr)
-            best = fastest(read(architecture, arithmetic), run, time.monotonic() + share)
-            table["grouped"][name][arithmetic] = asdict(best)
-    return table
+            found = fastest(read(architecture, arithmetic), run, time.monotonic() + share)
+            best[name, arithmetic] = found
+            table["grouped"][name][arithmetic] = asdict(found)
+    return table, best
 
 
-def crossover(linear: bool) -> float:
+def crossover(linear: bool, parameters: tuned.ProductParameters) -> float:
     """The largest work per stage, in GFLOP, up to which one launch is never slower than the library's loop."""
     taken = 0.0
     for samples in SAMPLES:
@@ -115,9 +125,11 @@ def crossover(linear: bool) -> float:
             layout = Layout((64 * samples,) * 3, (512,) * 3, (0,) * 3, (384, 256, 32), 1, 1, 1, "none")
         else:
             layout = replace(MIX, counts=(samples,) * 3)
-        tensors = [t if t.numel() else None for t in make_tensors(layout, torch.bfloat16)]
-        arguments = (*tensors[:3], None, None, None, *asdict(layout).values(), 1.0)
-        ours, loop = (milliseconds(partial(m.grouped_conv2d, *arguments)) for m in (triton, library))
+        *inputs, y = (t if t.numel() else None for t in make_tensors(layout, torch.bfloat16))
+        inputs += [None, None, None]
+        one_launch = partial(triton.grouped_conv2d_forward, *inputs, y, layout, 1.0, "half", parameters)
+        ours = milliseconds(one_launch)
+        loop = milliseconds(partial(library.grouped_conv2d, *inputs, *asdict(layout).values(), 1.0))
         print(f"{samples} samples per stage: {ours:.3f} ms, loop {loop:.3f} ms", file=sys.stderr)
         if ours > loop:
             break
@@ -126,18 +138,22 @@ def crossover(linear: bool) -> float:
 
 
 def format_table(table: dict) -> str:
-    """JSON with one line per tile."""
-    tiles: list[str] = []
+    """JSON with one line per tile and per crossover."""
+    lines: list[str] = []
 
     def mark(value):
-        if isinstance(value, dict) and set(value) == {"m", "n", "k", "stages"}:
-            tiles.append(json.dumps(value))
-            return f"@{len(tiles) - 1}@"
-        return {key: mark(v) for key, v in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, list):
+            return [mark(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        if all(isinstance(v, (int, float, str)) for v in value.values()):
+            lines.append(json.dumps(value))
+            return f"@{len(lines) - 1}@"
+        return {key: mark(v) for key, v in value.items()}
 
     text = json.dumps(mark(table), indent=2)
-    for index, tile in enumerate(tiles):
-        text = text.replace(f'"@{index}@"', tile)
+    for index, line in enumerate(lines):
+        text = text.replace(f'"@{index}@"', line)
     return text + "\n"
 
 
@@ -147,6 +163,13 @@ def main() -> int:
         "--seconds", type=float, default=240, help="for the search; the crossover takes some more"
     )
     parser.add_argument(
+        "--arithmetics",
+        type=lambda text: text.split(","),
+        default=list(tuned.ARITHMETICS),
+        metavar="LIST",
+        help=f"to search for, of {', '.join(tuned.ARITHMETICS)}; default: all",
+    )
+    parser.add_argument(
         "--write", action="store_true", help="replace the committed table of this architecture"
     )
     options = parser.parse_args()
@@ -154,10 +177,12 @@ def main() -> int:
         print("tune_grouped_conv2d: needs a CUDA device, torch sees none", file=sys.stderr)
         return 1
     architecture = tuned.architecture_of(torch.device("cuda", torch.cuda.current_device()))
-    table = tune(architecture, options.seconds)
+    torch.backends.cudnn.benchmark = True
+    table, best = tune(architecture, options.arithmetics, options.seconds)
     name = torch.cuda.get_device_name()
+    half = best.get(("product", "half")) or tuned.product(architecture, "half")
     for op, linear in (("grouped_conv2d", False), ("grouped_linear", True)):
-        table["crossover"][op] = {"gflop_per_stage": crossover(linear), "measured_on": name}
+        table["crossover"][op] = {"gflop_per_stage": crossover(linear, half), "measured_on": name}
     text = format_table(table)
     if options.write:
         (Path(tuned.__file__).parent / f"sm_{architecture}.json").write_text(text)

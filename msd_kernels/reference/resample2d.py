@@ -39,12 +39,11 @@ def _filter_matrix(
 ) -> Tensor:
     """``[out_size, size]``. Downward, row i holds tap t in column ``stride * i + t - padding``."""
     coarse, fine = (size, out_size) if upward else (out_size, size)
-    padding = (len(taps) - 1) // 2
+    row, column = (torch.arange(n, device=x.device) for n in (coarse, fine))
+    position = column - stride * row[:, None] + (len(taps) - 1) // 2  # of a matrix element among the taps
     matrix = x.new_zeros(coarse, fine, dtype=wide(x.dtype))
-    for i in range(coarse):
-        for t, tap in enumerate(taps):
-            if 0 <= stride * i + t - padding < fine:
-                matrix[i, stride * i + t - padding] = tap
+    for t, tap in enumerate(taps):
+        matrix += (position == t).to(matrix.dtype) * tap
     return matrix.t() if upward else matrix
 
 

@@ -16,7 +16,7 @@ Plan = TypeVar("Plan")
 # Plans that one op may keep; a training run draws new counts at every step, so they come and go.
 MAX_PLANS = 4096
 
-# A captured graph reads its tables, and the pinned memory that they were copied from, at every replay.
+# A captured graph reads its tables, and the memory that they were copied from, at every replay.
 _used_by_graphs: dict[int, object] = {}
 
 
@@ -41,7 +41,8 @@ def make_table(problems: Sequence[dict[str, int]], fields: Sequence[str], device
     """Numbers the tiles of the problems and puts the table on the device.
 
     Each problem holds its number of ``tiles`` and the ``fields`` after the first, which is its first tile; fields that
-    it lacks are 0. The copy comes from pinned memory and is ordered with the current stream.
+    it lacks are 0. The copy comes from pinned memory and is ordered with the current stream. A CUDA graph copies from
+    ordinary memory in each replay, as pinned memory may not be allocated while it is captured.
     """
     tiles = [problem["tiles"] for problem in problems]
     total = sum(tiles)
@@ -49,7 +50,8 @@ def make_table(problems: Sequence[dict[str, int]], fields: Sequence[str], device
     unused = padded - len(problems)
     columns = [[*accumulate(tiles, initial=0)][:-1] + [total] * unused]
     columns += [[problem.get(field, 0) for problem in problems] + [0] * unused for field in fields[1:]]
-    host = torch.tensor(columns, dtype=torch.int64, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    host = torch.tensor(columns, dtype=torch.int64, pin_memory=pinned)
     return Table(host.to(device, non_blocking=True), padded, total, host)
 
 

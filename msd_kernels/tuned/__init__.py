@@ -171,19 +171,19 @@ def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:
 @cache
 def product(architecture: int, arithmetic: str) -> ProductParameters:
     """Parameters of the forward pass and the input gradients of grouped linear layers and convolutions."""
-    return _parse(ProductParameters, _table(architecture)["grouped"]["product"][arithmetic])
+    return _parse(ProductParameters, table(architecture)["grouped"]["product"][arithmetic])
 
 
 @cache
 def wgrad(architecture: int, arithmetic: str) -> WgradParameters:
     """Parameters of their weight gradients."""
-    return _parse(WgradParameters, _table(architecture)["grouped"]["wgrad"][arithmetic])
+    return _parse(WgradParameters, table(architecture)["grouped"]["wgrad"][arithmetic])
 
 
 @cache
 def attention(architecture: int, arithmetic: str, launch: str) -> AttentionParameters:
     """Parameters of attention: ``launch`` is ``"forward"``, ``"dq"`` or ``"dkv"``."""
-    entry = dict(_table(architecture)["attention"][launch][arithmetic])
+    entry = dict(table(architecture)["attention"][launch][arithmetic])
     for name in ("row", "ragged_row", "single_row"):
         entry[name] = RowTile(**entry[name])
     for name in ("stream", "single_stream"):
@@ -194,7 +194,7 @@ def attention(architecture: int, arithmetic: str, launch: str) -> AttentionParam
 @cache
 def crossover(architecture: int, op: str) -> Crossover:
     """The committed rule of one op."""
-    return Crossover(**_table(architecture)["crossover"][op])
+    return Crossover(**table(architecture)["crossover"][op])
 
 
 def architectures() -> tuple[int, ...]:
@@ -214,7 +214,8 @@ def architecture_of(device: torch.device) -> int:
 
 
 @cache
-def _table(architecture: int) -> dict:
+def table(architecture: int) -> dict:
+    """The committed table of this architecture, or of the nearest one before it."""
     known = architectures()
     nearest = max((a for a in known if a <= architecture and a // 10 == architecture // 10), default=known[0])
     return json.loads((Path(__file__).parent / f"sm_{nearest}.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,3 +174,12 @@ def test_hot_path_never_waits_for_the_device():
             source,
         )
         assert not found, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("architecture", tuned.architectures())
+def test_the_tuning_command_writes_tables_as_they_are_committed(architecture):
+    """Whatever it does not tune, like attention's tiles, must survive."""
+    path = Path(__file__).parents[2] / "benchmarks" / "tune_grouped_conv2d.py"
+    tuning = runpy.run_path(str(path))
+    committed = (Path(tuned.__file__).parent / f"sm_{architecture}.json").read_text()
+    assert tuning["format_table"](tuned.table(architecture)) == committed
