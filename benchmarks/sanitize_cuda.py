@@ -6,6 +6,7 @@ Tensors are made on the CPU, so that there is little else on the device. A resul
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,7 +14,7 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from msd_kernels import StageBatch, group_norm  # noqa: E402
+from msd_kernels import StageBatch, group_norm, resample2d  # noqa: E402
 from msd_kernels.backends import use  # noqa: E402
 
 # The exit status that says that something is wrong with the kernels and not with this machine's tools.
@@ -25,14 +26,29 @@ GROUP_NORMS = [
     ((1,), (16,), (1,), 256),
     ((1, 0, 2, 1), (3, 8, 64, 36), (3, 2, 16, 4), 9),
 ]
+# (samples, channels, height, width): full vectors; neither full vectors nor an even width; more than one block.
+MAPS = [(2, 16, 8, 8), (3, 5, 7, 9), (2, 96, 18, 22)]
+# (counts, channels, side): stages of which some fill vectors.
+STAGES = ((2, 0, 1), (16, 8, 3), 8)
+
+
+def draw_from(generator: torch.Generator, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """A function that draws leaves of a shape."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).cuda().requires_grad_()
+
+    return draw
+
+
+def require_finite(what: str, results: Sequence[torch.Tensor]) -> None:
+    if not all(result.isfinite().all() for result in (r.detach().cpu() for r in results)):
+        print(f"{what}: not finite")
+        raise SystemExit(FOUND)
 
 
 def run_group_norm(counts, channels, groups, side: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(dtype).cuda().requires_grad_()
-
+    draw = draw_from(torch.Generator().manual_seed(0), dtype)
     samples = sum(n * c for n, c in zip(counts, channels, strict=True))
     x = StageBatch(draw(samples * side**2), counts, channels, side, side)
     scale, shift = (StageBatch(draw(samples), counts, channels, 1, 1) for _ in range(2))
@@ -40,16 +56,33 @@ def run_group_norm(counts, channels, groups, side: int, dtype: torch.dtype) -> N
     y = group_norm(x, groups, weight, scale=scale, shift=shift, activation="silu").values
     leaves = [x.values, scale.values, shift.values, *weight]
     results = [y, *torch.autograd.grad(y, leaves, draw(y.numel()).detach())]
-    if not all(result.isfinite().all() for result in (r.cpu() for r in results)):
-        print(f"group_norm of {counts}, {channels}, {groups}, {side}, {dtype}: not finite")
-        raise SystemExit(FOUND)
+    require_finite(f"group_norm of {counts}, {channels}, {groups}, {side}, {dtype}", results)
+
+
+def run_resample2d(filter: Sequence[float], factors: dict[str, int], dtype: torch.dtype) -> None:
+    draw = draw_from(torch.Generator().manual_seed(0), dtype)
+    counts, channels, side = STAGES
+    values = draw(sum(n * c for n, c in zip(counts, channels, strict=True)) * side**2)
+    cases = [(values, StageBatch(values, counts, channels, side, side))]
+    for shape in MAPS:
+        x = draw(*shape)
+        cases += [(x, x), (x, x.to(memory_format=torch.channels_last))]
+    for leaf, x in cases:
+        y = resample2d(x, filter, **factors)
+        y = y.values if isinstance(y, StageBatch) else y
+        results = [y, *torch.autograd.grad(y, leaf, draw(*y.shape).detach())]
+        require_finite(f"resample2d of {list(leaf.shape)}, {filter}, {factors}, {dtype}", results)
 
 
 def main() -> None:
-    with use("group_norm=cuda"):
-        for case in GROUP_NORMS:
-            for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        with use("group_norm=cuda"):
+            for case in GROUP_NORMS:
                 run_group_norm(*case, dtype)
+        with use("resample2d=cuda"):
+            for filter in ((1, 1), (1, 3, 3, 1), (1, 2, 1)):
+                for factors in ({"up": 2}, {"down": 2}):
+                    run_resample2d(filter, factors, dtype)
     print("done")
 
 

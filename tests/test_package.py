@@ -176,7 +176,8 @@ def test_package_kernels_import_without_optional_packages():
 GPU_CHECK = """
 sys.path.insert(0, "benchmarks")
 import gpu_check, gpu_races, pytest
-sys.exit(pytest.main([*gpu_check.GPU_TESTS, "--collect-only", "-q", "-p", "no:cacheprovider"]))
+paths = [path for suite in gpu_check.SUITES.values() for path in suite if path not in gpu_check.NEEDS]
+sys.exit(pytest.main(["-m", "gpu", *paths, "--collect-only", "-q", "-p", "no:cacheprovider"]))
 """
 
 
