@@ -129,7 +129,7 @@ def test_group_norm_reaches_its_goal(goal, backward, cotangent, least, race, two
     """bfloat16 NHWC [8, 256, 32, 32] on two threads, against eager PyTorch.
 
     C2 is about cotangents in NCHW order, which eager PyTorch turns round. With one in the order of x eager needs 2.5
-    times less. An eighth of that is less than the arithmetic of an exact sigmoid takes: ours must not get worse.
+    times less. The arithmetic alone takes an eighth of that, without memory and calls: ours must not get worse.
     """
     problem = checked_problem(HEADLINE, torch.bfloat16)
     problem = replace(problem, dy=problem.dy.contiguous(memory_format=cotangent))
