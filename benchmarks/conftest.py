@@ -64,7 +64,7 @@ class Race:
         """Races for about so many seconds."""
         rounds = Rounds(cases, span=TURN)
         count = rounds.calibrate(seconds)
-        # Teardown runs after every round and is not in its time.
+        # Teardown runs after every round and is not in its time. At last comes one call more, which does not count.
         self._benchmark.pedantic(
             rounds.ours, teardown=rounds.peers, rounds=count, iterations=rounds.calls[OURS]
         )

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
@@ -34,10 +33,6 @@ from msd_kernels.backends import use  # noqa: E402
 
 DTYPE = torch.bfloat16
 WIDTHS = bench_grouped_conv2d.WIDTHS
-# The device sleeps while the host launches a case, so that it is timed without gaps: as long as that took the host
-# at best, and some more, but at most so many seconds.
-LONGEST_SLEEP = 5e-3
-CYCLES_PER_SECOND = 2e9
 
 
 @dataclass(frozen=True)
@@ -209,37 +204,10 @@ BENCHMARKS = {
 }
 
 
-def cuda_timer(*, cold: bool) -> Timer:
-    """Seconds on the device between two events; ``cold`` reads several times the L2 before.
-
-    Reading leaves no modified lines there, which the case would have to write back.
-    """
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    scratch = torch.ones(cache, dtype=torch.float32, device="cuda") if cold else None  # 4 times its bytes
-    launching: WeakKeyDictionary[Function, float] = WeakKeyDictionary()
-
-    def seconds(function: Function) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        host = launching.get(function, 1e-3)
-        torch.cuda._sleep(int(CYCLES_PER_SECOND * min(LONGEST_SLEEP, 1e-4 + 1.3 * host)))
-        if scratch is not None:
-            torch.amax(scratch)
-        start.record()
-        launch = time.perf_counter()
-        function()
-        launching[function] = min(host, time.perf_counter() - launch)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return seconds
-
-
 def matmul_rate(timer: Timer, device: str, size: int) -> float:
     """Operations per second of a matrix product."""
     a, b = (torch.randn(size, size, device=device, dtype=DTYPE) for _ in range(2))
-    timer(lambda: a @ b)
-    return 2 * size**3 / harness.Spread.of([timer(lambda: a @ b) for _ in range(10)]).median
+    return 2 * size**3 / harness.median_seconds(lambda: a @ b, timer, 10)
 
 
 def measure(name: str, device: str, timers: dict[str, Timer], seconds: float) -> Iterator[dict]:
@@ -285,7 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
-    timers = {"cold": cuda_timer(cold=True), "warm": cuda_timer(cold=False)}
+    timers = {"cold": harness.cuda_timer(cold=True), "warm": harness.cuda_timer(cold=False)}
     with arguments.out.open("a") as file:
         for result in measure(arguments.name, "cuda", timers, arguments.seconds):
             file.write(json.dumps({"benchmark": arguments.name, **result}) + "\n")

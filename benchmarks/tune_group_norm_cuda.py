@@ -14,13 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
-from gpu_races import cuda_timer  # noqa: E402
 
 import harness  # noqa: E402
 from msd_kernels.native import cuda_group_norm as implementation  # noqa: E402
@@ -63,20 +61,17 @@ def directions(shape: tuple[int, int, int], groups: int) -> Iterator[tuple[str, 
     )
 
 
-def seconds_of(run: Callable[[], object], timer: harness.Timer) -> float:
-    run()
-    return median(timer(run) for _ in range(REPETITIONS))
-
-
 def time_cuts(run: Callable[[], object], groups: int, timer: harness.Timer) -> dict[str, float]:
     """Seconds by cut; those that the device cannot run are left out."""
     implementation.CUT = None
-    times = {"estimated": seconds_of(run, timer)}
+    times = {"estimated": harness.median_seconds(run, timer, REPETITIONS)}
     choices = [b for b in (1, 2, 4, 8, 16, 32) if b <= groups]
     for cut in ([b, parts] for b in choices for parts in PARTS):
         implementation.CUT = cut
         try:
-            times[f"{cut[0]} groups x {cut[1] or 'two passes'}"] = seconds_of(run, timer)
+            times[f"{cut[0]} groups x {cut[1] or 'two passes'}"] = harness.median_seconds(
+                run, timer, REPETITIONS
+            )
         except RuntimeError as error:
             if "impossible" not in str(error):
                 raise
@@ -94,7 +89,7 @@ def main() -> None:
         raise SystemExit("there is no GPU here")
     if reason := load("cuda").reason:
         raise SystemExit(f"the CUDA extension is not here: {reason}")
-    timer = cuda_timer(cold=True)
+    timer = harness.cuda_timer(cold=True)
     bandwidth = harness.copy_bandwidth("cuda", timer, megabytes=1024)
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     for shape, groups in SHAPES.items():

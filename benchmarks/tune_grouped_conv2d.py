@@ -20,13 +20,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import torch  # noqa: E402
 
+import harness  # noqa: E402
 from msd_kernels import tuned  # noqa: E402
 from msd_kernels.library import grouped_conv2d as library  # noqa: E402
 from msd_kernels.triton import grouped_conv2d as triton  # noqa: E402
@@ -38,24 +38,7 @@ MIX = Layout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64), (64, 64))
 DEPTHS, STAGES, WARPS = (16, 32, 64), (2, 3, 4, 5), (4, 8)
 REPETITIONS = 10
-SLEEP_CYCLES = 1_000_000  # about 0.5 ms, in which the host gets ahead of the device
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median time of one call on the device."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(REPETITIONS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SLEEP_CYCLES)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times)
 
 
 def make_tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -71,13 +54,13 @@ def make_tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]
 
 def candidates(current: tuned.Tile) -> Iterator[tuple[tuned.Tile, int]]:
     """The present tile first, then all others with every number of warps; early ones are unlike each other."""
-    shapes = [tuned.Tile(m, n, k, s) for s, k, (m, n) in product(STAGES, DEPTHS, SHAPES)]
+    shapes = [tuned.Tile(m, n, k, s) for (m, n), k, s in product(SHAPES, DEPTHS, STAGES)]
     others = list(product([tile for tile in shapes if tile != current], WARPS))
     random.Random(0).shuffle(others)
     yield from [*product([current], WARPS), *others]
 
 
-def fastest(parameters, run: Callable[[], object], deadline: float):
+def fastest(parameters, run: Callable[[], object], timer: harness.Timer, deadline: float):
     """The parameters with the wide tile and the warps that serve ``run(parameters)`` best."""
     best, best_time = parameters, float("inf")
     for tile, warps in candidates(parameters.wide):
@@ -85,19 +68,19 @@ def fastest(parameters, run: Callable[[], object], deadline: float):
             break
         trial = replace(parameters, wide=tile, warps=warps)
         try:
-            taken = milliseconds(lambda trial=trial: run(trial))
+            taken = harness.median_seconds(lambda trial=trial: run(trial), timer, REPETITIONS)
         except Exception as error:  # too much shared memory, too many registers: not a candidate
             print(f"  {tile} x {warps} warps: {type(error).__name__}", file=sys.stderr)
             continue
         if taken < best_time:
             best, best_time = trial, taken
-            print(f"  {tile} x {warps} warps: {taken:.3f} ms", file=sys.stderr)
+            print(f"  {tile} x {warps} warps: {harness.milliseconds(taken)} ms", file=sys.stderr)
     return best
 
 
-def tune(architecture: int, arithmetics: Sequence[str], seconds: float):
-    """The committed table with other parameters for these arithmetics, and the fastest of each pass."""
-    table, best = deepcopy(tuned.table(architecture)), {}
+def tune(architecture: int, arithmetics: Sequence[str], timer: harness.Timer, seconds: float) -> dict:
+    """The committed table with other parameters for these arithmetics."""
+    table = deepcopy(tuned.table(architecture))
     share = seconds / (2 * len(arithmetics))
     for arithmetic in arithmetics:
         x, skip, weight, dy = make_tensors(MIX, DTYPES[arithmetic])
@@ -111,13 +94,12 @@ def tune(architecture: int, arithmetics: Sequence[str], seconds: float):
 
         for name, run, read in (("product", forward, tuned.product), ("wgrad", wgrad, tuned.wgrad)):
             print(f"{name}, {arithmetic}", file=sys.stderr)
-            found = fastest(read(architecture, arithmetic), run, time.monotonic() + share)
-            best[name, arithmetic] = found
-            table["grouped"][name][arithmetic] = asdict(found)
-    return table, best
+            best = fastest(read(architecture, arithmetic), run, timer, time.monotonic() + share)
+            table["grouped"][name][arithmetic] = asdict(best)
+    return table
 
 
-def crossover(linear: bool, parameters: tuned.ProductParameters) -> float:
+def crossover(linear: bool, parameters: tuned.ProductParameters, timer: harness.Timer) -> float:
     """The largest work per stage, in GFLOP, up to which one launch is never slower than the library's loop."""
     taken = 0.0
     for samples in SAMPLES:
@@ -128,9 +110,10 @@ def crossover(linear: bool, parameters: tuned.ProductParameters) -> float:
         *inputs, y = (t if t.numel() else None for t in make_tensors(layout, torch.bfloat16))
         inputs += [None, None, None]
         one_launch = partial(triton.grouped_conv2d_forward, *inputs, y, layout, 1.0, "half", parameters)
-        ours = milliseconds(one_launch)
-        loop = milliseconds(partial(library.grouped_conv2d, *inputs, *asdict(layout).values(), 1.0))
-        print(f"{samples} samples per stage: {ours:.3f} ms, loop {loop:.3f} ms", file=sys.stderr)
+        per_stage = partial(library.grouped_conv2d, *inputs, *asdict(layout).values(), 1.0)
+        ours, loop = (harness.median_seconds(run, timer, REPETITIONS) for run in (one_launch, per_stage))
+        shown, loop_shown = harness.milliseconds(ours), harness.milliseconds(loop)
+        print(f"{samples} samples per stage: {shown} ms, loop {loop_shown} ms", file=sys.stderr)
         if ours > loop:
             break
         taken = layout.flops / 3 / 1e9
@@ -178,11 +161,12 @@ def main() -> int:
         return 1
     architecture = tuned.architecture_of(torch.device("cuda", torch.cuda.current_device()))
     torch.backends.cudnn.benchmark = True
-    table, best = tune(architecture, options.arithmetics, options.seconds)
+    timer = harness.cuda_timer(cold=False)
+    table = tune(architecture, options.arithmetics, timer, options.seconds)
     name = torch.cuda.get_device_name()
-    half = best.get(("product", "half")) or tuned.product(architecture, "half")
+    half = tuned.parse(tuned.ProductParameters, table["grouped"]["product"]["half"])
     for op, linear in (("grouped_conv2d", False), ("grouped_linear", True)):
-        table["crossover"][op] = {"gflop_per_stage": crossover(linear, half), "measured_on": name}
+        table["crossover"][op] = {"gflop_per_stage": crossover(linear, half, timer), "measured_on": name}
     text = format_table(table)
     if options.write:
         (Path(tuned.__file__).parent / f"sm_{architecture}.json").write_text(text)

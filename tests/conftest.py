@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import cuda_emulator
 from helpers import unavailable
 from msd_kernels.backends import use
 
@@ -44,6 +45,14 @@ def exact_cuda() -> Iterator[None]:
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
     matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda() -> cuda_emulator.Emulator:
+    """The CUDA kernels for the CPU, compiled once for all tests."""
+    if reason := cuda_emulator.missing():
+        pytest.skip(reason)
+    return cuda_emulator.Emulator(cuda_emulator.build(cuda_emulator.REPOSITORY / "build" / "emulator"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

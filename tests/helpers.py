@@ -39,6 +39,28 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def exact_float32(settings) -> Iterator[None]:
+    """Products in full float32; ``settings`` are PyTorch's own, as ``torch.backends.cuda.matmul``."""
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def assert_elements_close(actual: Tensor, expected: Tensor, *, rtol: float, atol: float | Tensor) -> None:
     """Every element within ``atol + rtol * |expected|``; ``expected`` is float64. NaN never passes.
 

@@ -171,13 +171,13 @@ def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:
 @cache
 def product(architecture: int, arithmetic: str) -> ProductParameters:
     """Parameters of the forward pass and the input gradients of grouped linear layers and convolutions."""
-    return _parse(ProductParameters, table(architecture)["grouped"]["product"][arithmetic])
+    return parse(ProductParameters, table(architecture)["grouped"]["product"][arithmetic])
 
 
 @cache
 def wgrad(architecture: int, arithmetic: str) -> WgradParameters:
     """Parameters of their weight gradients."""
-    return _parse(WgradParameters, table(architecture)["grouped"]["wgrad"][arithmetic])
+    return parse(WgradParameters, table(architecture)["grouped"]["wgrad"][arithmetic])
 
 
 @cache
@@ -221,7 +221,8 @@ def table(architecture: int) -> dict:
     return json.loads((Path(__file__).parent / f"sm_{nearest}.json").read_text())
 
 
-def _parse(kind, entry: dict):
+def parse(kind, entry: dict):
+    """Parameters of a kind from their entry in a table."""
     return kind(
         **{name: Tile(**value) if isinstance(value, dict) else value for name, value in entry.items()}
     )

@@ -30,7 +30,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         ValueError: a probability outside [0, 1].
     """
     dropped = round(p * _LEVELS)
-    if x.is_cpu and training and 0 < dropped < _LEVELS and p < 1:
+    if x.is_cpu and training and 0 < dropped < _LEVELS:
         return x * _multiplier(x.detach(), dropped)
     return F.dropout(x, p, training)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from attention_checks import check_close
+from helpers import exact_float32, waiting_is_an_error
 from msd_kernels import StageBatch, attention, explain
 from msd_kernels.backends import use
 from msd_kernels.reference.attention import stage_heads, stage_outputs
@@ -87,31 +87,11 @@ def check(tensors: Sequence[Tensor | None], found: Sequence[Tensor | None], layo
             check_close((output, *dqkv), *qkv, cotangent)
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-@contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 @EACH_LAYOUT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_equal_float64(layout, dtype):
     tensors = make_inputs(layout, dtype)
-    with exact_float32():
+    with exact_float32(torch.backends.cuda.matmul):
         found = run(tensors, layout)
     check(tensors, found, layout)
 
@@ -121,7 +101,7 @@ def test_results_equal_float64(layout, dtype):
 def test_scores_of_magnitude_100(name, dtype):
     layout = LAYOUTS[name]
     tensors = make_inputs(layout, dtype, scale=100.0)
-    with exact_float32():
+    with exact_float32(torch.backends.cuda.matmul):
         found = run(tensors, layout)
     check(tensors, found, layout)
 

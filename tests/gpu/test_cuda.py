@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
-from helpers import backend_names
+from helpers import backend_names, waiting_is_an_error
 from msd_kernels import explain, group_norm
 from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward
 
@@ -25,15 +22,6 @@ every_call = pytest.mark.parametrize(
 )
 
 
-@contextmanager
-def synchronisation_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def step(call: Call, leaves, dy):
     """Forward and backward with a cotangent that is already on the device."""
     y = call.function(*leaves)
@@ -47,13 +35,13 @@ def test_cuda_forward_and_backward_do_not_synchronise(build, backend, generator)
     dy = cotangent_of(call.function(*leaves))
     step(call, leaves, dy)  # loads kernels and chooses algorithms
     torch.cuda.synchronize()
-    with synchronisation_is_an_error():
+    with waiting_is_an_error():
         step(call, leaves, dy)
 
 
 def test_cuda_synchronisation_would_show():
     x = torch.ones(1, device="cuda")
-    with synchronisation_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
         x.item()
 
 

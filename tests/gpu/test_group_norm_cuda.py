@@ -3,8 +3,6 @@ tests/ops/test_group_norm_emulated.py, too."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ from group_norm_checks import (
     cotangent,
     make_inputs,
 )
-from helpers import on_cuda, unavailable
+from helpers import on_cuda, unavailable, waiting_is_an_error
 from msd_kernels import explain, group_norm
 from msd_kernels.backends import use
 
@@ -47,15 +45,6 @@ def device_facts() -> list[int]:
     per_block = device.shared_memory_per_block_optin
     per_multiprocessor = device.shared_memory_per_multiprocessor
     return [device.multi_processor_count, per_block, per_multiprocessor, 1024, int(device.major >= 9)]
-
-
-@contextmanager
-def synchronisation_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def step(inputs, groups, dy):
@@ -139,7 +128,7 @@ def test_no_way_waits_for_the_device_and_all_can_be_captured(shape, groups, gene
     dy = cotangent(inputs, generator)
     step(inputs, groups, dy)
     torch.cuda.synchronize()
-    with synchronisation_is_an_error():
+    with waiting_is_an_error():
         step(inputs, groups, dy)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
-from helpers import ROUNDING, assert_elements_close
+from helpers import ROUNDING, assert_elements_close, exact_float32, waiting_is_an_error
 from msd_kernels.reference import grouped_conv2d as reference
 from msd_kernels.triton import grouped_conv2d as implementation
 from msd_kernels.triton import launch
@@ -72,31 +69,11 @@ def run_reference(tensors, layout, function=lambda t: t):
     return [y, *reference.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)]
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
-
-
-@contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 @EACH_LAYOUT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_equal_float64(layout, dtype):
     tensors = make_inputs(layout, dtype)
-    with exact_float32():
+    with exact_float32(torch.backends.cudnn.conv):
         found = run(tensors, layout)
     magnitudes = run_reference(tensors, layout, torch.abs)
     pooled = ROUNDING[dtype] if layout[-1] != "none" else 0

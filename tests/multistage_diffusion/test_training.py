@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import waiting_is_an_error
 from multistage_diffusion import checkpoints, networks, training
 from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
@@ -446,11 +447,8 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, precision):
     trainer = Trainer(config, tmp_path, data=tiny_images(), network=network, device="cuda", quiet=True)
     for _ in range(2):  # compiles and allocates
         trainer._train_step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         trainer._train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_sample_grids_do_not_change_the_run(tmp_path, monkeypatch):

@@ -46,20 +46,13 @@ A100 = (108, 163 << 10, 164 << 10, 1 << 10, 0)
 RTX4090 = (128, 99 << 10, 100 << 10, 1 << 10, 0)
 
 
-@pytest.fixture(scope="module")
-def library():
-    if reason := cuda_emulator.missing():
-        pytest.skip(reason)
-    return cuda_emulator.Emulator(cuda_emulator.build(cuda_emulator.REPOSITORY / "build" / "emulator"))
-
-
 @pytest.fixture(autouse=True)
-def emulator(library, monkeypatch):
-    monkeypatch.setattr(cuda_group_norm, "KERNELS", library.kernels)
+def emulator(emulated_cuda, monkeypatch):
+    monkeypatch.setattr(cuda_group_norm, "KERNELS", emulated_cuda.kernels)
     monkeypatch.setattr(cuda, "run", cuda_emulator.run)
-    library.use(Device())
+    emulated_cuda.use(Device())
     with cuda_emulator.served_by(BACKENDS), use("cuda"):
-        yield library
+        yield emulated_cuda
 
 
 def cuts(kernels, count, channels, groups, spatial, channels_last, element_bytes, backward, device):

@@ -31,20 +31,13 @@ DEVICES = [Device(multiprocessors=1), Device(multiprocessors=132)]
 EACH_DEVICE = pytest.mark.parametrize("device", DEVICES, ids=["long strips", "short strips"])
 
 
-@pytest.fixture(scope="module")
-def library():
-    if reason := cuda_emulator.missing():
-        pytest.skip(reason)
-    return cuda_emulator.Emulator(cuda_emulator.build(cuda_emulator.REPOSITORY / "build" / "emulator"))
-
-
 @pytest.fixture(autouse=True)
-def emulator(library, monkeypatch):
-    monkeypatch.setattr(cuda_resample2d, "KERNELS", library.kernels)
+def emulator(emulated_cuda, monkeypatch):
+    monkeypatch.setattr(cuda_resample2d, "KERNELS", emulated_cuda.kernels)
     monkeypatch.setattr(cuda, "run", cuda_emulator.run)
-    library.use(Device())
+    emulated_cuda.use(Device())
     with cuda_emulator.served_by(BACKENDS), use("cuda"):
-        yield library
+        yield emulated_cuda
 
 
 @ANY_FILTER
