@@ -33,15 +33,15 @@ void check_buffer(const char* op, const char* name, const Tensor& tensor, int64_
 Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                 torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t type) {
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), type,
-                                                         aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), type,
+                                                  aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
 }
 
 int32_t type_of(const Tensor& tensor) {
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
   return type;
 }
 
