@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels import allocate
+from msd_kernels.library.cpu_types import onednn_takes
 from msd_kernels.library.segments import gather
 from msd_kernels.reference.attention import flatten_heads, one_part, scale_of, stage_heads, stage_outputs
 
@@ -105,9 +106,7 @@ def _takes_fused_backward(q: Tensor, k: Tensor) -> bool:
     if not q.is_cpu:
         return False
     products_are_better = (
-        q.dtype == torch.bfloat16
-        and q.shape[-2] * k.shape[-2] <= FEW_SCORES
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= FEW_SCORES and onednn_takes(q.dtype)
     )
     return not products_are_better
 

@@ -1,4 +1,8 @@
-"""A convolution with one weight per stage: one cuDNN or oneDNN convolution per non-empty stage."""
+"""A convolution with one weight per stage: one cuDNN or oneDNN convolution per non-empty stage.
+
+On a CPU whose oneDNN does not know a 16-bit type, PyTorch's own convolution would take over, which adds up in that
+type and is slower than float32: such tensors are convolved in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.library.cpu_types import onednn_takes
 from msd_kernels.library.segments import flat_nhwc, gather, nhwc, split
 from msd_kernels.reference.grouped_conv2d import resampled_size
 
@@ -69,6 +74,9 @@ def grouped_conv2d(
     scale: float,
 ) -> Tensor:
     """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
+    dtype = x.dtype
+    if _wants_float32(x):
+        x, skip, weight, bias, sample_bias, residual = _float32(x, skip, weight, bias, sample_bias, residual)
     layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
     sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
     weights, biases = layout.weights(weight), split(bias, out_channels)
@@ -85,7 +93,7 @@ def grouped_conv2d(
             y *= scale
         return flat_nhwc(y)
 
-    return gather(x, layout.image_sizes(out_channels, out=True), stage_output)
+    return gather(x, layout.image_sizes(out_channels, out=True), stage_output).to(dtype)
 
 
 def grouped_conv2d_backward(
@@ -104,6 +112,9 @@ def grouped_conv2d_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
+    dtype = x.dtype
+    if _wants_float32(x):
+        dy, x, skip, weight = _float32(dy, x, skip, weight)
     layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
     sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
     weights = layout.weights(weight)
@@ -115,14 +126,15 @@ def grouped_conv2d_backward(
     }
 
     def activations(position: int) -> Tensor | None:
-        return gather(x, counts, lambda s: found[s][position]) if wanted[position] else None
+        if not wanted[position]:
+            return None
+        return gather(x, counts, lambda s: found[s][position]).to(dtype)
 
     def parameters(position: int, sizes: Sequence[int]) -> Tensor | None:
         if not wanted[position]:
             return None
-        return torch.cat(
-            [found[s][position] if s in found else weight.new_zeros(n) for s, n in enumerate(sizes)]
-        )
+        parts = [found[s][position] if s in found else weight.new_zeros(n) for s, n in enumerate(sizes)]
+        return torch.cat(parts).to(dtype)
 
     return [
         activations(0),
@@ -131,6 +143,14 @@ def grouped_conv2d_backward(
         parameters(3, out_channels),
         activations(4),
     ]
+
+
+def _wants_float32(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not onednn_takes(x.dtype)
+
+
+def _float32(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
 def _stage_gradients(dy, sources, weight, resample, wanted):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
 from msd_kernels import StageBatch, StageWeights, grouped_conv2d
+from msd_kernels.backends import use
+from msd_kernels.library import grouped_conv2d as library
 from msd_kernels.ops.grouped_conv2d import BACKENDS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -245,6 +247,24 @@ def test_grouped_conv2d_with_and_without_options(options, scale, dtype, backend,
 )
 def test_grouped_conv2d_of_odd_sizes(problem, dtype, backend, generator):
     check(problem, generator, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+def test_grouped_conv2d_on_a_processor_whose_onednn_lacks_the_type(dtype, resample, generator, monkeypatch):
+    """The library convolves in float32 then, and rounds once."""
+    convolved = set()
+
+    def convolve(*arguments):
+        convolved.add(arguments[1].dtype)
+        return original(*arguments)
+
+    original = library._convolve
+    monkeypatch.setattr(library, "_convolve", convolve)
+    monkeypatch.setattr(library, "onednn_takes", lambda dtype: False)
+    with use("library"):
+        check(Problem(*STAGES, skip_channels=2, resample=resample), generator, dtype)
+    assert convolved == {torch.float32}
 
 
 @each_backend(BACKENDS)
