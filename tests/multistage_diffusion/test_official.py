@@ -85,7 +85,11 @@ def test_export_returns_what_load_took(family, prefix, noise):
     exported = official.export(load(family, prefix))
     assert exported.keys() == given.keys()
     for name, tensor in given.items():
-        assert torch.equal(exported[name], tensor.to(exported[name].dtype)), name
+        expected = tensor.to(exported[name].dtype)
+        if name == "sigmas":  # computed, not loaded: another processor's exponential may round the other way
+            torch.testing.assert_close(exported[name], expected, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(exported[name], expected), name
         assert exported[name].is_contiguous()
 
 
