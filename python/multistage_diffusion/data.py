@@ -1,7 +1,8 @@
 """Images to train on: the digits shipped with scikit-learn, image folders, zip files, and NumPy arrays.
 
 `load_images` returns an `ImageData`, which keeps the images as they are stored (eight bits, or a
-memory-mapped file) and hands out batches in the range [-1, 1] that the networks expect.
+memory-mapped file) and hands out batches in the range [-1, 1] that the networks expect. An autoencoder's
+latents, for latent diffusion, are arrays of any range and channel count, handed out as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CHANNELS = (1, 3, 4)
+VALUES = ("images", "latents")
 DIGITS_IMAGE_SIZE = 16
 
 _SCAN_BYTES = 1 << 26  # a pass over a memory-mapped file holds this much of it at a time
@@ -46,24 +48,40 @@ class DataError(ValueError):
 
 
 class ImageData:
-    """A set of square images of one size.
+    """A set of square images of one size, or of an autoencoder's latents.
 
     Args:
-        images: `[N, C, H, W]`, uint8 in 0..255 or float32, with H = W and C one of 1, 3, 4. Kept as it is,
-            without a copy. Floats are in [-1, 1] or [0, 1], told apart as `load_images` says.
+        images: `[N, C, H, W]` with H = W, kept as it is, without a copy.
+            Images: uint8 in 0..255 or float32, C one of 1, 3, 4. Floats are in [-1, 1] or [0, 1], told apart
+            as `load_images` says.
+            Latents: float32, any finite values, any C.
         labels: `[N]` integer class labels, or None.
         name: what messages and logs call this set.
+        values: `"images"` or `"latents"`.
+
+    Attributes:
+        value_range: the lowest and highest value that an image may have: (0, 255), (0, 1) or (-1, 1); None for
+            latents, which have no bounds.
 
     Raises:
-        DataError: wrong rank, dtype, shape or range; values that are not finite; labels that do not fit.
+        DataError: wrong rank, dtype, shape or range; values that are not finite; labels that do not fit; an
+            unknown kind of values.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None = None, *, name: str = "images"):
-        self.name = name
-        self._stored = _checked_images(images, name)
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        name: str = "images",
+        values: str = "images",
+    ):
+        _check_values(values, "ImageData")
+        self.name, self.values = name, values
+        self._stored = _checked_images(images, name, values)
         self._labels = _checked_labels(labels, len(images), name)
         self._index: torch.Tensor | None = None
-        self.value_range = _value_range(images, name)
+        self.value_range = _value_range(images, name, values)
 
     @property
     def images(self) -> torch.Tensor:
@@ -116,7 +134,8 @@ class ImageData:
             indices: `[B]` integers in 0..N-1, in any order; repeats are allowed.
 
         Returns:
-            `[B, C, H, W]` float32 in [-1, 1], contiguous; eight-bit values become `value / 127.5 - 1`.
+            `[B, C, H, W]` float32, contiguous. Images are in [-1, 1], eight-bit values become
+            `value / 127.5 - 1`; latents are as they were given.
 
         Raises:
             TypeError: indices that are not integers.
@@ -136,8 +155,9 @@ class ImageData:
                 f"given indices {int(index.min())}..{int(index.max())}"
             )
         batch = self._gather(index).to(torch.float32, memory_format=torch.contiguous_format)
-        low, high = self.value_range
-        return batch if low == -1 else batch.div_(high / 2).sub_(1)
+        if self.value_range in (None, (-1.0, 1.0)):
+            return batch
+        return batch.div_(self.value_range[1] / 2).sub_(1)
 
     def split(self, fraction: float, seed: int) -> tuple[ImageData, ImageData]:
         """Two disjoint parts, drawn at random: `round(fraction * N)` images, and the rest. Copies no image.
@@ -163,7 +183,7 @@ class ImageData:
 
     def __repr__(self) -> str:
         size = f"{self.channels}x{self.image_size}x{self.image_size}"
-        return f"ImageData({self.name!r}, {self.num_images} images {size}, {self._stored.dtype})"
+        return f"ImageData({self.name!r}, {self.num_images} {self.values} {size}, {self._stored.dtype})"
 
     @property
     def _chunk(self) -> int:
@@ -174,14 +194,16 @@ class ImageData:
 
     def _part(self, index: torch.Tensor) -> ImageData:
         part = object.__new__(ImageData)
-        part.name, part.value_range = self.name, self.value_range
+        part.name, part.values, part.value_range = self.name, self.values, self.value_range
         part._stored, part._labels = self._stored, self._labels
         part._index = (index if self._index is None else self._index[index]).sort().values
         return part
 
 
-def load_images(source: str | os.PathLike, *, image_size: int | None = None) -> ImageData:
-    """Load a set of square images of one size.
+def load_images(
+    source: str | os.PathLike, *, image_size: int | None = None, values: str = "images"
+) -> ImageData:
+    """Load a set of square images of one size, or of latents.
 
     Args:
         source: one of
@@ -193,6 +215,7 @@ def load_images(source: str | os.PathLike, *, image_size: int | None = None) -> 
             a `.npz` file: the array `images`, or the only array; and optionally `labels`, `[N]` integers.
         image_size: height and width in pixels. Images in folders and zip files are resized to it (Lanczos,
             image by image), and so are the digits (bicubic); arrays are not, and must have this size.
+        values: `"images"`, or `"latents"`: what an autoencoder made of images, in a `.npy` or `.npz` file.
 
     Images in folders and zip files become uint8: one channel where every file is greyscale, otherwise RGB.
     Alpha is dropped, EXIF orientation applied; hidden files are skipped.
@@ -204,6 +227,10 @@ def load_images(source: str | os.PathLike, *, image_size: int | None = None) -> 
     overshoots. uint8 and float32 are used in place; other floating-point types are converted to float32,
     which copies them.
 
+    Latents are floating-point arrays `[N, C, H, W]`, channels first, with H = W and any C; the array of an
+    `.npz` file is `latents`, or the only one besides `labels`. Their values are any finite numbers and stay
+    as they are, so scale them before to the standard deviation that the network is made for.
+
     Raises:
         DataError: the source is missing, empty, corrupt or of an unknown kind; images are not square or
             differ in size; an array has another dtype, rank or range, is not finite, or holds Python objects
@@ -212,8 +239,14 @@ def load_images(source: str | os.PathLike, *, image_size: int | None = None) -> 
         ImportError: `"digits"` without scikit-learn.
     """
     _check_image_size(image_size)
+    _check_values(values, "load_images")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f'load_images: source must be "digits" or a path, given {type(source).__name__}')
+    array_loader = {".npy": _load_npy, ".npz": _load_npz}.get(Path(source).suffix.lower())
+    if values == "latents" and array_loader is None:
+        raise DataError(
+            f"load_images: latents are floating-point arrays in a .npy or .npz file, given {os.fspath(source)!r}"
+        )
     if source == "digits":
         return _load_digits(DIGITS_IMAGE_SIZE if image_size is None else image_size)
     path = Path(source)
@@ -224,14 +257,14 @@ def load_images(source: str | os.PathLike, *, image_size: int | None = None) -> 
         )
     if path.is_dir():
         return _load_folder(path, image_size)
-    loaders = {".zip": _load_zip, ".npy": _load_npy, ".npz": _load_npz}
-    loader = loaders.get(path.suffix.lower())
-    if loader is None:
+    if array_loader is not None:
+        return array_loader(path, image_size, values)
+    if path.suffix.lower() != ".zip":
         raise DataError(
             f"load_images: {path} is a {path.suffix or 'suffix-less'} file; "
             'allowed are "digits", a folder of images, and .zip, .npy and .npz files'
         )
-    return loader(path, image_size)
+    return _load_zip(path, image_size)
 
 
 def _load_digits(image_size: int) -> ImageData:
@@ -342,7 +375,7 @@ def _common_size(source: Path, names: list[str], sizes: list[tuple[int, int]], i
     return sizes[0][0] if image_size is None else image_size
 
 
-def _load_npy(path: Path, image_size: int | None) -> ImageData:
+def _load_npy(path: Path, image_size: int | None, values: str) -> ImageData:
     try:
         # Copy on write: PyTorch wants writable memory, and the file is never written.
         array = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -351,29 +384,28 @@ def _load_npy(path: Path, image_size: int | None) -> ImageData:
     if not isinstance(array, np.ndarray):
         array.close()
         raise DataError(f"load_images: {path} is an .npz archive; rename it to .npz")
-    return _image_data(array, None, path, image_size)
+    return _image_data(array, None, path, image_size, values)
 
 
-def _load_npz(path: Path, image_size: int | None) -> ImageData:
+def _load_npz(path: Path, image_size: int | None, values: str) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            key = _images_key(archive.files, path)
-            images = archive[key]
+            images = archive[_array_key(archive.files, path, values)]
             labels = archive["labels"] if "labels" in archive.files else None
     except DataError:
         raise
     except (*_ARCHIVE_ERRORS, TypeError, AttributeError) as error:  # an .npy under this name has no `files`
         raise _array_error(path, error) from error
-    return _image_data(images, labels, path, image_size)
+    return _image_data(images, labels, path, image_size, values)
 
 
-def _images_key(names: list[str], path: Path) -> str:
+def _array_key(names: list[str], path: Path, values: str) -> str:
     others = [name for name in names if name != "labels"]
-    if "images" in others:
-        return "images"
+    if values in others:
+        return values
     if len(others) != 1:
         raise DataError(
-            f"load_images: {path} must hold an array `images`, or one array besides `labels`; "
+            f"load_images: {path} must hold an array `{values}`, or one array besides `labels`; "
             f"it holds {names}"
         )
     return others[0]
@@ -387,32 +419,42 @@ def _array_error(path: Path, error: Exception) -> DataError:
 
 
 def _image_data(
-    array: np.ndarray, labels: np.ndarray | None, path: Path, image_size: int | None
+    array: np.ndarray, labels: np.ndarray | None, path: Path, image_size: int | None, values: str
 ) -> ImageData:
-    array = _to_nchw(_supported_dtype(array, path), path)
+    array = _supported_dtype(array, path, values)
+    array = _to_nchw(array, path) if values == "images" else _checked_latents(array, path)
     size = array.shape[-1]
     if image_size is not None and size != image_size:
         raise DataError(
-            f"load_images: {path} holds images of {size}x{size}, given image_size={image_size}; "
+            f"load_images: {path} holds {values} of {size}x{size}, given image_size={image_size}; "
             "arrays are not resized"
         )
     if labels is not None:
         if labels.dtype.kind not in "iu":
             raise DataError(f"load_images: labels in {path} must be integers, given {labels.dtype}")
         labels = torch.from_numpy(labels.astype(np.int64))
-    return ImageData(torch.from_numpy(array), labels, name=path.stem)
+    return ImageData(torch.from_numpy(array), labels, name=path.stem, values=values)
 
 
-def _supported_dtype(array: np.ndarray, path: Path) -> np.ndarray:
-    """uint8 and float32 arrays as they are, other floating-point ones as float32."""
-    if array.dtype in (np.uint8, np.float32):
+def _supported_dtype(array: np.ndarray, path: Path, values: str) -> np.ndarray:
+    """Images in uint8 and float32 arrays as they are, other floating-point ones as float32."""
+    if array.dtype == np.float32 or (array.dtype == np.uint8 and values == "images"):
         return array
     if array.dtype.kind == "f":
         return array.astype(np.float32)
-    raise DataError(
-        f"load_images: {path} holds {array.dtype} values; allowed are uint8 in 0..255, "
-        "and floating point in [0, 1] or [-1, 1]"
-    )
+    allowed = "uint8 in 0..255, and floating point in [0, 1] or [-1, 1]"
+    if values == "latents":
+        allowed = "floating point, for latents"
+    raise DataError(f"load_images: {path} holds {array.dtype} values; allowed are {allowed}")
+
+
+def _checked_latents(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.ndim != 4 or array.shape[2] != array.shape[3]:
+        raise DataError(
+            f"load_images: {path} has shape {list(array.shape)}; allowed for latents is [N, C, H, W], channels first, "
+            "with H = W"
+        )
+    return array
 
 
 def _to_nchw(array: np.ndarray, path: Path) -> np.ndarray:
@@ -447,16 +489,25 @@ def _check_image_size(image_size: int | None) -> None:
         raise DataError(f"load_images: image_size must be at least 1, given {image_size}")
 
 
-def _checked_images(images: torch.Tensor, name: str) -> torch.Tensor:
-    if images.dtype not in (torch.uint8, torch.float32):
-        raise DataError(f"ImageData: {name} must be uint8 or float32, given {images.dtype}")
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[1] not in CHANNELS:
+def _check_values(values: str, caller: str) -> None:
+    if values not in VALUES:
+        raise DataError(f"{caller}: values must be one of {', '.join(VALUES)}, given {values!r}")
+
+
+def _checked_images(images: torch.Tensor, name: str, values: str) -> torch.Tensor:
+    latents = values == "latents"
+    dtypes = (torch.float32,) if latents else (torch.uint8, torch.float32)
+    if images.dtype not in dtypes:
+        allowed = "float32, for latents" if latents else "uint8 or float32"
+        raise DataError(f"ImageData: {name} must be {allowed}, given {images.dtype}")
+    square = images.ndim == 4 and images.shape[2] == images.shape[3]
+    if not square or (images.shape[1] not in CHANNELS and not latents):
+        allowed = "H = W" if latents else f"H = W and C one of {CHANNELS}"
         raise DataError(
-            f"ImageData: {name} must be [N, C, H, W] with H = W and C one of {CHANNELS}, "
-            f"given shape {list(images.shape)}"
+            f"ImageData: {name} must be [N, C, H, W] with {allowed}, given shape {list(images.shape)}"
         )
     if images.numel() == 0:
-        raise DataError(f"ImageData: {name} holds no images, its shape is {list(images.shape)}")
+        raise DataError(f"ImageData: {name} holds no {values}, its shape is {list(images.shape)}")
     return images
 
 
@@ -475,19 +526,13 @@ def _images_per_chunk(images: torch.Tensor) -> int:
     return max(1, _SCAN_BYTES // (images[0].numel() * images.element_size()))
 
 
-def _value_range(images: torch.Tensor, name: str) -> tuple[float, float]:
-    """(0, 255) for uint8; for floats (0, 1) or (-1, 1), as `load_images` tells them apart."""
+def _value_range(images: torch.Tensor, name: str, values: str) -> tuple[float, float] | None:
+    """(0, 255) for uint8; for floats (0, 1) or (-1, 1), as `load_images` tells them apart; None for latents."""
     if images.dtype == torch.uint8:
         return 0.0, 255.0
-    low, high = np.inf, -np.inf
-    step = _images_per_chunk(images)
-    for start in range(0, len(images), step):
-        chunk = images[start : start + step]
-        chunk_low, chunk_high = (float(value) for value in torch.aminmax(chunk))
-        if not np.isfinite(chunk_low) or not np.isfinite(chunk_high):
-            bad = int((~chunk.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise DataError(f"ImageData: image {start + bad} of {name} has a value that is NaN or infinite")
-        low, high = min(low, chunk_low), max(high, chunk_high)
+    low, high = _finite_extremes(images, name, values.removesuffix("s"))
+    if values == "latents":
+        return None
     if low < -1 or high > 1:
         raise DataError(
             f"ImageData: floats of {name} must lie in [0, 1] or [-1, 1], given {low:.6g} to {high:.6g}"
@@ -498,3 +543,17 @@ def _value_range(images: torch.Tensor, name: str) -> tuple[float, float]:
             "clip the values at 0, or scale them to [-1, 1]"
         )
     return (-1.0, 1.0) if low < 0 else (0.0, 1.0)
+
+
+def _finite_extremes(images: torch.Tensor, name: str, what: str) -> tuple[float, float]:
+    """The lowest and the highest value; raises DataError for one that is not finite."""
+    low, high = np.inf, -np.inf
+    step = _images_per_chunk(images)
+    for start in range(0, len(images), step):
+        chunk = images[start : start + step]
+        chunk_low, chunk_high = (float(value) for value in torch.aminmax(chunk))
+        if not np.isfinite(chunk_low) or not np.isfinite(chunk_high):
+            bad = int((~chunk.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"ImageData: {what} {start + bad} of {name} has a value that is NaN or infinite")
+        low, high = min(low, chunk_low), max(high, chunk_high)
+    return low, high

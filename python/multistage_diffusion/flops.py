@@ -8,14 +8,14 @@ filters are not counted, as is usual.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multistage_diffusion.layers import OnStages, StageModule
+from multistage_diffusion.layers import OnStages, StageModule, shared_layers
 
 __all__ = ["NetworkCost", "conditioning", "count", "expected"]
 
@@ -61,13 +61,13 @@ def count(network: nn.Module) -> NetworkCost:
             'build it under torch.device("meta"), or move it with network.to("meta")'
         )
     runs = [_forward(network, stage) for stage in range(network.num_stages)]
-    shared_layers = set(_shared_layers(network))
+    everyones = set(shared_layers(network))
     own, shared = [0] * network.num_stages, 0
     for layer in network.modules():
         if isinstance(layer, StageModule):
             for name, _ in layer.named_parameters(recurse=False):
                 for stage, tensor in zip(layer.stage_ids, layer.stage_tensors(name), strict=True):
-                    if layer in shared_layers:
+                    if layer in everyones:
                         shared += tensor.numel()
                     else:
                         own[stage] += tensor.numel()
@@ -105,16 +105,6 @@ def conditioning(network: nn.Module, batch: int) -> dict[str, torch.Tensor]:
     if augment_dim:
         found["augment_labels"] = torch.zeros(batch, augment_dim, device=device)
     return found
-
-
-def _shared_layers(network: nn.Module) -> Iterator[StageModule]:
-    """The layers with one set of weights for all stages; a network with one stage shares nothing."""
-    if network.num_stages == 1:
-        return
-    selected = {layer for part in network.modules() if isinstance(part, OnStages) for layer in part.modules()}
-    for layer in network.modules():
-        if isinstance(layer, StageModule) and layer.num_stages == 1 and layer not in selected:
-            yield layer
 
 
 def _forward(network: nn.Module, stage: int) -> _Counter:

@@ -39,6 +39,7 @@ __all__ = [
     "fan_in_uniform",
     "normal",
     "on_stages",
+    "shared_layers",
     "xavier_uniform",
 ]
 
@@ -452,6 +453,16 @@ def on_stages(build: Callable[..., nn.Module], stages: Sequence[int], *channels:
         return None
     module = build(*(tuple(widths[stage] for stage in stages) for widths in channels))
     return module if len(stages) == len(channels[0]) else OnStages(module, stages)
+
+
+def shared_layers(network: nn.Module) -> Iterator[StageModule]:
+    """The layers of a network of several stages that hold one set of weights for all of them."""
+    if network.num_stages == 1:
+        return
+    selected = {layer for part in network.modules() if isinstance(part, OnStages) for layer in part.modules()}
+    for layer in network.modules():
+        if isinstance(layer, StageModule) and layer.num_stages == 1 and layer not in selected:
+            yield layer
 
 
 def _add_bias(layer: StageModule, sizes: Sequence[int], bias: bool) -> None:

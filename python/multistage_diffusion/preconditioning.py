@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .schedules import Schedule
+from .schedules import SCHEDULES, Schedule
 from .stages import Stages
 
 
@@ -196,7 +196,7 @@ class SchedulePreconditioner(Preconditioner):
                 f"SchedulePreconditioner: prediction must be one of {', '.join(PREDICTIONS)} (v not for VE), "
                 f"got {prediction!r} for {schedule.name}"
             )
-        super().__init__(network, stages if stages.variable == "sigma" else sigma_stages(stages, schedule))
+        super().__init__(network, stages_in_sigma(stages, schedule))
         self.schedule, self.prediction = schedule, prediction
 
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
@@ -218,13 +218,42 @@ class SchedulePreconditioner(Preconditioner):
         return 999 * value if self.schedule.variable == "t" else value.round()
 
 
-def sigma_stages(stages: Stages, schedule: Schedule) -> Stages:
-    """The same stages in sigma. The ends of the schedule's domain become 0 and infinity.
+def precondition(
+    network: nn.Module,
+    stages: Stages,
+    schedule: str = "edm",
+    sigma_data: float = 0.5,
+    prediction: str = "epsilon",
+) -> Preconditioner:
+    """D(x; sigma) around a network of a family that has this schedule.
+
+    Args:
+        network: see ``Preconditioner``.
+        stages: in sigma or in the schedule's variable.
+        schedule: "edm": ``EDMPreconditioner`` with ``sigma_data``; or another key of ``schedules.SCHEDULES``:
+            ``SchedulePreconditioner`` with ``prediction``.
 
     Raises:
-        StagesError: the stages are in another variable than the schedule.
+        ValueError: an unknown schedule or prediction, or stages of another variable or number.
     """
-    stages.require_variable(schedule.variable, "sigma_stages")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"precondition: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if schedule == "edm":
+        return EDMPreconditioner(network, stages, sigma_data)
+    return SchedulePreconditioner(network, stages, SCHEDULES[schedule](), prediction)
+
+
+def stages_in_sigma(stages: Stages, schedule: Schedule) -> Stages:
+    """The same stages in sigma; those that are in sigma already as they are.
+
+    The ends of the schedule's domain become 0 and infinity.
+
+    Raises:
+        StagesError: the stages are neither in sigma nor in the schedule's variable.
+    """
+    if stages.variable == "sigma":
+        return stages
+    stages.require_variable(schedule.variable, "stages_in_sigma")
     lowest, highest = schedule.domain
 
     def sigma(value: float) -> float:

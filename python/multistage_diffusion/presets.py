@@ -1,4 +1,5 @@
-"""The published configurations by name, each as a multi-stage, a unified and a separate model (arXiv 2312.09181).
+"""The published configurations by name, each as a multi-stage, a unified and a separate model (arXiv 2312.09181),
+and the demo's.
 
 Importing this module is quick: it holds plain data, and torch is imported where a function needs it.
 """
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .schedules import Schedule
     from .stages import Stages
 
-__all__ = ["PRESETS", "SAMPLERS", "VARIANTS", "Preset", "evaluation_levels", "find"]
+__all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "evaluation_levels", "find"]
 
 VARIANTS = ("multistage", "unified", "separate")
 SAMPLERS = ("heun", "dpm-singlestep", "dpm-multistep", "ddim")
@@ -38,6 +39,7 @@ class Preset:
         shares: probability of each stage in training; None: of the log-normal distribution of EDM.
         sampler, sampler_steps: the sampler of the published results: one of :data:`SAMPLERS`, and its steps (network
             evaluations for ``"dpm-singlestep"``).
+        training: settings of :class:`multistage_diffusion.training_config.TrainingConfig` other than those above.
         published_attention: whether the paper's cost of this network counts the products of its attention.
     """
 
@@ -50,6 +52,7 @@ class Preset:
     shares: tuple[float, ...] | None
     sampler: str
     sampler_steps: int
+    training: Mapping[str, object]
     published_attention: bool = True
 
     def config(self, variant: str = "multistage", **changes: object) -> dict[str, object]:
@@ -85,18 +88,31 @@ class Preset:
 
         return self.shares or self.stages().probabilities(LogNormal())
 
+    def training_settings(self, variant: str = "multistage") -> dict[str, object]:
+        """What ``TrainingConfig`` takes besides the network and the data.
+
+        A separate model has the stages of the multi-stage one, a unified one a single stage of all noise levels.
+        """
+        from .schedules import SCHEDULES
+        from .stages import Stages
+
+        settings = {"schedule": self.schedule, **self.training}
+        if variant == "unified":
+            return {**settings, "stages": Stages.single(SCHEDULES[self.schedule].variable)}
+        settings["stages"] = self.stages()
+        if self.shares is not None:
+            settings |= {"stage_sampling": "stratified", "stage_probabilities": self.shares}
+        return settings
+
     def denoiser(self, network: nn.Module) -> Preconditioner:
         """D(x; sigma) around a network of this preset, preconditioned as published; a unified one has one stage."""
-        from .preconditioning import EDMPreconditioner, SchedulePreconditioner
-        from .schedules import SCHEDULES
+        from .preconditioning import precondition
         from .stages import Stages
 
         stages = self.stages()
         if network.num_stages == 1:
             stages = Stages.single(stages.variable)
-        if self.schedule == "edm":
-            return EDMPreconditioner(network, stages)
-        return SchedulePreconditioner(network, stages, SCHEDULES[self.schedule]())
+        return precondition(network, stages, self.schedule)
 
     def evaluations(self, sampler: str | None = None, steps: int | None = None) -> tuple[int, ...]:
         """Network evaluations of each stage for one sample; the sampler defaults to the preset's."""
@@ -127,46 +143,15 @@ def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Ten
     """
     import torch
 
-    if sampler not in SAMPLERS:
-        raise ValueError(f"presets: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if steps < 1:
-        raise ValueError(f"presets: a sampler needs at least 1 step, got {steps}")
-    if sampler == "heun":
-        from .schedules import edm_sigmas
+    from .samplers import sampler_config
 
-        sigmas = edm_sigmas(steps)
-        corrections = torch.stack([sigmas[:-1], sigmas[1:]], dim=1).flatten()
-        return schedule.value(corrections[corrections > 0])
-    first, last = _ends(schedule)
-    if sampler == "dpm-singlestep":
-        ends = schedule.sigma(torch.tensor([first, last], dtype=torch.float64)).tolist()
-        return schedule.value(_singlestep_sigmas(*ends, steps)).clamp(last, first)
-    return torch.linspace(first, last, steps + 1, dtype=torch.float64)[:-1]
+    levels = sampler_config(sampler, schedule, steps).evaluated_levels()
+    return schedule.value(torch.tensor(levels, dtype=torch.float64)).clamp(*schedule.domain)
 
 
-def _ends(schedule: Schedule) -> tuple[float, float]:
-    """The first and the last value of the variable that a sampler of the family uses."""
-    if schedule.variable == "sigma":
-        return schedule.sigma_max, schedule.sigma_min
-    return (1.0, 1e-3) if schedule.variable == "t" else (schedule.domain[1] - 1, 0.0)
-
-
-def _singlestep_sigmas(sigma_max: float, sigma_min: float, evaluations: int) -> torch.Tensor:
-    """Steps of order 3, and at the end of lower order, so that the evaluations are used up.
-
-    A step of order k evaluates at its beginning and at k - 1 points evenly spaced in log sigma inside of it.
-    """
-    import torch
-
-    whole, rest = divmod(evaluations, 3)
-    orders = {0: [3] * (whole - 1) + [2, 1], 1: [3] * whole + [1], 2: [3] * whole + [2]}[rest]
-    edges = torch.linspace(math.log(sigma_max), math.log(sigma_min), len(orders) + 1, dtype=torch.float64)
-    inside = [
-        edges[i] + (edges[i + 1] - edges[i]) * j / order
-        for i, order in enumerate(orders)
-        for j in range(order)
-    ]
-    return torch.stack(inside).exp().clamp(sigma_min, sigma_max)
+def _halflife(decay: float, batch_size: int) -> float:
+    """Half-life in images of an average that keeps ``decay`` of itself in every step."""
+    return batch_size * math.log(0.5) / math.log(decay)
 
 
 THIRDS = (1 / 3, 1 / 3, 1 / 3)
@@ -182,6 +167,16 @@ _EDM = {
     "attn_resolutions": [16],
     "augment_dim": 9,
 }
+_EDM_TRAINING = {"warmup_images": 10_000_000, "ema_halflife_images": 500_000, "checkpoint_every": 5000}
+_AVERAGE = {"ema_halflife_images": _halflife(0.9999, 128), "ema_rampup_ratio": None, "checkpoint_every": 5000}
+# Latent diffusion scales its learning rate with the batch; AdamW with PyTorch's weight decay, no warm-up.
+_LDM_TRAINING = {
+    "batch_size": 48,
+    "weight_decay": 0.01,
+    "ema_halflife_images": _halflife(0.9999, 48),
+    "ema_rampup_ratio": None,
+    "checkpoint_every": 5000,
+}
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -196,6 +191,8 @@ PRESETS: dict[str, Preset] = {
             shares=None,
             sampler="heun",
             sampler_steps=18,
+            # arXiv 2206.00364, appendix F: 200 million images.
+            training={**_EDM_TRAINING, "steps": 390_625, "batch_size": 512, "lr": 1e-3, "augment": 0.12},
         ),
         Preset(
             name="edm-celeba",
@@ -207,6 +204,8 @@ PRESETS: dict[str, Preset] = {
             shares=None,
             sampler="heun",
             sampler_steps=40,
+            # As FFHQ at 64 pixels in arXiv 2206.00364, appendix F: 200 million images.
+            training={**_EDM_TRAINING, "steps": 781_250, "batch_size": 256, "lr": 2e-4, "augment": 0.15},
         ),
         Preset(
             name="ncsnpp-cifar10",
@@ -227,6 +226,16 @@ PRESETS: dict[str, Preset] = {
             shares=THIRDS,
             sampler="dpm-singlestep",
             sampler_steps=20,
+            # arXiv 2011.13456, appendix H, as long as arXiv 2312.09181 trains it.
+            training={
+                **_AVERAGE,
+                "steps": 450_000,
+                "batch_size": 128,
+                "lr": 2e-4,
+                "warmup_images": 5000 * 128,
+                "gradient_clip": 1.0,
+                "augment": 0.0,
+            },
         ),
         Preset(
             name="uvit-cifar10",
@@ -246,6 +255,17 @@ PRESETS: dict[str, Preset] = {
             shares=THIRDS,
             sampler="dpm-singlestep",
             sampler_steps=20,
+            # As its own paper, arXiv 2209.12152.
+            training={
+                **_AVERAGE,
+                "steps": 500_000,
+                "batch_size": 128,
+                "lr": 2e-4,
+                "betas": (0.99, 0.999),
+                "weight_decay": 0.03,
+                "warmup_images": 2500 * 128,
+                "augment": 0.0,
+            },
             published_attention=False,
         ),
         Preset(
@@ -267,6 +287,8 @@ PRESETS: dict[str, Preset] = {
             shares=THIRDS,
             sampler="dpm-multistep",
             sampler_steps=20,
+            # arXiv 2112.10752.
+            training={**_LDM_TRAINING, "steps": 410_000, "lr": 9.6e-5},
         ),
         Preset(
             name="ldm-imagenet256",
@@ -291,9 +313,49 @@ PRESETS: dict[str, Preset] = {
             shares=THIRDS,
             sampler="dpm-multistep",
             sampler_steps=20,
+            # arXiv 2112.10752; the number of steps is ours.
+            training={**_LDM_TRAINING, "steps": 400_000, "lr": 4.8e-5},
         ),
     )
 }
+
+# The demo's model of scikit-learn's handwritten digits; for no published configuration.
+DIGITS = Preset(
+    name="digits",
+    title="EDM, scikit-learn's handwritten digits at 16 pixels",
+    network={
+        "family": "edm",
+        "image_size": 16,
+        "in_channels": 1,
+        "out_channels": 1,
+        "encoder_widths": [32],
+        "decoder_widths": [48, 32, 16],
+        "channel_mult": [1, 1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    },
+    unified_width=32,
+    schedule="edm",
+    boundaries=(0.0, 0.5, 2.0, math.inf),
+    shares=(0.25, 0.5, 0.25),
+    sampler="heun",
+    sampler_steps=18,
+    training={
+        "P_mean": -0.4,
+        "sigma_data": 0.7,
+        "steps": 800,
+        "batch_size": 64,
+        "lr": 2e-3,
+        "warmup_images": 5000,
+        "lr_decay": "cosine",
+        "ema_halflife_images": 5000,
+        "checkpoint_every": 200,
+        "log_every": 25,
+    },
+)
+
+TRAINABLE: dict[str, Preset] = {DIGITS.name: DIGITS, **PRESETS}
 
 
 def find(name: str) -> Preset:

@@ -1,28 +1,30 @@
 """Samplers: from noise to images, with a schedule that lives on the host.
 
 The noise level of every step is a Python float, so the stage of every network evaluation is known without
-asking the device.
+asking the device. A sampler is its settings: ``SamplerConfig`` for EDM's, ``DPMSinglestepConfig``,
+``DPMMultistepConfig`` and ``DDIMConfig`` of ``dpm_solver``; ``sampler_config`` makes one by name.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
+from .dpm_solver import DDIMConfig, Denoise, DPMMultistepConfig, DPMSinglestepConfig, Draw
 from .preconditioning import Preconditioner
-from .schedules import edm_sigmas
+from .schedules import EDM, Schedule, edm_sigmas
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of EDM's sampler (arXiv 2206.00364, algorithm 2; deterministic, algorithm 1, while S_churn
-    is 0).
+    """Settings of EDM's sampler with Heun's second-order step (arXiv 2206.00364, algorithm 2; deterministic,
+    algorithm 1, while S_churn is 0).
 
     Attributes:
         num_steps: N; 2 N − 1 network evaluations.
@@ -64,6 +66,109 @@ class SamplerConfig:
 
     def to_json(self) -> dict:
         return {k: "inf" if v == math.inf else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def for_schedule(cls, schedule: Schedule, steps: int, **settings) -> SamplerConfig:
+        """``steps`` steps on the noise levels of a schedule.
+
+        Args:
+            **settings: the other attributes; sigma_min and sigma_max default to 0.002 and 80, or to the schedule's own
+                ends where these lie inside.
+
+        Raises:
+            ValueError: an evaluation at a noise level that the schedule does not have.
+        """
+        low, high = _noise_levels(schedule)
+        ends = {"sigma_min": max(cls.sigma_min, low), "sigma_max": min(cls.sigma_max, high)}
+        config = cls(steps, **{**ends, **settings})
+        levels = config.evaluated_levels()
+        if not low <= min(levels) <= max(levels) <= high:
+            raise ValueError(
+                f"SamplerConfig: these settings evaluate at sigma={min(levels):.6g} to {max(levels):.6g}, but the "
+                f"{schedule.name} schedule has {low:.6g} to {high:.6g}; change sigma_min, sigma_max or S_max"
+            )
+        return config
+
+    @property
+    def start(self) -> float:
+        """The noise level that the sampler starts from."""
+        return float(self.sigma_max)
+
+    def evaluated_levels(self) -> list[float]:
+        """The noise level of every network evaluation, in their order."""
+        sigmas = self.sigmas().tolist()
+        pairs = [(sigma * (1 + self.gamma(sigma)), after) for sigma, after in itertools.pairwise(sigmas)]
+        return [level for pair in pairs for level in pair if level > 0]
+
+    def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
+        """x after each step."""
+        for sigma, sigma_next in itertools.pairwise(self.sigmas().tolist()):
+            gamma = self.gamma(sigma)
+            sigma_hat = sigma * (1 + gamma)
+            if gamma > 0:
+                x = x + math.sqrt(sigma_hat**2 - sigma**2) * self.S_noise * draw()
+            x = _heun_step(D, x, sigma_hat, sigma_next)
+            yield x
+
+
+def _heun_step(D: Denoise, x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+    """One step of dx/dsigma = (x − D(x; sigma)) / sigma; Euler's where it ends at sigma = 0."""
+    slope = (x - D(x, sigma)) / sigma
+    x_next = x + (sigma_next - sigma) * slope
+    if sigma_next == 0:
+        return x_next
+    slope_next = (x_next - D(x_next, sigma_next)) / sigma_next
+    return x + (sigma_next - sigma) * (slope + slope_next) / 2
+
+
+def _noise_levels(schedule: Schedule) -> tuple[float, float]:
+    """The lowest and the highest noise level that a schedule has."""
+    lowest, highest = schedule.domain
+    if schedule.variable == "step":
+        highest -= 1
+    return float(schedule.sigma(lowest)), float(schedule.sigma(highest))
+
+
+AnyConfig = SamplerConfig | DPMSinglestepConfig | DPMMultistepConfig | DDIMConfig
+
+_CONFIGS: dict[str, tuple[type[AnyConfig], int]] = {
+    "heun": (SamplerConfig, 18),
+    "dpm-singlestep": (DPMSinglestepConfig, 20),
+    "dpm-multistep": (DPMMultistepConfig, 20),
+    "ddim": (DDIMConfig, 20),
+}
+
+
+def sampler_config(
+    name: str, schedule: Schedule | None = None, steps: int | None = None, **settings
+) -> AnyConfig:
+    """The settings of a sampler by name.
+
+    Args:
+        name: ``"heun"``, ``"dpm-singlestep"``, ``"dpm-multistep"`` or ``"ddim"``; see ``presets.evaluation_levels`` for
+            where each evaluates.
+        schedule: of the noise levels; default: EDM's. See ``schedule_of``.
+        steps: steps, and network evaluations for ``"dpm-singlestep"``; default: 18 for ``"heun"``, else 20.
+        **settings: ``SamplerConfig``'s attributes for ``"heun"``; ``denoise_to_zero`` for the others, ``eta`` for
+            ``"ddim"``.
+
+    Raises:
+        ValueError: an unknown sampler, too few steps, or settings out of their range.
+    """
+    if name not in _CONFIGS:
+        raise ValueError(f"sampler_config: sampler must be one of {', '.join(_CONFIGS)}, got {name!r}")
+    kind, default_steps = _CONFIGS[name]
+    return kind.for_schedule(schedule or EDM(), default_steps if steps is None else steps, **settings)
+
+
+def schedule_of(denoiser: Preconditioner) -> Schedule:
+    """The schedule of a denoiser's noise levels: its own, or EDM's where it has none."""
+    return getattr(denoiser, "schedule", None) or EDM()
+
+
+def default_sampler(denoiser: Preconditioner) -> str:
+    """The name of the sampler of the published results for a denoiser's schedule (arXiv 2312.09181)."""
+    return {"sigma": "heun", "t": "dpm-singlestep", "step": "dpm-multistep"}[schedule_of(denoiser).variable]
 
 
 @dataclass
@@ -118,6 +223,39 @@ class _CountingDenoiser:
 
 
 @torch.no_grad()
+def sample(
+    denoiser: Preconditioner,
+    noise: SeededNoise,
+    config: AnyConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    **conditioning,
+) -> Samples:
+    """One batch of samples.
+
+    Args:
+        denoiser: D(x; sigma), in eval mode.
+        noise: where the start and the noise of stochastic steps come from; its dtype is that of x.
+        config: which sampler, and its settings; default: EDM's, 18 deterministic steps.
+        progress: called after each step with the number of finished steps and of all steps.
+        **conditioning: passed to the network, one row per sample.
+
+    Raises:
+        TypeError: the config of no sampler.
+    """
+    config = SamplerConfig() if config is None else config
+    if not isinstance(config, AnyConfig):
+        allowed = ", ".join(kind.__name__ for kind, _ in _CONFIGS.values())
+        raise TypeError(f"sample: config must be one of {allowed}, got {type(config).__name__}")
+    D = _CountingDenoiser(denoiser, conditioning)
+    trajectory = config.trajectory(D, config.start * noise.draw(), noise.draw)
+    for finished in range(1, config.num_steps + 1):
+        x = next(trajectory)
+        if progress is not None:
+            progress(finished, config.num_steps)
+    return Samples(x, sum(D.per_stage), tuple(D.per_stage))
+
+
 def heun(
     denoiser: Preconditioner,
     noise: SeededNoise,
@@ -126,45 +264,15 @@ def heun(
     progress: Progress | None = None,
     **conditioning,
 ) -> Samples:
-    """EDM's sampler with Heun's second-order step (arXiv 2206.00364, algorithms 1 and 2).
-
-    Args:
-        denoiser: D(x; sigma), in eval mode.
-        noise: where the start and, if S_churn > 0, the noise of the steps come from; its dtype is that of x.
-        config: settings; default: 18 deterministic steps.
-        progress: called after each step with the number of finished steps and of all steps.
-        **conditioning: passed to the network, one row per sample.
-    """
-    config = config or SamplerConfig()
-    D = _CountingDenoiser(denoiser, conditioning)
-    sigmas = config.sigmas().tolist()
-    x = sigmas[0] * noise.draw()
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        gamma = config.gamma(sigma)
-        sigma_hat = sigma * (1 + gamma)
-        if gamma > 0:
-            x = x + math.sqrt(sigma_hat**2 - sigma**2) * config.S_noise * noise.draw()
-        x = _heun_step(D, x, sigma_hat, sigma_next)
-        if progress is not None:
-            progress(i + 1, config.num_steps)
-    return Samples(x, sum(D.per_stage), tuple(D.per_stage))
-
-
-def _heun_step(D, x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
-    """One step of dx/dsigma = (x − D(x; sigma)) / sigma; Euler's where it ends at sigma = 0."""
-    slope = (x - D(x, sigma)) / sigma
-    x_next = x + (sigma_next - sigma) * slope
-    if sigma_next == 0:
-        return x_next
-    slope_next = (x_next - D(x_next, sigma_next)) / sigma_next
-    return x + (sigma_next - sigma) * (slope + slope_next) / 2
+    """``sample`` with EDM's sampler (arXiv 2206.00364, algorithms 1 and 2)."""
+    return sample(denoiser, noise, config or SamplerConfig(), progress=progress, **conditioning)
 
 
 def generate(
     denoiser: Preconditioner,
     seeds: Sequence[int],
     shape: Sequence[int],
-    config: SamplerConfig | None = None,
+    config: AnyConfig | None = None,
     *,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float64,
@@ -178,7 +286,7 @@ def generate(
         denoiser: D(x; sigma), in eval mode.
         seeds: one integer per sample; sample i depends on seeds[i] only.
         shape: (C, H, W).
-        config: sampler settings.
+        config: which sampler, and its settings; default: EDM's, 18 deterministic steps.
         batch_size: samples per network evaluation.
         dtype: of x between the steps; float64 as in EDM, float32 is faster on devices with slow float64.
         device: default: where the denoiser's weights are.
@@ -190,7 +298,6 @@ def generate(
     """
     if batch_size < 1:
         raise ValueError(f"generate: batch_size={batch_size} must be at least 1")
-    config = config or SamplerConfig()
     seeds = list(seeds)
     device = device if device is not None else _device_of(denoiser)
     starts = range(0, len(seeds), batch_size)
@@ -204,7 +311,7 @@ def generate(
                 progress(finished * steps + step, len(starts) * steps)
 
         noise = SeededNoise(seeds[window], shape, device, dtype)
-        result = heun(denoiser, noise, config, progress=report, **part)
+        result = sample(denoiser, noise, config, progress=report, **part)
         parts.append(result)
         result.images = result.images.cpu()
     if not parts:

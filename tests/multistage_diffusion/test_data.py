@@ -352,3 +352,94 @@ def test_fingerprint_tells_content_not_name():
     others = [images.flip(0), images.view(1, 4, 8, 8), images.clone().index_fill_(0, torch.tensor(3), 1)]
     assert len({fingerprint, *(ImageData(other).fingerprint for other in others)}) == 4
     assert ImageData(images, torch.zeros(4, dtype=torch.int64)).fingerprint != fingerprint
+
+
+# ------------------------------------------------------------------ latents
+
+
+def random_latents(*shape, seed=0):
+    return (4 * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_latents_are_handed_out_as_they_are(tmp_path, channels):
+    latents = random_latents(6, channels, 8, 8)
+    np.save(tmp_path / "latents.npy", latents)
+    data = load_images(tmp_path / "latents.npy", values="latents")
+    assert (data.num_images, data.channels, data.image_size) == (6, channels, 8)
+    assert (data.values, data.value_range) == ("latents", None)
+    assert np.array_equal(data.sample([4, 0]).numpy(), latents[[4, 0]])
+    assert "6 latents" in repr(data)
+
+
+def test_latents_in_the_range_of_images_are_not_scaled():
+    values = torch.rand(4, 3, 2, 2)
+    assert torch.equal(ImageData(values, values="latents").sample(range(4)), values)
+    torch.testing.assert_close(ImageData(values).sample(range(4)), 2 * values - 1)
+
+
+def test_parts_of_latents_are_latents():
+    latents = torch.from_numpy(random_latents(10, 2, 4, 4))
+    first, rest = ImageData(latents, torch.arange(10), values="latents").split(0.3, seed=1)
+    for part in (first, rest):
+        assert (part.values, part.value_range) == ("latents", None)
+        assert torch.equal(part.sample(range(len(part))), latents[part.labels])
+
+
+def test_npz_takes_latents_and_labels(tmp_path):
+    latents, labels = random_latents(3, 4, 8, 8), np.array([2, 0, 1])
+    np.savez(tmp_path / "named.npz", latents=latents, labels=labels, seeds=np.arange(3))
+    np.savez(tmp_path / "only.npz", latents.astype(np.float64), labels=labels)
+    named, only = (load_images(tmp_path / f"{name}.npz", values="latents") for name in ("named", "only"))
+    assert np.array_equal(named.images.numpy(), latents)
+    assert only.images.dtype == torch.float32
+    assert named.labels.tolist() == [2, 0, 1]
+    assert named.fingerprint == only.fingerprint
+
+
+def test_fingerprint_tells_latents_from_images():
+    values = torch.rand(4, 3, 2, 2)
+    assert ImageData(values, values="latents").fingerprint != ImageData(values).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (random_latents(2, 8, 8, 3), r"latents is \[N, C, H, W\], channels first, with H = W"),
+        (random_latents(2, 4, 8), r"shape \[2, 4, 8\]; allowed for latents"),
+        (random_pixels(2, 4, 8, 8), "holds uint8 values; allowed are floating point, for latents"),
+        (np.full((3, 4, 8, 8), np.nan, np.float32), "latent 0 of latents has a value that is NaN"),
+        (np.full((3, 4, 8, 8), np.inf, np.float16), "latent 0 of latents .* infinite"),
+        (random_latents(0, 4, 8, 8), "holds no latents"),
+    ],
+)
+def test_wrong_latents_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "latents.npy", array)
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path / "latents.npy", values="latents")
+
+
+def test_latents_are_arrays_and_are_not_resized(tmp_path):
+    for source in ("digits", tmp_path, tmp_path / "images.zip"):
+        with pytest.raises(
+            DataError, match=r"latents are floating-point arrays in a \.npy or \.npz file, given"
+        ):
+            load_images(source, values="latents")
+    np.save(tmp_path / "latents.npy", random_latents(2, 4, 8, 8))
+    with pytest.raises(DataError, match="holds latents of 8x8, given image_size=16"):
+        load_images(tmp_path / "latents.npy", values="latents", image_size=16)
+    with pytest.raises(DataError, match="does not exist"):
+        load_images(tmp_path / "nowhere.npy", values="latents")
+
+
+def test_wrong_latent_tensors_and_unknown_values_are_refused():
+    with pytest.raises(DataError, match=r"must be float32, for latents, given torch\.uint8"):
+        ImageData(torch.zeros(1, 4, 2, 2, dtype=torch.uint8), values="latents")
+    with pytest.raises(DataError, match=r"\[N, C, H, W\] with H = W, given shape \[1, 4, 2, 3\]"):
+        ImageData(torch.zeros(1, 4, 2, 3), values="latents")
+    for make in (
+        lambda: ImageData(torch.zeros(1, 1, 2, 2), values="sounds"),
+        lambda: load_images("x", values="?"),
+    ):
+        with pytest.raises(DataError, match="values must be one of images, latents, given"):
+            make()

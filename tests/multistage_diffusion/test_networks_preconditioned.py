@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multistage_diffusion.losses import MixedNoise, StratifiedNoise, denoising_loss, edm_loss
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner, sigma_stages
+from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner, stages_in_sigma
 from multistage_diffusion.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
 from multistage_diffusion.stages import Stages, StagesError
 from stand_ins import RecordingNetwork
@@ -84,18 +84,18 @@ def test_c_noise_is_what_each_network_is_told():
 
 def test_every_step_of_latent_diffusion_goes_to_its_stage():
     """The recorded networks run steps 441, 442, 630 and 631 in stages 0, 1, 1 and 2."""
-    stages = sigma_stages(STAGES["ldm"], LDM())
+    stages = stages_in_sigma(STAGES["ldm"], LDM())
     steps = torch.arange(1000, dtype=torch.float64)
     assert torch.equal(stages.assign(LDM().sigma(steps)), (steps > 441).long() + (steps > 630).long())
 
 
-def test_sigma_stages_cover_everything_and_need_the_schedules_variable():
-    stages = sigma_stages(STAGES["vp"], VP())
+def test_stages_in_sigma_cover_everything_and_need_the_schedules_variable():
+    stages = stages_in_sigma(STAGES["vp"], VP())
     assert stages.intervals[0][0][0] == 0
     assert stages.intervals[-1][-1][1] == math.inf
     assert stages.intervals[0][0][1] == pytest.approx(2.5103, abs=1e-4)  # the paper's boundary of EDM
     with pytest.raises(StagesError, match=r"needs stages of 'step', got stages of 't'"):
-        sigma_stages(STAGES["vp"], LDM())
+        stages_in_sigma(STAGES["vp"], LDM())
 
 
 def test_the_default_weight_makes_the_loss_that_of_the_prediction():
@@ -121,7 +121,7 @@ def test_edm_loss_is_the_same_loss_with_its_own_preconditioning():
 
 @pytest.mark.parametrize("schedule", [VP(), VE(), LDM()], ids=["VP", "VE", "LDM"])
 def test_uniform_noise_levels_have_the_mass_and_the_range_of_each_stage(schedule):
-    stages = sigma_stages(STAGES[schedule.name], schedule)
+    stages = stages_in_sigma(STAGES[schedule.name], schedule)
     distribution = Uniform(schedule)
     masses = stages.probabilities(distribution)
     assert math.fsum(masses) == pytest.approx(1, abs=1e-12)

@@ -7,19 +7,28 @@ import sys
 import time
 from pathlib import Path
 
+from ..presets import SAMPLERS
 from ._options import add_command, add_machine_options, number, set_up_machine, whole
 
 EXAMPLES = """\
   msd sample --run runs/digits --out digits.png
   msd sample --run runs/digits --num 1000 --batch 250 --out digits.npz
   msd sample --run runs/digits/checkpoints/step-00002000 --seeds 3,7,20-29 --s-churn 40 --out some.png
+  msd sample --run runs/ncsnpp --sampler ddim --steps 50 --eta 1 --out ancestral.png
+  msd sample --run runs/ldm --num 64 --out latents.npz
 """
+
+HEUN_SETTINGS = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise")
+SETTINGS = {
+    "heun": HEUN_SETTINGS,
+    "dpm-singlestep": ("denoise_to_zero",),
+    "dpm-multistep": ("denoise_to_zero",),
+    "ddim": ("eta", "denoise_to_zero"),
+}  # which options each sampler takes
 
 
 def add_parser(subparsers):
-    parser = add_command(
-        subparsers, "sample", "Sample images from a trained model with EDM's Heun sampler.", EXAMPLES
-    )
+    parser = add_command(subparsers, "sample", "Sample images, or latents, from a trained model.", EXAMPLES)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--run",
@@ -42,7 +51,8 @@ def add_parser(subparsers):
         required=True,
         type=output_path,
         metavar="FILE",
-        help="a grid as .png, or .npz with images [N, H, W, C] (uint8) and seeds",
+        help="a grid as .png, or .npz with images [N, H, W, C] (uint8) and seeds; for a model of latents .npz with "
+        "latents [N, C, H, W] (float32) and seeds",
     )
     group.add_argument("--num", type=whole(1), metavar="N", help="number of images; default: 16")
     group.add_argument(
@@ -69,65 +79,84 @@ def add_parser(subparsers):
         "--batch", type=whole(1), default=64, metavar="N", help="images per network evaluation; default: 64"
     )
 
-    group = parser.add_argument_group("sampler", "noise levels in units of the data, which is in [-1, 1]")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; default: fp32"
+    )
+    _add_sampler_options(parser)
+    add_machine_options(parser)
+    return parser
+
+
+def _add_sampler_options(parser) -> None:
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="heun: EDM's; dpm-singlestep: DPM-Solver of order 3; dpm-multistep: DPM-Solver++(2M); ddim; "
+        "default: heun for a model of schedule edm, dpm-multistep for ldm, else dpm-singlestep",
+    )
     group.add_argument(
         "--steps",
         type=whole(1),
-        default=18,
         metavar="N",
-        help="steps; 2 N - 1 network evaluations; default: 18",
+        help="network evaluations, 2 N - 1 of them for heun; default: 18 for heun, else 20",
     )
+    group.add_argument(
+        "--denoise-to-zero",
+        action="store_true",
+        default=None,
+        help="with the other samplers than heun: one more evaluation, which removes the noise that they leave",
+    )
+    group.add_argument(
+        "--eta",
+        type=number(low=0),
+        metavar="X",
+        help="with ddim: 0, a deterministic sampler (default), to 1, ancestral sampling",
+    )
+
+    group = parser.add_argument_group("heun", "noise levels in units of the data; images are in [-1, 1]")
     group.add_argument(
         "--sigma-min",
         type=number(above=0),
-        default=0.002,
         metavar="X",
-        help="lowest noise level before 0; default: 0.002",
+        help="lowest noise level before 0; default: 0.002, or the schedule's lowest if that is higher",
     )
     group.add_argument(
         "--sigma-max",
         type=number(above=0),
-        default=80.0,
         metavar="X",
-        help="noise level to start from; default: 80",
+        help="noise level to start from; default: 80, or the schedule's highest if that is lower",
     )
     group.add_argument(
         "--rho",
         type=number(above=0),
-        default=7.0,
         metavar="X",
         help="how much steps are shortened towards low noise; default: 7",
     )
     group.add_argument(
         "--s-churn",
         type=number(low=0),
-        default=0.0,
+        dest="S_churn",
         metavar="X",
         help="amount of added noise; default: 0, a deterministic sampler",
     )
     group.add_argument(
         "--s-min",
         type=number(low=0),
-        default=0.0,
+        dest="S_min",
         metavar="X",
         help="lowest noise level at which noise is added; default: 0",
     )
     group.add_argument(
-        "--s-max", type=number(low=0), default=float("inf"), metavar="X", help="highest one; default: inf"
+        "--s-max", type=number(low=0), dest="S_max", metavar="X", help="highest one; default: inf"
     )
     group.add_argument(
         "--s-noise",
         type=number(low=0),
-        default=1.0,
+        dest="S_noise",
         metavar="X",
         help="standard deviation of the added noise; default: 1",
     )
-
-    group.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; default: fp32"
-    )
-    add_machine_options(parser)
-    return parser
 
 
 def output_path(text: str) -> Path:
@@ -156,23 +185,20 @@ def run(args) -> None:
     import torch
 
     from ..checkpoints import load_model
-    from ..samplers import SamplerConfig, class_labels, generate
+    from ..samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
 
     if args.seeds is not None and args.num is not None:
         raise ValueError("--seeds and --num exclude each other")
     seeds = args.seeds if args.seeds is not None else range(args.seed, args.seed + (args.num or 16))
-    config = SamplerConfig(
-        args.steps,
-        args.sigma_min,
-        args.sigma_max,
-        args.rho,
-        args.s_churn,
-        args.s_min,
-        args.s_max,
-        args.s_noise,
-    )
+    settings = given_settings(args)
+    # What is wrong whatever the model is shows before one is loaded.
+    sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
     device = set_up_machine(args)
     model = load_model(args.source, args.weights, device)
+    sampler = _sampler_of(settings, args.sampler or default_sampler(model.denoiser))
+    config = sampler_config(sampler, schedule_of(model.denoiser), args.steps, **settings)
+    values = model.metadata["config"].get("values", "images")
+    check_output(args.out, values, model.path)
     network = model.denoiser.network
     conditioning = class_labels(network, seeds, args.class_id)
     start = time.monotonic()
@@ -189,12 +215,40 @@ def run(args) -> None:
         )
     seconds = time.monotonic() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_samples(args.out, samples.images, seeds)
+    write_samples(args.out, samples.images, seeds, values)
     per_stage = " / ".join(map(str, samples.evaluations_per_stage))
     print(
-        f"{args.out}: {len(seeds)} images of {model.path.name} ({args.weights}), {seconds:.1f} s, "
+        f"{args.out}: {len(seeds)} {values} of {model.path.name} ({args.weights}), {seconds:.1f} s, {sampler}, "
         f"{samples.evaluations} network evaluations each (stages {per_stage})"
     )
+
+
+def given_settings(args) -> dict:
+    """The sampler's options on the command line, as ``sampler_config`` takes them."""
+    names = dict.fromkeys(name for takes in SETTINGS.values() for name in takes)
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _sampler_of(settings: dict, sampler: str | None) -> str:
+    """The sampler asked for; where it is not known yet, one that takes the settings.
+
+    Raises:
+        ValueError: a setting that the sampler does not take; names the option and the samplers that do.
+    """
+    if sampler is None:
+        fitting = (name for name, takes in SETTINGS.items() if settings.keys() <= set(takes))
+        sampler = next(fitting, None)
+    if sampler is None:
+        raise ValueError(f"{', '.join(map(_option, settings))}: no sampler takes all of these")
+    for name in settings:
+        if name not in SETTINGS[sampler]:
+            others = " or ".join(other for other, takes in SETTINGS.items() if name in takes)
+            raise ValueError(f"{_option(name)} is for --sampler {others}, not for {sampler}")
+    return sampler
+
+
+def _option(name: str) -> str:
+    return "--" + name.lower().replace("_", "-")
 
 
 def _progress(done: int, total: int) -> None:
@@ -202,8 +256,25 @@ def _progress(done: int, total: int) -> None:
     print(f"\rstep {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
-def write_samples(path: Path, images, seeds) -> None:
-    """Writes images ``[N, C, H, W]`` in [-1, 1] as a grid (.png) or an array file (.npz)."""
+def check_output(path: Path, values: str, model: Path) -> None:
+    """Raises ValueError if samples of this kind cannot be written to a file of this kind."""
+    if values == "latents" and path.suffix != ".npz":
+        raise ValueError(
+            f"--out {path}: {model} was trained on latents, which are no picture before the autoencoder decodes them; "
+            "write them as .npz and decode its array `latents`"
+        )
+
+
+def write_samples(path: Path, images, seeds, values: str = "images") -> None:
+    """Writes samples ``[N, C, H, W]`` to a file.
+
+    Args:
+        path: .png for a grid of images, .npz for arrays: ``seeds``, and ``images`` [N, H, W, C] in eight bits or
+            ``latents`` [N, C, H, W] in float32, as they are.
+        images: images in [-1, 1], or latents.
+        seeds: one per sample.
+        values: "images" or "latents".
+    """
     import numpy as np
 
     from ..plots import save_sample_grid
@@ -211,5 +282,8 @@ def write_samples(path: Path, images, seeds) -> None:
     if path.suffix == ".png":
         save_sample_grid(images.float(), path)
         return
-    eight_bits = (images * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
-    np.savez_compressed(path, images=eight_bits.numpy(), seeds=np.asarray(list(seeds)))
+    if values == "latents":
+        array = images.float()
+    else:
+        array = (images * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+    np.savez_compressed(path, **{values: array.numpy()}, seeds=np.asarray(list(seeds)))

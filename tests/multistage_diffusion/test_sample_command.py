@@ -1,0 +1,171 @@
+"""``msd sample``: which sampler runs, which options it takes, and what is written."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multistage_diffusion import checkpoints, cli, networks
+from multistage_diffusion.data import load_images
+from multistage_diffusion.presets import find
+from multistage_diffusion.samplers import DDIMConfig, generate, sampler_config
+from multistage_diffusion.schedules import LDM, VP
+from stand_ins import one_thread  # noqa: F401
+
+TINY = {
+    "image_size": 8,
+    "encoder_widths": [16],
+    "decoder_widths": [16, 16, 8],
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
+LATENT = {**TINY, "encoder_widths": [32], "decoder_widths": [32, 32, 32], "in_channels": 5, "out_channels": 5}
+MODELS = {
+    "edm": ("edm-cifar10", {**TINY, "in_channels": 1, "out_channels": 1}, "images"),
+    "vp": ("ncsnpp-cifar10", TINY, "images"),
+    "ldm": ("ldm-celebahq256", LATENT, "latents"),
+}
+
+
+def msd_sample(run, *arguments):
+    return cli.main(["sample", "--run", str(run), "--device", "cpu", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def _keep_warnings_as_they_are(monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", __import__("warnings").showwarning)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with an untrained model of each schedule, that of LDM for latents."""
+    directory = tmp_path_factory.mktemp("runs")
+    for name, (preset, network_config, values) in MODELS.items():
+        torch.manual_seed(0)
+        preset = find(preset)
+        network = networks.build({"family": preset.network["family"], **network_config})
+        for parameter in network.parameters():  # the last layers of an untrained network are zero
+            torch.nn.init.normal_(parameter, std=0.05)
+        config = {
+            "network": network.config,
+            "stages": preset.stages().to_json(),
+            "schedule": preset.schedule,
+            "sigma_data": 0.5,
+            "values": values,
+        }
+        tensors = {"network": network.state_dict(), "ema": network.state_dict()}
+        metadata = {"images": 1, "config": config}
+        checkpoints.save_checkpoint(directory / name / "checkpoints", 1, tensors, metadata)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "told"),
+    [
+        ("edm", (), "heun, 35 network evaluations each (stages 18 / 4 / 13)"),
+        ("vp", (), "dpm-singlestep, 20 network evaluations each"),
+        ("ldm", (), "dpm-multistep, 20 network evaluations each"),
+        ("vp", ("--steps", 7), "dpm-singlestep, 7 network evaluations each"),
+        ("vp", ("--sampler", "heun", "--steps", 3), "heun, 5 network evaluations each"),
+        ("ldm", ("--sampler", "ddim", "--denoise-to-zero"), "ddim, 21 network evaluations each"),
+        ("edm", ("--sampler", "ddim", "--eta", 1, "--steps", 4), "ddim, 4 network evaluations each"),
+    ],
+)
+def test_the_sampler_is_that_of_the_schedule_unless_another_is_asked_for(
+    runs, tmp_path, capsys, model, options, told
+):
+    out = tmp_path / "samples.npz"
+    assert msd_sample(runs / model, "--num", 2, "--out", out, *options) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_options_reach_the_sampler(runs, tmp_path):
+    options = ("--sampler", "ddim", "--eta", 0.5, "--steps", 3, "--denoise-to-zero", "--seeds", "4,9")
+    assert msd_sample(runs / "ldm", "--out", tmp_path / "x.npz", *options) == 0
+    config = sampler_config("ddim", LDM(), 3, eta=0.5, denoise_to_zero=True)
+    assert isinstance(config, DDIMConfig)
+    denoiser = checkpoints.load_model(runs / "ldm").denoiser
+    expected = generate(denoiser, [4, 9], (5, 8, 8), config).images.float().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "x.npz")["latents"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_heun_starts_and_ends_within_the_schedule(runs, tmp_path, capsys):
+    for options in ((), ("--sigma-min", 0.05, "--sigma-max", 70), ("--s-churn", 1, "--s-max", 50)):
+        out = tmp_path / "x.npz"
+        assert msd_sample(runs / "ldm", "--sampler", "heun", "--steps", 3, "--out", out, *options) == 0
+    for model, option, value, has in (
+        ("ldm", "--sigma-min", 0.01, "the ldm schedule has 0.0387589 to 83.8225"),
+        ("ldm", "--sigma-max", 90, "the ldm schedule has 0.0387589 to 83.8225"),
+        ("vp", "--sigma-max", 200, f"the vp schedule has 0 to {float(VP().sigma(1)):.6g}"),
+    ):
+        out = tmp_path / "none.npz"
+        assert msd_sample(runs / model, "--sampler", "heun", "--out", out, option, value) == 2
+        assert has in capsys.readouterr().err
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("vp", "--sampler dpm-singlestep --rho 5", "--rho is for --sampler heun, not for dpm-singlestep"),
+        ("vp", "--s-churn 0", "--s-churn is for --sampler heun, not for dpm-singlestep"),
+        ("ldm", "--sigma-max 50", "--sigma-max is for --sampler heun, not for dpm-multistep"),
+        ("ldm", "--sampler ddim --s-max 50", "--s-max is for --sampler heun, not for ddim"),
+        ("edm", "--eta 0.5", "--eta is for --sampler ddim, not for heun"),
+        ("edm", "--sampler dpm-multistep --eta 0", "--eta is for --sampler ddim, not for dpm-multistep"),
+        ("edm", "--denoise-to-zero", "for --sampler dpm-singlestep or dpm-multistep or ddim, not for heun"),
+        ("edm", "--sampler ddim --eta 1.5", "eta=1.5 must lie within 0 and 1"),
+        ("edm", "--sampler euler", "'euler'"),
+    ],
+)
+def test_an_option_of_another_sampler_is_refused(runs, tmp_path, capsys, model, options, message):
+    out = tmp_path / "none.npz"
+    assert msd_sample(runs / model, "--out", out, *options.split()) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--eta 2", "eta=2.0 must lie within 0 and 1"),
+        ("--sampler ddim --rho 3", "--rho is for --sampler heun, not for ddim"),
+        ("--eta 1 --rho 3", "--rho, --eta: no sampler takes all of these"),
+        ("--s-min 3 --s-max 2", "S_min=3.0, S_max=2.0"),
+    ],
+)
+def test_wrong_options_show_before_the_model_is_loaded(tmp_path, capsys, options, message):
+    assert msd_sample(tmp_path / "nowhere", "--out", tmp_path / "x.png", *options.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_latents_are_written_as_they_are_and_can_be_read_again(runs, tmp_path, capsys):
+    out = tmp_path / "latents.npz"
+    assert msd_sample(runs / "ldm", "--seeds", "5,2-3", "--steps", 3, "--out", out) == 0
+    assert "3 latents of step-00000001" in capsys.readouterr().out
+    arrays = np.load(out)
+    assert sorted(arrays.files) == ["latents", "seeds"]
+    assert (arrays["latents"].shape, arrays["latents"].dtype) == ((3, 5, 8, 8), np.float32)
+    assert np.abs(arrays["latents"]).max() > 1  # neither clipped nor scaled to eight bits
+    assert arrays["seeds"].tolist() == [5, 2, 3]
+    assert np.array_equal(load_images(out, values="latents").images.numpy(), arrays["latents"])
+
+
+def test_latents_are_no_picture(runs, tmp_path, capsys):
+    assert msd_sample(runs / "ldm", "--out", tmp_path / "x.png") == 2
+    errors = capsys.readouterr().err
+    assert "trained on latents, which are no picture before the autoencoder decodes them" in errors
+    assert "write them as .npz" in errors
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_images_of_a_vp_model_are_written_as_pictures(runs, tmp_path):
+    assert msd_sample(runs / "vp", "--num", 4, "--steps", 2, "--out", tmp_path / "x.png") == 0
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.mode == "RGB"
+    assert msd_sample(runs / "vp", "--num", 4, "--steps", 2, "--out", tmp_path / "x.npz") == 0
+    arrays = np.load(tmp_path / "x.npz")
+    assert (arrays["images"].shape, arrays["images"].dtype) == ((4, 8, 8, 3), np.uint8)
