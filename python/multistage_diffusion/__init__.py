@@ -9,15 +9,18 @@ import importlib
 
 _EXPORTS = {
     "stages": ("Stages", "StagesError"),
-    "preconditioning": ("EDMPreconditioner", "Preconditioner", "SchedulePreconditioner"),
+    "preconditioning": ("EDMPreconditioner", "Preconditioner", "SchedulePreconditioner", "precondition"),
     "losses": ("MixedNoise", "StratifiedNoise", "denoising_loss", "edm_loss"),
     "schedules": ("LogNormal", "Uniform", "edm_sigmas", "vp_sigma", "vp_t"),
-    "samplers": ("SamplerConfig", "SeededNoise", "generate", "heun"),
+    "samplers": ("SamplerConfig", "SeededNoise", "generate", "heun", "sample", "sampler_config"),
+    "dpm_solver": ("DDIMConfig", "DPMMultistepConfig", "DPMSinglestepConfig"),
     "augmentation": ("Augmentation",),
     "presets": ("PRESETS",),
     "ema": ("EMA",),
     "checkpoints": ("CheckpointError", "load_model"),
-    "training": ("Trainer", "TrainingConfig"),
+    "stage_parameters": ("StageParameters",),
+    "training": ("Trainer",),
+    "training_config": ("TrainingConfig",),
     "data": ("DataError", "ImageData", "load_images"),
 }
 _SOURCE = {name: module for module, names in _EXPORTS.items() for name in names}

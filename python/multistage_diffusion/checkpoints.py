@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .preconditioning import EDMPreconditioner
+from .preconditioning import Preconditioner, precondition
 from .stages import Stages
 
 FORMAT = 1
@@ -51,10 +52,13 @@ class CheckpointWarning(UserWarning):
 # ------------------------------------------------------------------------ state of a run, as tensors and JSON
 
 
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """The optimizer's state: tensors named ``{parameter}.{entry}``, and its scalars as JSON."""
+def optimizer_tensors(names: Sequence[str], optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """The optimizer's state: tensors named ``{parameter}.{entry}``, and its scalars as JSON.
+
+    Args:
+        names: of the optimizer's parameters, in its order.
+    """
     state = optimizer.state_dict()
-    names = [name for name, _ in network.named_parameters()]
     tensors = {f"{names[i]}.{key}": v for i, entries in state["state"].items() for key, v in entries.items()}
     scalars = []
     for group in state["param_groups"]:
@@ -64,10 +68,10 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> t
 
 
 def restore_optimizer(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, scalars: dict
+    names: Sequence[str], optimizer: torch.optim.Optimizer, tensors: dict, scalars: dict
 ) -> None:
     """The inverse of ``optimizer_tensors``. Raises CheckpointError if a parameter is unknown."""
-    index = {name: i for i, (name, _) in enumerate(network.named_parameters())}
+    index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
@@ -333,7 +337,7 @@ class LoadedModel:
         path: the checkpoint folder.
     """
 
-    denoiser: EDMPreconditioner
+    denoiser: Preconditioner
     step: int
     images: int
     metadata: dict
@@ -363,6 +367,11 @@ def load_model(
     config = metadata["config"]
     network = build(config["network"])
     load_weights(network, read_tensors(path, weights), path)
-    stages = Stages.from_json(config["stages"])
-    denoiser = EDMPreconditioner(network, stages, config["sigma_data"]).to(device).eval()
+    named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
+    denoiser = precondition(
+        network,
+        Stages.from_json(config["stages"]),
+        **{name: config[name] for name in named if name in config},
+    )
+    denoiser = denoiser.to(device).eval()
     return LoadedModel(denoiser, metadata["step"], metadata["images"], metadata, path)

@@ -14,15 +14,14 @@ not.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,178 +29,18 @@ from torch import nn
 
 from . import checkpoints
 from .ema import EMA
-from .losses import MixedNoise, StratifiedNoise, edm_loss
-from .preconditioning import EDMPreconditioner, host_to_device
+from .losses import denoising_loss
+from .preconditioning import host_to_device
 from .run_log import LossWindow, Progress, RunLog, TrainingDiverged
-from .samplers import class_labels, generate
-from .schedules import LogNormal
-from .stages import Stages
+from .samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
+from .stage_parameters import StageParameters
+from .training_config import TrainingConfig
 
-PRECISIONS = ("fp32", "bf16")
-STAGE_SAMPLINGS = ("mixed", "stratified")
-LR_DECAYS = ("constant", "cosine")
+__all__ = ["DataOrder", "RunError", "Trainer", "TrainingConfig", "TrainingResult", "derive_seed"]
 
 
 class RunError(RuntimeError):
     """A run cannot start or go on: the folder is taken, or does not fit the configuration."""
-
-
-# ---------------------------------------------------------------------------- configuration
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that decides the outcome of a run. Defaults are EDM's for CIFAR-10 (arXiv 2206.00364).
-
-    Attributes:
-        network: what ``multistage_diffusion.networks.build`` takes.
-        stages: the stages of the noise levels.
-        data: "digits", or a folder, archive or array file of images.
-        image_size: pixels per side the images are brought to; ``None``: as they are.
-        sigma_data: standard deviation of the data in [-1, 1].
-        P_mean, P_std: ln sigma ~ N(P_mean, P_std²).
-        stage_sampling: "mixed" (as EDM) or "stratified" (stages in given proportions).
-        stage_probabilities: of stratified sampling; ``None``: uniform.
-        importance_weights: of stratified sampling: keep the expected loss of "mixed".
-        steps: optimizer steps.
-        batch_size: images per step.
-        accumulate: micro-batches a batch is split into; changes memory, not the result.
-        precision: "fp32", or "bf16" for autocast to bfloat16.
-        lr, betas, eps: of Adam.
-        warmup_images: the learning rate grows linearly over that many images.
-        lr_decay: "constant", or "cosine" to 0 at the last step.
-        gradient_clip: largest norm of the whole gradient; ``None``: no clipping.
-        ema_halflife_images, ema_rampup_ratio: see ``EMA``.
-        seed: of everything random.
-        checkpoint_every, log_every, sample_every: in steps; ``sample_every=None``: no grids.
-        keep_checkpoints: the newest that many stay; ``None``: all.
-        sample_count: images of a grid.
-    """
-
-    network: dict
-    stages: Stages = field(default_factory=Stages.edm)
-    data: str = "digits"
-    image_size: int | None = None
-    sigma_data: float = 0.5
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    stage_sampling: str = "mixed"
-    stage_probabilities: tuple[float, ...] | None = None
-    importance_weights: bool = False
-    steps: int = 1000
-    batch_size: int = 64
-    accumulate: int = 1
-    precision: str = "fp32"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup_images: int = 0
-    lr_decay: str = "constant"
-    gradient_clip: float | None = None
-    ema_halflife_images: float = 500_000
-    ema_rampup_ratio: float | None = 0.05
-    seed: int = 0
-    checkpoint_every: int = 1000
-    keep_checkpoints: int | None = 2
-    log_every: int = 50
-    sample_every: int | None = None
-    sample_count: int = 16
-
-    def __post_init__(self):
-        if self.stage_probabilities is not None:
-            object.__setattr__(self, "stage_probabilities", tuple(map(float, self.stage_probabilities)))
-        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
-        if not isinstance(self.network, dict):
-            raise ValueError(f"TrainingConfig: network must be a dictionary, got {self.network!r}")
-        self._check_numbers()
-        for name, allowed in (
-            ("precision", PRECISIONS),
-            ("stage_sampling", STAGE_SAMPLINGS),
-            ("lr_decay", LR_DECAYS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"TrainingConfig: {name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}"
-                )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"TrainingConfig: accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
-            )
-        if self.stage_sampling == "mixed" and (self.stage_probabilities or self.importance_weights):
-            raise ValueError(
-                'TrainingConfig: stage_probabilities and importance_weights need stage_sampling="stratified"'
-            )
-        self.noise_levels()  # raises what is wrong with the distribution and the probabilities
-
-    def _check_numbers(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "sample_count"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(
-                    f"TrainingConfig: {name}={getattr(self, name)!r} must be a whole number >= 1"
-                )
-        for name in ("keep_checkpoints", "sample_every", "image_size"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"TrainingConfig: {name}={value!r} must be None or a whole number >= 1")
-        for name in ("lr", "eps", "sigma_data"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be positive and finite")
-        for name in ("warmup_images", "ema_halflife_images", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be at least 0")
-        for name in ("gradient_clip", "ema_rampup_ratio"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"TrainingConfig: {name}={value} must be None or positive")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"TrainingConfig: betas={self.betas} must be two numbers in [0, 1)")
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        lr = self.lr
-        if self.warmup_images:
-            lr *= min(1.0, (step + 1) * self.batch_size / self.warmup_images)
-        if self.lr_decay == "cosine":
-            lr *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return lr
-
-    def noise_levels(self) -> MixedNoise | StratifiedNoise:
-        """What draws the noise levels of a batch."""
-        distribution = LogNormal(self.P_mean, self.P_std)
-        if self.stage_sampling == "mixed":
-            return MixedNoise(self.stages, distribution)
-        return StratifiedNoise(self.stages, self.stage_probabilities, distribution, self.importance_weights)
-
-    def to_json(self) -> dict:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["stages"] = self.stages.to_json()
-        return json.loads(json.dumps(values))  # tuples become lists, as they are after a round trip
-
-    @classmethod
-    def from_json(cls, values: dict) -> TrainingConfig:
-        """The inverse of ``to_json``. Raises ValueError for a key that does not exist."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"TrainingConfig: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-            )
-        return cls(**{**values, "stages": Stages.from_json(values["stages"])})
-
-    def differences(self, saved: dict) -> list[str]:
-        """What of a saved configuration differs from this one and may not when a run is resumed."""
-        free = {
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-            "sample_every",
-            "sample_count",
-            "accumulate",
-        }
-        if self.lr_decay == "constant":
-            free.add("steps")
-        given = {k: v for k, v in self.to_json().items() if k not in free}
-        return checkpoints.differing_keys({k: v for k, v in saved.items() if k not in free}, given)
 
 
 # ------------------------------------------------------------------ randomness as a function of seed and step
@@ -316,10 +155,17 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, "weights", 0))
         self.network = (network if network is not None else _build(config)).to(self.device).train()
         self._check_data_fits()
-        self.denoiser = EDMPreconditioner(self.network, config.stages, config.sigma_data)
+        self.denoiser = config.denoiser(self.network)
+        self.augmentation = config.augmentation()
         self.ema = EMA(self.network, config.ema_halflife_images, config.ema_rampup_ratio)
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        self.parameters = StageParameters(self.network)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.noise_levels = config.noise_levels()
         self.order = DataOrder(self.data.num_images, config.seed)
@@ -373,52 +219,59 @@ class Trainer:
         levels = self.noise_levels.draw(batch, self._host_generator("sigma"))
         indices = self.order.indices(self.step * batch, batch)
         y = host_to_device(self.data.sample(indices), self.device, torch.float32)
+        y, conditioning = self._augment(y)
+        conditioning |= self._class_labels(indices)
         self.noise_generator.manual_seed(derive_seed(config.seed, "noise", self.step))
         noise = torch.randn(y.shape, generator=self.noise_generator, device=self.device)
-        scale = host_to_device(levels.weight / batch, self.device, torch.float32)
-        labels = self._class_labels(indices)
+        numbers = y[0].numel()
+        scale = host_to_device(levels.weight * config.loss_scale(numbers) / batch, self.device, torch.float32)
         losses = torch.empty(batch, device=self.device)
         for m in range(config.accumulate):
-            part = slice(
-                m, None, config.accumulate
-            )  # strided: every micro-batch gets its share of every stage
+            # Strided: every micro-batch gets its share of every stage.
+            part = slice(m, None, config.accumulate)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                conditioning = {} if labels is None else {"class_labels": labels[part]}
-                loss = edm_loss(
+                loss = denoising_loss(
                     self.denoiser,
                     y[part],
                     levels.sigma[part],
                     levels.stage[part],
                     noise=noise[part],
-                    **conditioning,
+                    **{name: values[part] for name, values in conditioning.items()},
                 )
             (scale[part] * loss).sum().backward()
-            losses[part] = loss.detach() / y[0].numel()
+            losses[part] = loss.detach() / numbers
         self.step += 1
         self.window.add(self.step, levels, losses)
-        if (
-            self.device.type == "cpu"
-        ):  # elsewhere this would wait for the device; the log interval does it there
-            self.window.check_last()
-        self._update_weights()
+        if self.device.type == "cpu":
+            self.window.check_last()  # elsewhere this would wait for the device; the log interval does it there
+        self._update_weights(levels.counts)
 
-    def _update_weights(self) -> None:
+    def _update_weights(self, counts: Sequence[int]) -> None:
+        """One optimizer step; a decoder whose stage had no sample stays as it is, its state included."""
         config = self.config
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step - 1)
+        self.parameters.take_gradients(counts)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parameters.drop_gradients()
         self.ema.update(self.network, (self.step - 1) * config.batch_size, config.batch_size)
 
-    def _class_labels(self, indices: torch.Tensor) -> torch.Tensor | None:
-        """One-hot labels ``[B, label_dim]`` of a class-conditional network."""
+    def _augment(self, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The augmented images, and what the network is told of that."""
+        if self.augmentation is None:
+            return y, {}
+        y, labels = self.augmentation(y, self._host_generator("augmentation"))
+        return y, {"augment_labels": labels} if getattr(self.network, "augment_dim", 0) else {}
+
+    def _class_labels(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One-hot labels ``[B, label_dim]`` for a class-conditional network."""
         label_dim = getattr(self.network, "label_dim", 0)
         if not label_dim:
-            return None
+            return {}
         one_hot = nn.functional.one_hot(self.data.labels[indices], label_dim)
-        return host_to_device(one_hot, self.device, torch.float32)
+        return {"class_labels": host_to_device(one_hot, self.device, torch.float32)}
 
     def _host_generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, self.step))
@@ -457,7 +310,7 @@ class Trainer:
 
     def _save(self) -> Path:
         self._check_weights()
-        optimizer_tensors, scalars = checkpoints.optimizer_tensors(self.network, self.optimizer)
+        optimizer_tensors, scalars = checkpoints.optimizer_tensors(self.parameters.names, self.optimizer)
         tensors = {
             "network": self.network.state_dict(),
             "ema": self.ema.network.state_dict(),
@@ -493,11 +346,12 @@ class Trainer:
     def _sample_grid(self) -> None:
         from .plots import save_sample_grid
 
-        denoiser = EDMPreconditioner(self.ema.network, self.config.stages, self.config.sigma_data)
+        denoiser = self.config.denoiser(self.ema.network)
         shape = (self.network.in_channels, self.network.image_size, self.network.image_size)
         seeds = range(self.config.sample_count)
         labels = class_labels(self.network, seeds)
-        samples = generate(denoiser, seeds, shape, dtype=torch.float32, **labels)
+        sampler = sampler_config(default_sampler(denoiser), schedule_of(denoiser))
+        samples = generate(denoiser, seeds, shape, sampler, dtype=torch.float32, **labels)
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
         save_sample_grid(samples.images.float(), folder / f"step-{self.step:08d}.png")
@@ -519,6 +373,11 @@ class Trainer:
                 f"the network takes {needed[0]} channel(s) at {needed[1]} pixels"
             )
         label_dim = getattr(self.network, "label_dim", 0)
+        if getattr(self.network, "context_dim", 0) and not label_dim:
+            raise ValueError(
+                f"the network takes a context of {self.network.context_dim} channels; "
+                "training here gives it classes (label_dim) or nothing"
+            )
         if label_dim and self.data.labels is None:
             raise ValueError(f"the network takes one of {label_dim} classes, but the images have no labels")
         if label_dim and int(self.data.labels.max()) >= label_dim:
@@ -556,7 +415,9 @@ class Trainer:
         checkpoints.load_weights(self.network, checkpoints.read_tensors(path, "network"), path)
         checkpoints.load_weights(self.ema.network, checkpoints.read_tensors(path, "ema"), path)
         optimizer_tensors = checkpoints.read_tensors(path, "optimizer")
-        checkpoints.restore_optimizer(self.network, self.optimizer, optimizer_tensors, metadata["optimizer"])
+        checkpoints.restore_optimizer(
+            self.parameters.names, self.optimizer, optimizer_tensors, metadata["optimizer"]
+        )
         checkpoints.restore_rng(checkpoints.read_tensors(path, "rng"))
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         self.log.truncate(self.step)
@@ -570,7 +431,7 @@ class Trainer:
 def _load_data(config: TrainingConfig):
     from .data import load_images
 
-    return load_images(config.data, image_size=config.image_size)
+    return load_images(config.data, image_size=config.image_size, values=config.values)
 
 
 def _build(config: TrainingConfig) -> nn.Module:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from PIL import Image
 
 from multistage_diffusion import checkpoints, cli, metrics
 from multistage_diffusion.commands import load_commands, sample, train
+from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
 from multistage_diffusion.run_log import RunLog
 from multistage_diffusion.stages import Stages
 from stand_ins import one_thread  # noqa: F401
@@ -87,6 +89,11 @@ def test_help_does_not_load_torch():
         ("train --out x --data digits --stages nowhere.json", "cannot read nowhere.json"),
         ("train --out x --data digits --stages 1,2,3", "network has 3 stage(s) but 4 were given"),
         ("train --out x --data nowhere", "nowhere"),
+        ("train --out x --data digits --schedule vp --stages single --p-mean 0", "--p-mean: of schedule edm"),
+        ("train --out x --data digits --schedule vp --stages 2,3", "its lower end must lie below"),
+        ("train --out x --data digits --prediction v", 'for schedules other than "edm"'),
+        ("train --out x --data digits --augment 2", "augment=2.0 must be None or lie in 0..1"),
+        ("train --out x --data digits --depth 5", "edm does not take these arguments"),
         ("train --out x --resume", "holds no run to resume"),
         ("train --out x --data digits --device tpu", "--device tpu"),
         ("train --out x --data digits --device cuda:99", "CUDA device(s)"),
@@ -172,7 +179,7 @@ def test_options_go_before_the_preset():
     )
     config = train.make_config(args, None, "digits", Digits())
     assert config.network["decoder_widths"] == [16, 8]
-    assert config.network["encoder_widths"] == list(train.PRESETS["digits"]["network"]["encoder_widths"])
+    assert config.network["encoder_widths"] == DIGITS.network["encoder_widths"]
     assert config.stages == Stages.from_boundaries([0, 1, float("inf")])
     assert config.steps == 32  # 2000 images in batches of 64, rounded up
     args = parsed("--class-conditional", "--ema-kimg", "3", "--warmup-kimg", "0.5")
@@ -181,13 +188,44 @@ def test_options_go_before_the_preset():
     assert (config.ema_halflife_images, config.warmup_images) == (3000, 500)
 
 
-@pytest.mark.parametrize("preset", sorted(train.PRESETS))
-def test_presets_are_valid(preset):
-    class Images:
-        image_size, channels, labels = 32, 3, None
+class Images:
+    image_size, channels, labels = 32, 3, torch.arange(1000)
 
-    config = train.make_config(parsed("--preset", preset), None, "images", Images())
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_presets_are_valid(name, variant):
+    config = train.make_config(parsed("--preset", name, "--variant", variant), None, "images", Images())
+    preset = TRAINABLE[name]
+    stages = {"multistage": preset.stages(), "separate": preset.stages()}.get(variant)
+    assert config.stages == (stages or Stages.single(config.noise_schedule().variable))
     assert len(config.stages) == len(config.network["decoder_widths"])
+    assert config.schedule == preset.schedule
+    shares = preset.stage_shares() if stages else (1.0,)
+    assert _shares(config) == pytest.approx(shares, abs=0.02)
+    if variant == "separate":
+        assert config.network["encoder_widths"] == config.network["decoder_widths"]
+
+
+def _shares(config):
+    """The share of each stage among many noise levels drawn as the configuration says."""
+    counts = config.noise_levels().draw(20_000, torch.Generator().manual_seed(0)).counts
+    return [count / 20_000 for count in counts]
+
+
+def test_the_network_is_told_of_the_augmentation():
+    def made(*options):
+        config = train.make_config(parsed("--preset", "edm-cifar10", *options), None, "images", Images())
+        return config.augment, config.network["augment_dim"]
+
+    assert made() == (0.12, 9)
+    assert made("--augment", "0") == (0.0, 9)
+    assert made("--augment", "none") == (None, 0)
+    assert made("--values", "latents") == (None, 0)
+    config = train.make_config(parsed("--preset", "ncsnpp-cifar10"), None, "images", Images())
+    assert config.augment == 0  # flips, of which it is told nothing
+    with pytest.raises(ValueError, match=r"augment=0\.5 needs a network that is told"):
+        train.make_config(parsed("--preset", "ncsnpp-cifar10", "--augment", "0.5"), None, "images", Images())
 
 
 def test_parse_stages(tmp_path):
@@ -198,6 +236,9 @@ def test_parse_stages(tmp_path):
         == train.parse_stages("0,2.5103,7.6577,inf")
     )
     assert train.parse_stages("single") == Stages.single()
+    assert train.parse_stages("single", "vp") == Stages.single("t")
+    assert train.parse_stages("0.4,0.6", "vp") == Stages.from_boundaries([0, 0.4, 0.6, 1], "t")
+    assert train.parse_stages("441,1000", "ldm") == Stages.from_boundaries([0, 441, 1000], "step")
     path = tmp_path / "stages.json"
     Stages([[(0, 1), (2, inf)], [(1, 2)]]).save(path)
     assert train.parse_stages(str(path)) == Stages.load(path)
@@ -253,14 +294,14 @@ def test_info(capsys):
 
 def test_demo(tmp_path, capsys, monkeypatch):
     # The real demo takes minutes; here a few steps of a tiny network, and one quick judge.
-    preset = train.PRESETS["digits"]
     network = {
         "encoder_widths": (8,),
         "decoder_widths": (8, 8, 4),
         "channel_mult": (1,),
         "attn_resolutions": (),
     }
-    monkeypatch.setitem(train.PRESETS, "digits", {**preset, "network": {**preset["network"], **network}})
+    tiny = dataclasses.replace(DIGITS, network={**DIGITS.network, **network})
+    monkeypatch.setitem(train.TRAINABLE, "digits", tiny)
     monkeypatch.setattr(metrics, "evaluate_digits", lambda images: dict.fromkeys(JUDGED, 0.5))
     monkeypatch.setattr(metrics, "digit_classifier", ZeroForEverything)
     assert msd("demo", "--out", tmp_path / "demo", "--steps", 3, "--device", "cpu") == 0

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from helpers import waiting_is_an_error
-from multistage_diffusion import checkpoints, networks, training
+from multistage_diffusion import checkpoints, networks
 from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import DataOrder, RunError, Trainer, TrainingConfig, derive_seed
+from multistage_diffusion.training import DataOrder, RunError, Trainer, derive_seed
+from multistage_diffusion.training_config import TrainingConfig
 from stand_ins import TinyNetwork, build, one_thread, tiny_images  # noqa: F401
 
 TINY = {"family": "tiny", "image_size": 8}
@@ -465,4 +466,3 @@ def test_sample_grids_do_not_change_the_run(tmp_path, monkeypatch):
 def test_config_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config_of().steps = 3
-    assert training.PRECISIONS == ("fp32", "bf16")

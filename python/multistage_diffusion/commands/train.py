@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import signal
@@ -10,63 +11,17 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..presets import DIGITS, TRAINABLE, VARIANTS
 from ._options import add_command, add_machine_options, number, numbers, set_up_machine, whole, wholes
 
 EXAMPLES = """\
   msd train --data digits --out runs/digits --steps 2000
-  msd train --data cifar10.zip --preset cifar10 --precision bf16 --out runs/cifar10
+  msd train --data cifar10.zip --preset edm-cifar10 --precision bf16 --out runs/cifar10
+  msd train --data cifar10.zip --preset edm-cifar10 --variant unified --out runs/unified
   msd train --out runs/cifar10 --resume
+  msd train --data latents.npz --values latents --preset ldm-imagenet256 --class-conditional --out runs/ldm
   msd train --data images/ --decoder-widths 96,64,16 --stages 0.5,2,8 --stage-sampling stratified --out runs/x
 """
-
-# Networks and settings of a preset; options given on the command line go first.
-PRESETS = {
-    "digits": {
-        "network": {
-            "encoder_widths": (32,),
-            "decoder_widths": (48, 32, 16),
-            "channel_mult": (1, 1),
-            "num_blocks": 1,
-            "attn_resolutions": (),
-            "dropout": 0.0,
-        },
-        "run": {
-            "stages": "0.5,2",
-            "stage_sampling": "stratified",
-            "stage_probabilities": (0.25, 0.5, 0.25),
-            "P_mean": -0.4,
-            "sigma_data": 0.7,
-            "steps": 800,
-            "batch_size": 64,
-            "lr": 2e-3,
-            "warmup_images": 5000,
-            "lr_decay": "cosine",
-            "ema_halflife_images": 5000,
-            "checkpoint_every": 200,
-            "log_every": 25,
-        },
-    },
-    "cifar10": {
-        "network": {},
-        "run": {
-            "stages": "edm",
-            "steps": 390_625,
-            "batch_size": 512,
-            "warmup_images": 10_000_000,
-            "checkpoint_every": 5000,
-        },
-    },
-    "cifar10-unified": {
-        "network": {"decoder_widths": (128,)},
-        "run": {
-            "stages": "single",
-            "steps": 390_625,
-            "batch_size": 512,
-            "warmup_images": 10_000_000,
-            "checkpoint_every": 5000,
-        },
-    },
-}
 
 NETWORK_OPTIONS = (
     "encoder_widths",
@@ -75,7 +30,12 @@ NETWORK_OPTIONS = (
     "num_blocks",
     "attn_resolutions",
     "dropout",
+    "depth",
+    "num_heads",
+    "patch_size",
 )
+DEFAULT_PRESET = "edm-cifar10"
+EDM_OPTIONS = ("P_mean", "P_std", "sigma_data")
 
 
 def add_parser(subparsers):
@@ -106,6 +66,18 @@ def _add_run_options(parser) -> None:
         "--data",
         metavar="SOURCE",
         help='"digits", or a folder, .zip, .npy or .npz of images (not needed with --resume)',
+    )
+    group.add_argument(
+        "--values",
+        choices=("images", "latents"),
+        help="what an array holds: images (default), or an autoencoder's latents, used as they are",
+    )
+    group.add_argument(
+        "--augment",
+        type=probability_or_none,
+        metavar="P",
+        help="probability of each kind of augmentation, which an EDM network is told; 0: flips alone; "
+        '"none"; default: the preset\'s',
     )
     group.add_argument(
         "--image-size",
@@ -140,8 +112,15 @@ def _add_network_options(parser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--preset",
-        choices=sorted(PRESETS),
-        help="start from these settings; default: digits for the digits, else cifar10",
+        choices=TRAINABLE,
+        metavar="NAME",
+        help=f"start from these settings: {', '.join(TRAINABLE)}; default: {DIGITS.name} for the digits, "
+        f"else {DEFAULT_PRESET}",
+    )
+    group.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        help="of the preset: multistage (default), one decoder for all noise levels, or a whole network per stage",
     )
     group.add_argument(
         "--encoder-widths",
@@ -167,6 +146,9 @@ def _add_network_options(parser) -> None:
         "--attn-resolutions", type=wholes, metavar="LIST", help="pixels per side at which there is attention"
     )
     group.add_argument("--dropout", type=number(low=0), metavar="P", help="dropout probability")
+    group.add_argument("--depth", type=whole(3), metavar="N", help="transformer blocks of a uvit")
+    group.add_argument("--num-heads", type=whole(1), metavar="N", help="attention heads of a uvit")
+    group.add_argument("--patch-size", type=whole(1), metavar="N", help="pixels per side of a uvit's token")
     group.add_argument(
         "--class-conditional",
         action="store_true",
@@ -180,14 +162,25 @@ def _add_noise_options(parser) -> None:
         "stages and noise levels", "sigma is in units of the data, which is in [-1, 1]"
     )
     group.add_argument(
+        "--schedule",
+        choices=("edm", "vp", "ve", "ldm"),
+        help="how noise levels are drawn and told to the network; default: the preset's",
+    )
+    group.add_argument(
+        "--prediction",
+        choices=("epsilon", "x0", "v"),
+        help="what the network predicts, where the schedule is not edm; default: epsilon",
+    )
+    group.add_argument(
         "--stages",
         metavar="STAGES",
-        help='"edm", "single", a stages.json, or boundaries such as 2.5103,7.6577 (0 and inf are understood)',
+        help='"edm", "single", a stages.json, or boundaries such as 2.5103,7.6577 in the variable of the '
+        "schedule, whose ends are understood",
     )
     group.add_argument(
         "--stage-sampling",
         choices=("mixed", "stratified"),
-        help="draw sigma as EDM does, or the stages in given shares",
+        help="draw noise levels as the schedule does, or the stages in given shares",
     )
     group.add_argument(
         "--stage-shares",
@@ -203,7 +196,11 @@ def _add_noise_options(parser) -> None:
         help="of stratified sampling: keep the expected loss of mixed sampling",
     )
     group.add_argument(
-        "--p-mean", type=float, dest="P_mean", metavar="X", help="mean of ln sigma; default: -1.2"
+        "--p-mean",
+        type=float,
+        dest="P_mean",
+        metavar="X",
+        help="mean of ln sigma, of schedule edm; default: -1.2",
     )
     group.add_argument(
         "--p-std",
@@ -231,6 +228,9 @@ def _add_optimizer_options(parser) -> None:
     )
     group.add_argument(
         "--warmup-kimg", type=number(low=0), metavar="X", help="thousands of images over which the rate grows"
+    )
+    group.add_argument(
+        "--weight-decay", type=number(low=0), metavar="X", help="of AdamW, as a share of the rate; default: 0"
     )
     group.add_argument("--lr-decay", choices=("constant", "cosine"), help="default: constant")
     group.add_argument(
@@ -263,7 +263,8 @@ def run(args) -> int:
     if source is None:
         raise ValueError(f"{args.out} holds no run to resume; give --data to start one")
     image_size = args.image_size or (saved or {}).get("image_size")
-    data = load_images(source, image_size=image_size)
+    values = args.values or (saved or {}).get("values", "images")
+    data = load_images(source, image_size=image_size, values=values)
     config = make_config(args, saved, source, data)
     result = Trainer(config, args.out, data=data, device=device).run(resume=args.resume)
     if result.stopped_by is not None:
@@ -291,40 +292,69 @@ def _saved_config(args) -> dict | None:
 def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
     """The configuration: that of the run being resumed or of the preset, changed by what was given."""
     from ..stages import Stages
-    from ..training import TrainingConfig
+    from ..training_config import TrainingConfig
 
     if saved is not None and args.preset is None:
         values = {**saved, "stages": Stages.from_json(saved["stages"])}
         network = dict(saved["network"])
     else:
-        preset = PRESETS[args.preset or ("digits" if source == "digits" else "cifar10")]
-        values = {**preset["run"], "stages": parse_stages(preset["run"]["stages"])}
-        if args.stages is not None:
-            values.pop("stage_probabilities", None)  # those of the preset's own stages
-        network = {"family": "edm", "image_size": data.image_size, "in_channels": data.channels}
-        network |= {"out_channels": data.channels, **preset["network"]}
-    network |= {name: getattr(args, name) for name in NETWORK_OPTIONS if getattr(args, name) is not None}
+        values, network = _from_preset(args, source, data)
+    network |= _given(args, NETWORK_OPTIONS)
     if args.class_conditional:
         if data.labels is None:
             raise ValueError(f"--class-conditional: the images of {source} have no labels")
         network["label_dim"] = int(data.labels.max()) + 1
-    values |= {"network": _complete(network), "data": source}
     values |= _given(args, TrainingConfig.__dataclass_fields__)
+    values |= {"network": _complete(network), "data": source}
+    schedule = values.get("schedule", "edm")
     if args.stages is not None:
-        values["stages"] = parse_stages(args.stages)
+        values["stages"] = parse_stages(args.stages, schedule)
+    if args.augment == "none":
+        values["augment"] = None
     if args.warmup_kimg is not None:
         values["warmup_images"] = round(1000 * args.warmup_kimg)
     if args.ema_kimg is not None:
         values["ema_halflife_images"] = 1000 * args.ema_kimg
     if args.kimg is not None:
         values["steps"] = max(1, math.ceil(1000 * args.kimg / values["batch_size"]))
+    _check_edm_options(args, schedule)
     return TrainingConfig(**values)
+
+
+def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dict]:
+    """Settings of the run and of the network, as a preset has them for these data."""
+    from ..augmentation import LABELS
+    from ..networks import FAMILIES
+
+    preset = TRAINABLE[args.preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
+    variant = args.variant or "multistage"
+    values = preset.training_settings(variant)
+    if args.stages is not None:
+        values.pop("stage_probabilities", None)  # those of the preset's own stages
+    if args.values == "latents":
+        values.pop("augment", None)  # meant for images
+    channels = {"in_channels": data.channels, "out_channels": data.channels}
+    taken = inspect.signature(FAMILIES[preset.network["family"]]).parameters
+    network = preset.config(variant, image_size=data.image_size, **_given(args, NETWORK_OPTIONS))
+    network |= {name: value for name, value in channels.items() if name in taken}
+    if "augment_dim" in taken:
+        augment = values.get("augment") if args.augment is None else args.augment
+        network["augment_dim"] = 0 if augment in (None, "none") else len(LABELS)
+    return values, network
+
+
+def _check_edm_options(args: argparse.Namespace, schedule: str) -> None:
+    """Raises ValueError for an option that a schedule other than EDM's would ignore."""
+    given = [name for name in EDM_OPTIONS if getattr(args, name) is not None]
+    if schedule != "edm" and given:
+        options = ", ".join(f"--{name.lower().replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: of schedule edm; schedule {schedule} draws its own variable evenly")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict:
     """The options of these names that were on the command line and need no more than copying."""
     found = {name: getattr(args, name, None) for name in names if name not in ("stages", "data")}
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value not in (None, "none")}
 
 
 def _complete(network: dict) -> dict:
@@ -337,14 +367,19 @@ def _complete(network: dict) -> dict:
         return build(network).config
 
 
-def parse_stages(text: str):
-    """The stages of "edm", "single", a stages.json, or boundaries, of which 0 and inf may be left out."""
-    from ..stages import Stages
+def parse_stages(text: str, schedule: str = "edm"):
+    """The stages of "edm", "single", a stages.json, or boundaries in the schedule's variable.
 
+    The ends of what the variable covers may be left out of the boundaries.
+    """
+    from ..schedules import SCHEDULES
+    from ..stages import DOMAINS, Stages
+
+    variable = SCHEDULES[schedule].variable
     if text == "edm":
         return Stages.edm()
     if text == "single":
-        return Stages.single()
+        return Stages.single(variable)
     if text.endswith(".json"):
         return Stages.load(text)
     try:
@@ -353,6 +388,12 @@ def parse_stages(text: str):
         raise ValueError(
             f'--stages {text}: give "edm", "single", a .json file, or boundaries such as 2.5103,7.6577'
         ) from None
-    edges = edges if edges[0] == 0 else [0.0, *edges]
-    edges = edges if edges[-1] == math.inf else [*edges, math.inf]
-    return Stages.from_boundaries(edges)
+    low, high = DOMAINS[variable]
+    edges = edges if edges[0] == low else [low, *edges]
+    edges = edges if edges[-1] == high else [*edges, high]
+    return Stages.from_boundaries(edges, variable)
+
+
+def probability_or_none(text: str) -> float | str:
+    """A probability, or the word "none"."""
+    return text if text == "none" else number(low=0)(text)

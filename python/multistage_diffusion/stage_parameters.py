@@ -1,0 +1,118 @@
+"""One parameter per stage over the layers' flat ones, for an optimizer that leaves absent stages alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .layers import StageModule, shared_layers
+
+__all__ = ["StageParameters"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of the optimizer and where its gradient comes from.
+
+    Attributes:
+        name: as in the network's ``state_dict``.
+        parameter: shares its memory with ``source``.
+        source: the network's own parameter.
+        span: the part of a flat source; None for one that is not packed.
+        stage: the network's stage that alone uses it; None for all.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    source: nn.Parameter
+    span: slice | None
+    stage: int | None
+
+    def gradient(self) -> torch.Tensor | None:
+        """The source's, cut to the span; a view."""
+        whole = self.source.grad
+        return whole if whole is None or self.span is None else whole[self.span]
+
+
+class StageParameters:
+    """What to give an optimizer in place of ``network.parameters()``.
+
+    The layers keep the weights of all stages in ONE flat parameter (:class:`multistage_diffusion.layers.StageModule`),
+    whose gradient is 0 where a stage has no sample in the batch. To an optimizer that is a gradient like any other:
+    momentum and weight decay go on moving a decoder that was not trained, and Adam's averages decay towards 0. A rare
+    stage, in 0.4 % of EDM's samples, would be moved by noise most of the time. Here every stage's weights are a
+    parameter of their own, flat and in the same memory, without a gradient where its stage is absent, which optimizers
+    pass over: each decoder is trained by the batches that hold its stage, as where every batch is of one stage (arXiv
+    2312.09181).
+
+    Example::
+
+        parameters = StageParameters(network)          # after network.to(device)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        ...
+        loss.backward()
+        parameters.take_gradients(counts)              # samples of each stage since the gradients were dropped
+        optimizer.step()
+        parameters.drop_gradients()                    # in place of optimizer.zero_grad()
+
+    Args:
+        network: has ``num_stages`` if it has stages; its parameters must stay where they are in memory.
+
+    Attributes:
+        names: names of the parameters, those of ``network.state_dict()``, in the order of iteration.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.num_stages = getattr(network, "num_stages", 1)
+        self._parts = list(_parts(network))
+        self.names = [part.name for part in self._parts]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return (part.parameter for part in self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def take_gradients(self, counts: Sequence[int]) -> None:
+        """Gives the parameters the network's gradients, without a copy; those of absent stages get None.
+
+        Args:
+            counts: samples of each stage that the gradients come from.
+
+        Raises:
+            ValueError: not one count per stage.
+        """
+        if len(counts) != self.num_stages:
+            raise ValueError(
+                f"StageParameters: one count per stage is needed, got {len(counts)} for {self.num_stages} stage(s)"
+            )
+        for part in self._parts:
+            absent = part.stage is not None and not counts[part.stage]
+            part.parameter.grad = None if absent else part.gradient()
+
+    def drop_gradients(self) -> None:
+        """Sets all gradients to None, the network's own among them."""
+        for part in self._parts:
+            part.parameter.grad = None
+        self.network.zero_grad(set_to_none=True)
+
+
+def _parts(network: nn.Module) -> Iterator[_Part]:
+    shared = set(shared_layers(network)) if hasattr(network, "num_stages") else set()
+    for prefix, module in network.named_modules():
+        packed = set(module.stage_parameter_names()) if isinstance(module, StageModule) else set()
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if attribute not in packed:
+                yield _Part(name, parameter, parameter, None, None)
+                continue
+            end = 0
+            for stage, tensor in zip(module.stage_ids, module.stage_tensors(attribute), strict=True):
+                span = slice(end, end + tensor.numel())
+                end = span.stop
+                own = nn.Parameter(parameter.detach()[span], requires_grad=parameter.requires_grad)
+                yield _Part(f"{name}.{stage}", own, parameter, span, None if module in shared else stage)

@@ -1,0 +1,237 @@
+"""What decides the outcome of a training run, as one checked, JSON-able dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import checkpoints
+from .augmentation import Augmentation
+from .losses import MixedNoise, StratifiedNoise
+from .preconditioning import PREDICTIONS, Preconditioner, precondition, stages_in_sigma
+from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
+from .stages import Stages
+
+ALLOWED = {
+    "schedule": tuple(SCHEDULES),
+    "prediction": PREDICTIONS,
+    "values": ("images", "latents"),
+    "precision": ("fp32", "bf16"),
+    "stage_sampling": ("mixed", "stratified"),
+    "lr_decay": ("constant", "cosine"),
+}
+# What may differ between a run and its continuation: none of it changes what the steps compute.
+FREE = {"checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_count", "accumulate"}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides the outcome of a run. Defaults are EDM's for CIFAR-10 (arXiv 2206.00364).
+
+    Attributes:
+        network: what ``multistage_diffusion.networks.build`` takes.
+        stages: the stages of the noise levels, in sigma or in the schedule's variable.
+        schedule: "edm"; or "vp", "ve", "ldm": what the network is told of a noise level, and which of them it is
+            trained on; see ``preconditioning.precondition``.
+        prediction: what a network of another schedule than "edm" predicts: "epsilon", "x0" or "v".
+        data: "digits", or a folder, archive or array file of images.
+        values: "images", or "latents" for arrays of any range that an autoencoder made.
+        image_size: pixels per side the images are brought to; ``None``: as they are.
+        augment: probability of each kind of ``Augmentation``, which a network with ``augment_dim`` is told; 0: flips
+            alone, allowed for any network; ``None``: images as they are.
+        sigma_data: standard deviation of the data in [-1, 1]; of schedule "edm".
+        P_mean, P_std: ln sigma ~ N(P_mean, P_std²); of schedule "edm". The others draw their variable evenly.
+        stage_sampling: "mixed" (as the schedule's distribution has it) or "stratified" (stages in given proportions).
+        stage_probabilities: of stratified sampling; ``None``: uniform.
+        importance_weights: of stratified sampling: keep the expected loss of "mixed".
+        steps: optimizer steps.
+        batch_size: images per step.
+        accumulate: micro-batches a batch is split into; changes memory, not the result.
+        precision: "fp32", or "bf16" for autocast to bfloat16.
+        lr, betas, eps: of Adam.
+        weight_decay: per step, as a share of the learning rate (AdamW, arXiv 1711.05101).
+        warmup_images: the learning rate grows linearly over that many images.
+        lr_decay: "constant", or "cosine" to 0 at the last step.
+        gradient_clip: largest norm of the whole gradient; ``None``: no clipping.
+        ema_halflife_images, ema_rampup_ratio: see ``EMA``.
+        seed: of everything random.
+        checkpoint_every, log_every, sample_every: in steps; ``sample_every=None``: no grids.
+        keep_checkpoints: the newest that many stay; ``None``: all.
+        sample_count: images of a grid.
+
+    Raises:
+        ValueError: a value that is not allowed, or two that do not go together.
+    """
+
+    network: dict
+    stages: Stages = field(default_factory=Stages.edm)
+    schedule: str = "edm"
+    prediction: str = "epsilon"
+    data: str = "digits"
+    values: str = "images"
+    image_size: int | None = None
+    augment: float | None = None
+    sigma_data: float = 0.5
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    stage_sampling: str = "mixed"
+    stage_probabilities: tuple[float, ...] | None = None
+    importance_weights: bool = False
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: str = "fp32"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_images: int = 0
+    lr_decay: str = "constant"
+    gradient_clip: float | None = None
+    ema_halflife_images: float = 500_000
+    ema_rampup_ratio: float | None = 0.05
+    seed: int = 0
+    checkpoint_every: int = 1000
+    keep_checkpoints: int | None = 2
+    log_every: int = 50
+    sample_every: int | None = None
+    sample_count: int = 16
+
+    def __post_init__(self):
+        if self.stage_probabilities is not None:
+            object.__setattr__(self, "stage_probabilities", tuple(map(float, self.stage_probabilities)))
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        if not isinstance(self.network, dict):
+            raise ValueError(f"TrainingConfig: network must be a dictionary, got {self.network!r}")
+        self._check_numbers()
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"TrainingConfig: {name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
+        self._check_combinations()
+        self.noise_levels()  # raises what is wrong with the distribution and the probabilities
+
+    def _check_numbers(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "sample_count"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise ValueError(
+                    f"TrainingConfig: {name}={getattr(self, name)!r} must be a whole number >= 1"
+                )
+        for name in ("keep_checkpoints", "sample_every", "image_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"TrainingConfig: {name}={value!r} must be None or a whole number >= 1")
+        for name in ("lr", "eps", "sigma_data"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be positive and finite")
+        for name in ("warmup_images", "ema_halflife_images", "seed", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be at least 0")
+        for name in ("gradient_clip", "ema_rampup_ratio"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"TrainingConfig: {name}={value} must be None or positive")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"TrainingConfig: betas={self.betas} must be two numbers in [0, 1)")
+        if self.augment is not None and not 0 <= self.augment <= 1:
+            raise ValueError(f"TrainingConfig: augment={self.augment} must be None or lie in 0..1")
+
+    def _check_combinations(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"TrainingConfig: accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
+            )
+        if self.stage_sampling == "mixed" and (self.stage_probabilities or self.importance_weights):
+            raise ValueError(
+                'TrainingConfig: stage_probabilities and importance_weights need stage_sampling="stratified"'
+            )
+        if self.schedule == "edm" and self.prediction != "epsilon":
+            raise ValueError(
+                f'TrainingConfig: prediction={self.prediction!r} is for schedules other than "edm"'
+            )
+        if self.values == "latents" and (self.augment is not None or self.sample_every is not None):
+            raise ValueError(
+                "TrainingConfig: latents are no images: augment and sample_every must be None, "
+                f"got augment={self.augment}, sample_every={self.sample_every}"
+            )
+        if self.augment and not self.network.get("augment_dim"):
+            raise ValueError(
+                f"TrainingConfig: augment={self.augment} needs a network that is told of it "
+                "(augment_dim=9); any network takes augment=0, flips alone"
+            )
+
+    # ------------------------------------------------------------------ what it stands for
+
+    def noise_schedule(self) -> Schedule:
+        """The schedule of this name."""
+        return SCHEDULES[self.schedule]()
+
+    def denoiser(self, network: nn.Module) -> Preconditioner:
+        """D(x; sigma) around the network."""
+        return precondition(network, self.stages, self.schedule, self.sigma_data, self.prediction)
+
+    def augmentation(self) -> Augmentation | None:
+        """What is done to the images before they are noised."""
+        return None if self.augment is None else Augmentation(self.augment)
+
+    def noise_levels(self) -> MixedNoise | StratifiedNoise:
+        """What draws the noise levels of a batch."""
+        schedule = self.noise_schedule()
+        distribution = LogNormal(self.P_mean, self.P_std) if self.schedule == "edm" else Uniform(schedule)
+        stages = stages_in_sigma(self.stages, schedule)
+        if self.stage_sampling == "mixed":
+            return MixedNoise(stages, distribution)
+        return StratifiedNoise(stages, self.stage_probabilities, distribution, self.importance_weights)
+
+    def loss_scale(self, numbers: int) -> float:
+        """What the loss of a sample, a sum over its ``numbers`` channels and pixels, is multiplied with.
+
+        EDM's loss is that sum; score SDE and latent diffusion take the mean. To Adam that is the same but for ``eps``
+        and clipping.
+        """
+        return 1.0 if self.schedule == "edm" else 1 / numbers
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        lr = self.lr
+        if self.warmup_images:
+            lr *= min(1.0, (step + 1) * self.batch_size / self.warmup_images)
+        if self.lr_decay == "cosine":
+            lr *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return lr
+
+    # ------------------------------------------------------------------ on disk
+
+    def to_json(self) -> dict:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["stages"] = self.stages.to_json()
+        return json.loads(json.dumps(values))  # tuples become lists, as they are after a round trip
+
+    @classmethod
+    def from_json(cls, values: dict) -> TrainingConfig:
+        """The inverse of ``to_json``. Raises ValueError for a key that does not exist."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"TrainingConfig: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**{**values, "stages": Stages.from_json(values["stages"])})
+
+    def differences(self, saved: dict) -> list[str]:
+        """What of a saved configuration differs from this one and may not when a run is resumed.
+
+        A key that the saved one lacks, because an earlier version wrote it, counts as its default.
+        """
+        free = FREE | ({"steps"} if self.lr_decay == "constant" else set())
+        defaults = {
+            f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING
+        }
+        saved = {**json.loads(json.dumps(defaults)), **saved}
+        given = {k: v for k, v in self.to_json().items() if k not in free}
+        return checkpoints.differing_keys({k: v for k, v in saved.items() if k not in free}, given)

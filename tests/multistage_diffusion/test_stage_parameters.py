@@ -1,0 +1,175 @@
+"""One parameter per stage: what an optimizer sees of a network whose layers pack the stages."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from multistage_diffusion.networks import build
+from multistage_diffusion.stage_parameters import StageParameters
+from stand_ins import TinyNetwork, one_thread  # noqa: F401
+
+UNET = {
+    "image_size": 8,
+    "encoder_widths": (8,),
+    "decoder_widths": (12, 8, 4),
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+    "dropout": 0.0,
+}
+NETWORKS = {
+    "edm": {"family": "edm", **UNET},
+    "edm separate": {"family": "edm", **UNET, "encoder_widths": (12, 8, 4)},
+    "edm unified": {"family": "edm", **UNET, "decoder_widths": (8,)},
+    "ncsnpp": {"family": "ncsnpp", **UNET},
+    "ldm as the reference": {
+        "family": "ldm",
+        **UNET,
+        "encoder_widths": (32,),
+        "decoder_widths": (64, 32, 32),
+        "attn_resolutions": (4, 8),
+        "reduced_attention": True,
+    },
+    "uvit": {
+        "family": "uvit",
+        "image_size": 8,
+        "encoder_widths": (16,),
+        "decoder_widths": (24, 16, 8),
+        "depth": 5,
+        "num_heads": 2,
+    },
+}
+each_network = pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
+
+
+def made(config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = build(config).double()
+    with (
+        torch.no_grad()
+    ):  # the published initialisation leaves some layers at zero, whose inputs get no gradient
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def backward(network, stages, seed=1) -> tuple[int, ...]:
+    """Gradients of a batch with these stages; returns the samples of each."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(stages), 3, 8, 8, generator=generator, dtype=torch.float64)
+    noise = torch.rand(len(stages), generator=generator, dtype=torch.float64)
+    network(x, noise, stages).square().sum().backward()
+    return tuple(stages.count(s) for s in range(network.num_stages))
+
+
+def own_names(network, stage) -> set[str]:
+    """The weights that a batch of this stage alone changes and no other does, found by differentiating."""
+    found = []
+    for s in range(network.num_stages):
+        network.zero_grad(set_to_none=True)
+        backward(network, [s, s])
+        gradients = copy.deepcopy(network)
+        for own, parameter in zip(gradients.parameters(), network.parameters(), strict=True):
+            own.data.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        found.append({name for name, value in gradients.state_dict().items() if value.count_nonzero()})
+    network.zero_grad(set_to_none=True)
+    others = set().union(*(names for s, names in enumerate(found) if s != stage))
+    return found[stage] - others
+
+
+@each_network
+def test_the_names_are_those_of_the_state_dict(config):
+    network = made(config)
+    parameters = StageParameters(network)
+    buffers = {name for name, _ in network.named_buffers()}
+    assert len(parameters) == len(parameters.names)
+    assert set(parameters.names) == network.state_dict().keys() - buffers
+    for name, parameter in zip(parameters.names, parameters, strict=True):
+        assert parameter.numel() == network.state_dict()[name].numel()
+    assert sum(p.numel() for p in parameters) == sum(p.numel() for p in network.parameters())
+
+
+@each_network
+def test_with_all_stages_present_an_optimizer_does_what_it_does_to_the_network(config):
+    networks = made(config), made(config)
+    parameters = StageParameters(networks[0])
+    optimizers = (
+        torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(networks[1].parameters(), lr=0.01, weight_decay=0.1),
+    )
+    stages = list(range(networks[0].num_stages)) * 2
+    for step in range(3):
+        for network in networks:
+            backward(network, stages, seed=step)
+        parameters.take_gradients([2] * networks[0].num_stages)
+        for optimizer in optimizers:
+            optimizer.step()
+        parameters.drop_gradients()
+        networks[1].zero_grad(set_to_none=True)
+    for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "config", [c for name, c in NETWORKS.items() if "unified" not in name], ids=lambda c: c["family"]
+)
+def test_a_decoder_of_an_absent_stage_stays_as_it_is(config):
+    network = made(config)
+    owned = [own_names(network, stage) for stage in range(3)]
+    assert all(owned)
+    parameters = StageParameters(network)
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+    batches = [[0, 1, 2], [0, 0, 1], [2, 2, 2], [1, 0, 0]]
+    for step, stages in enumerate(batches):
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        parameters.take_gradients(backward(network, stages, seed=step))
+        optimizer.step()
+        parameters.drop_gradients()
+        for name, value in network.state_dict().items():
+            absent = any(name in owned[s] for s in range(3) if s not in stages)
+            if name in parameters.names:
+                assert torch.equal(value, before[name]) == absent, (step, name)
+    seen = [sum(s in stages for stages in batches) for s in range(3)]
+    for name, parameter in zip(parameters.names, parameters, strict=True):
+        stage = next((s for s in range(3) if name in owned[s]), None)
+        assert int(optimizer.state[parameter]["step"]) == (4 if stage is None else seen[stage]), name
+
+
+def test_the_gradients_are_the_networks_own():
+    network = made(NETWORKS["edm"])
+    parameters = StageParameters(network)
+    counts = backward(network, [0, 1, 2])
+    parameters.take_gradients(counts)
+    memory = {p.grad.untyped_storage().data_ptr() for p in network.parameters()}
+    assert all(p.grad.untyped_storage().data_ptr() in memory for p in parameters)
+    parameters.drop_gradients()
+    assert all(p.grad is None for p in [*parameters, *network.parameters()])
+
+
+def test_a_frozen_layer_stays_frozen():
+    network = made(NETWORKS["edm"])
+    frozen = next(iter(network.parameters()))
+    frozen.requires_grad_(False)
+    parameters = StageParameters(network)
+    assert not next(iter(parameters)).requires_grad
+    parameters.take_gradients(backward(network, [0, 1, 2]))
+    assert next(iter(parameters)).grad is None
+
+
+def test_a_network_of_ordinary_layers():
+    network = TinyNetwork(dropout=0)
+    parameters = StageParameters(network)
+    assert parameters.names == [name for name, _ in network.named_parameters()]
+    network(torch.ones(1, 1, 8, 8), torch.zeros(1), [0]).sum().backward()
+    parameters.take_gradients((1, 0, 0))
+    for own, parameter in zip(parameters, network.parameters(), strict=True):
+        assert own.grad is parameter.grad is not None  # nothing says which stage an ordinary layer serves
+
+
+def test_one_count_per_stage_is_needed():
+    parameters = StageParameters(made(NETWORKS["edm"]))
+    with pytest.raises(ValueError, match=r"one count per stage is needed, got 2 for 3 stage\(s\)"):
+        parameters.take_gradients((1, 1))

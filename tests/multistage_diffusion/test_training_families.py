@@ -1,0 +1,262 @@
+"""Training and sampling of every family of networks, each with its own schedule, at tiny size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion import checkpoints, cli
+from multistage_diffusion.data import ImageData
+from multistage_diffusion.losses import denoising_loss
+from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.presets import TRAINABLE
+from multistage_diffusion.schedules import vp_sigma
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training import Trainer
+from multistage_diffusion.training_config import TrainingConfig
+from stand_ins import RecordingNetwork, TinyNetwork, one_thread, tiny_images  # noqa: F401
+
+UNET = {"channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1}
+# The presets' networks with few channels; everything else of a run is the preset's.
+SMALL = {
+    "edm-cifar10": {**UNET, "encoder_widths": [8], "decoder_widths": [8, 8, 4]},
+    "ncsnpp-cifar10": {**UNET, "encoder_widths": [8], "decoder_widths": [8, 8, 4]},
+    "uvit-cifar10": {"encoder_widths": [16], "decoder_widths": [24, 16, 8], "depth": 5, "num_heads": 2},
+    "ldm-celebahq256": {
+        **UNET,
+        "encoder_widths": [32],
+        "decoder_widths": [32, 32, 32],
+        "in_channels": 5,
+        "out_channels": 5,
+    },
+    "ldm-imagenet256": {
+        **UNET,
+        "encoder_widths": [32],
+        "decoder_widths": [32, 32, 32],
+        "context_dim": 6,
+        "label_dim": 3,
+    },
+}
+each_family = pytest.mark.parametrize("name", SMALL)
+
+
+def data_for(name: str) -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    if name.startswith("ldm"):
+        channels = 5 if name == "ldm-celebahq256" else 4
+        latents = 3 * torch.randn(12, channels, 8, 8, generator=generator)
+        return ImageData(latents, torch.arange(12) % 3, values="latents", name="latents")
+    images = torch.randint(0, 256, (12, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageData(images, name="images")
+
+
+def config_of(name: str, **changes) -> TrainingConfig:
+    preset = TRAINABLE[name]
+    settings = {
+        **preset.training_settings(),
+        "network": preset.config(image_size=8, **SMALL[name]),
+        "values": "latents" if name.startswith("ldm") else "images",
+        "steps": 4,
+        "batch_size": 6,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "warmup_images": 0,
+    }
+    return TrainingConfig(**{**settings, **changes})
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    monkeypatch.setattr(Trainer, "_plot", lambda self: None)
+
+
+def train(name: str, directory, resume: bool = False, **changes):
+    config = config_of(name, **changes)
+    return Trainer(config, directory, data=data_for(name), quiet=True).run(resume)
+
+
+@each_family
+def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
+    train(name, tmp_path / "whole")
+    train(name, tmp_path / "parts", steps=2)
+    result = train(name, tmp_path / "parts", resume=True)
+    assert result.step == 4
+    for part in ("network", "ema", "optimizer"):
+        a, b = (
+            checkpoints.read_tensors(tmp_path / run / "checkpoints" / "step-00000004", part)
+            for run in ("whole", "parts")
+        )
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@each_family
+def test_a_trained_model_loads_with_its_own_schedule_and_stages(name, tmp_path):
+    train(name, tmp_path, steps=2)
+    denoiser = checkpoints.load_model(tmp_path).denoiser
+    preset = TRAINABLE[name]
+    kind = EDMPreconditioner if preset.schedule == "edm" else SchedulePreconditioner
+    assert type(denoiser) is kind
+    expected = preset.denoiser(denoiser.network)
+    assert denoiser.stages == expected.stages
+    sigma = torch.tensor([0.1, 3.0, 6.5], dtype=torch.float64)
+    for ours, theirs in zip(denoiser.coefficients(sigma), expected.coefficients(sigma), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["ncsnpp-cifar10", "ldm-imagenet256"])
+def test_the_loss_of_a_schedule_is_the_mean_squared_error_of_the_predicted_noise(name):
+    y = data_for(name).sample(range(4))
+    n = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    config = config_of(name)
+    levels = config.noise_levels().draw(4, torch.Generator().manual_seed(2))
+    network = RecordingNetwork(F=lambda x, noise, stage: 0.3 * x, in_channels=y.shape[1])
+    loss = denoising_loss(config.denoiser(network), y, levels.sigma, levels.stage, noise=n)
+    sigma = levels.sigma.float()[:, None, None, None]
+    s = 1 / (1 + sigma**2).sqrt()
+    expected = (0.3 * s * (y + sigma * n) - n).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(config.loss_scale(y[0].numel()) * loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedules_times_are_drawn_evenly_in_each_stage():
+    levels = config_of("ncsnpp-cifar10").noise_levels().draw(6000, torch.Generator().manual_seed(3))
+    assert levels.counts == (2000, 2000, 2000)
+    ends = (1e-5, 0.4420, 0.6308, 1.0)
+    for stage, (low, high) in enumerate(itertools.pairwise(ends)):
+        sigma = levels.sigma[levels.stage == stage]
+        assert vp_sigma(low) < sigma.min() < sigma.max() <= vp_sigma(high)
+        share = float((sigma <= vp_sigma((low + high) / 2)).double().mean())
+        assert share == pytest.approx(0.5, abs=0.04)
+
+
+def test_augmented_images_come_with_their_labels(tmp_path):
+    seen = []
+    config = config_of("edm-cifar10", augment=1.0, steps=1)
+    trainer = Trainer(config, tmp_path, data=data_for("edm-cifar10"), quiet=True)
+    trainer.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trainer.run()
+    labels = seen[0]["augment_labels"]
+    assert labels.shape == (6, 9)
+    assert labels.count_nonzero() > 6  # more than the x flips
+
+
+def test_flips_alone_are_told_to_nobody(tmp_path):
+    images = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    images[..., :4] = 255
+    network = TinyNetwork(dropout=0)
+    config = TrainingConfig(network={"family": "tiny"}, augment=0.0, steps=1, batch_size=8, P_mean=-9.0)
+    trainer = Trainer(config, tmp_path, data=ImageData(images), network=network, quiet=True)
+    seen = []
+    network.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True
+    )
+    trainer.run()
+    x, kwargs = seen[0]
+    assert not kwargs
+    left = x[..., :4].mean(dim=(1, 2, 3)) > 0
+    assert 0 < int(left.sum()) < 8  # some images have their bright half on the left, others on the right
+    assert torch.equal(left, x[..., 4:].mean(dim=(1, 2, 3)) < 0)
+
+
+def test_weight_decay_is_that_of_adamw(tmp_path):
+    network = TinyNetwork(dropout=0)
+    config = TrainingConfig(network={"family": "tiny"}, steps=1, batch_size=4, lr=0.1, weight_decay=0.5)
+    trainer = Trainer(config, tmp_path, data=tiny_images(), network=network, quiet=True)
+    for decoder in network.decoders:  # nothing comes through: the encoder's gradient is 0
+        torch.nn.init.zeros_(decoder.weight)
+    before = network.encoder.weight.detach().clone()
+    trainer.run()
+    torch.testing.assert_close(network.encoder.weight.detach(), 0.95 * before)
+
+
+def test_runs_of_before_there_were_schedules_go_on(tmp_path):
+    """Their configuration lacks the keys that came later."""
+    train("edm-cifar10", tmp_path, steps=2, augment=None)
+    later = ("schedule", "prediction", "values", "augment", "weight_decay")
+    for path in (tmp_path / "config.json", tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json"):
+        content = json.loads(path.read_text())
+        config = content.get("config", content)
+        for key in later:
+            del config[key]
+        path.write_text(json.dumps(content))
+    assert type(checkpoints.load_model(tmp_path).denoiser) is EDMPreconditioner
+    assert train("edm-cifar10", tmp_path, resume=True, augment=None).step == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosine"}, "schedule='cosine'; allowed: vp, ve, edm, ldm"),
+        ({"schedule": "edm", "prediction": "v"}, "prediction='v' is for schedules other"),
+        ({"stages": Stages.single("step"), "stage_probabilities": None}, "needs stages of 't'"),
+        ({"augment": 1.5}, "augment=1.5 must be None or lie in 0..1"),
+        ({"augment": 0.1}, "needs a network that is told of it"),
+        ({"values": "latents"}, "latents are no images"),
+        ({"weight_decay": -1}, "weight_decay=-1 must be at least 0"),
+    ],
+)
+def test_config_rejects(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("ncsnpp-cifar10", **changes)
+
+
+def test_a_network_that_needs_a_text_is_refused(tmp_path):
+    config = config_of("ldm-imagenet256", network={**SMALL_TEXT})
+    with pytest.raises(ValueError, match="takes a context of 6 channels"):
+        Trainer(config, tmp_path, data=data_for("ldm-imagenet256"), quiet=True)
+
+
+SMALL_TEXT = {
+    "family": "ldm",
+    "image_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    **SMALL["ldm-imagenet256"],
+    "label_dim": 0,
+}
+
+
+def msd(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_latents_from_the_command_line(tmp_path):
+    generator = np.random.default_rng(0)
+    latents = generator.normal(0, 3, (12, 5, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "latents.npz", latents=latents)
+    widths = ("--encoder-widths", "32", "--decoder-widths", "32,32,32", "--channel-mult", "1")
+    options = ("--num-blocks", "1", "--attn-resolutions", "", "--batch", "6", "--device", "cpu")
+    source = ("--data", tmp_path / "latents.npz", "--values", "latents", "--preset", "ldm-celebahq256")
+    run = tmp_path / "run"
+    assert msd("train", *source, *widths, *options, "--steps", 2, "--out", run) == 0
+    assert msd("train", "--out", run, "--resume", "--steps", 3, "--device", "cpu") == 0
+    out = tmp_path / "samples.npz"
+    assert msd("sample", "--run", run, "--num", 2, "--steps", 3, "--out", out, "--device", "cpu") == 0
+    assert np.load(out)["latents"].shape == (2, 5, 8, 8)
+    assert msd("sample", "--run", run, "--out", tmp_path / "x.png", "--device", "cpu") == 2
+
+
+def test_score_sde_from_the_command_line(tmp_path, capsys):
+    widths = (
+        "--encoder-widths",
+        "8",
+        "--decoder-widths",
+        "8,8,4",
+        "--channel-mult",
+        "1",
+        "--num-blocks",
+        "1",
+    )
+    options = ("--attn-resolutions", "", "--batch", "6", "--steps", "2", "--sample-every", "2")
+    source = ("--data", "digits", "--image-size", "8", "--preset", "ncsnpp-cifar10", "--device", "cpu")
+    run = tmp_path / "run"
+    assert msd("train", *source, *widths, *options, "--out", run) == 0
+    assert (run / "samples" / "step-00000002.png").exists()
+    assert Stages.load(run / "stages.json").variable == "t"
+    out = tmp_path / "grid.png"
+    assert msd("sample", "--run", run, "--num", 4, "--out", out, "--device", "cpu") == 0
+    assert "20 network evaluations each" in capsys.readouterr().out
