@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+import torch
 
 __all__ = ["NAMES", "BackendError", "Explanation", "FallbackWarning", "use"]
 
@@ -98,19 +100,20 @@ class OpBackends:
     def __post_init__(self) -> None:
         _ops.add(self.op)
 
-    def choose(self, device_type: str, call: dict[str, Any]) -> ModuleType:
+    def choose(self, device: torch.device, call: dict[str, Any]) -> ModuleType:
         """The implementation that serves a call; ``call`` holds what the candidates' predicates look at.
 
         Raises:
             BackendError: the forced backend cannot serve it.
         """
-        key = (_setting(), device_type, *call.values())
+        key = (_setting(), device, *call.values())
         try:
             implementation = self._chosen.get(key)
         except TypeError:  # the dispatcher hands over lists, which cannot be hashed
             key = implementation = None
         if implementation is None:
-            implementation = self._choose(device_type, call)
+            with _current(device):
+                implementation = self._choose(device.type, call)
             if len(self._chosen) >= MOST_CHOSEN:
                 self._chosen.clear()
             if key is not None:
@@ -131,8 +134,12 @@ class OpBackends:
                 skipped.append((candidate.name, reason))
         raise BackendError(f"{self.op}: no backend serves this call: {dict(skipped)}")
 
-    def explain(self, device_type: str, call: dict[str, Any]) -> Explanation:
+    def explain(self, device: torch.device, call: dict[str, Any]) -> Explanation:
         """Names the backend that serves a call and the reason why each other one does not."""
+        with _current(device):
+            return self._explain(device.type, call)
+
+    def _explain(self, device_type: str, call: dict[str, Any]) -> Explanation:
         forced = forced_backend(self.op)
         why_not: dict[str, str] = {}
         chosen: tuple[str, str] | None = None
@@ -181,6 +188,13 @@ class OpBackends:
                     FallbackWarning,
                     stacklevel=3,
                 )
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, which predicates ask for what it can do."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _setting() -> str:

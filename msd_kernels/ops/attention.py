@@ -104,7 +104,7 @@ def attention(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``attention(*args, **kwargs)``, and why the others do not."""
     call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[3:9]))
+    return BACKENDS.explain(call[0].device, _predicate_arguments(call[0], *call[3:9]))
 
 
 def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
@@ -217,7 +217,7 @@ def _forward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     layout = (counts, heads, head_dims, tokens, context, order)
-    implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, *layout))
+    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, *layout))
     return implementation.attention(q, k, v, *layout, scale)
 
 
@@ -244,7 +244,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = (counts, heads, head_dims, tokens, context, order)
-    implementation = BACKENDS.choose(q.device.type, _predicate_arguments(q, *layout, backward=True))
+    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, *layout, backward=True))
     gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, *layout, scale, wanted)
     return allocate.without_absent(gradients, q)
 

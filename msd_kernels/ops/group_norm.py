@@ -91,7 +91,7 @@ def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``group_norm(*args, **kwargs)``, and why the others do not."""
     call = _prepare(*args, **kwargs)
     x, channels, groups = call[0], call[6], call[7]
-    return BACKENDS.explain(x.device.type, _predicate_arguments(x, channels, groups))
+    return BACKENDS.explain(x.device, _predicate_arguments(x, channels, groups))
 
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
@@ -223,7 +223,7 @@ def _forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` is dense or the flat buffer of a stage batch; the statistics are flat."""
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, channels, groups))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, channels, groups))
     layout = (counts, channels, groups, spatial, channels_last, eps, silu)
     parameters = (_dense(weight), _dense(bias), _dense(scale), _dense(shift))
     if _fits_as_it_is(implementation, x, channels_last):
@@ -258,7 +258,7 @@ def _backward(
     silu: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, channels, groups))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, channels, groups))
     layout = (counts, channels, groups, spatial, channels_last, eps, silu, wanted)
     parameters = (_dense(weight), _dense(bias), _dense(scale), _dense(shift))
     if _fits_as_it_is(implementation, x, channels_last):

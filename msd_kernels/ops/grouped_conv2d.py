@@ -87,7 +87,7 @@ def grouped_conv2d(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_conv2d(*args, **kwargs)``, and why the others do not."""
     call, _ = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[6:14]))
+    return BACKENDS.explain(call[0].device, _predicate_arguments(call[0], *call[6:14]))
 
 
 def _predicate_arguments(x: Tensor, *layout) -> dict:
@@ -177,7 +177,7 @@ def _forward(
     scale: float,
 ) -> Tensor:
     layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, *layout))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, *layout))
     return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, *layout, scale)
 
 
@@ -207,7 +207,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, *layout))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, *layout))
     gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)
     return allocate.without_absent(gradients, x)
 

@@ -66,7 +66,7 @@ def grouped_linear(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_linear(*args, **kwargs)``, and why the others do not."""
     _, call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, _predicate_arguments(call[0], *call[3:6]))
+    return BACKENDS.explain(call[0].device, _predicate_arguments(call[0], *call[3:6]))
 
 
 def _predicate_arguments(x: Tensor, *layout: Sequence[int]) -> dict:
@@ -119,7 +119,7 @@ def _forward(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> Tensor:
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, rows, in_features, out_features))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, rows, in_features, out_features))
     return implementation.grouped_linear(x, weight, bias, rows, in_features, out_features)
 
 
@@ -138,7 +138,7 @@ def _backward(
     out_features: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, rows, in_features, out_features))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, rows, in_features, out_features))
     gradients = implementation.grouped_linear_backward(dy, x, weight, rows, in_features, out_features, wanted)
     return allocate.without_absent(gradients, x)
 

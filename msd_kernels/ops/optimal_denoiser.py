@@ -126,7 +126,7 @@ def explain(x: Tensor, sigma, data, **kwargs) -> Explanation:
     """Which backend serves ``optimal_denoiser(x, sigma, data)``, and why the others do not."""
     queries, _ = _prepare_queries(x, sigma)
     rows = _rows(next(_chunks(data)), x)
-    return BACKENDS.explain(queries.device.type, {"dtype": rows.dtype})
+    return BACKENDS.explain(queries.device, {"dtype": rows.dtype})
 
 
 def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,7 @@ def _forward(
     score_i = (|x - center|² - |x - y_i|²) / (2 sigma²).
     """
     _require_values(x, sigma)
-    implementation = BACKENDS.choose(x.device.type, {"dtype": data.dtype})
+    implementation = BACKENDS.choose(x.device, {"dtype": data.dtype})
     outputs = implementation.optimal_denoiser(x, sigma, data, center, low, step)
     if not bool(outputs[1].isfinite().all()):
         _require_finite(data)
@@ -282,7 +282,7 @@ def _backward(
     low: float,
     step: float,
 ) -> tuple[Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device.type, {"dtype": data.dtype})
+    implementation = BACKENDS.choose(x.device, {"dtype": data.dtype})
     return implementation.optimal_denoiser_backward(
         dmean, dlog_sum, x, sigma, data, center, mean, log_sum, low, step
     )

@@ -86,7 +86,7 @@ def resample2d(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``resample2d(*args, **kwargs)``, and why the others do not."""
     call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device.type, _predicate_arguments(*call[:4]))
+    return BACKENDS.explain(call[0].device, _predicate_arguments(*call[:4]))
 
 
 def _prepare(x, filter, up=1, down=1):
@@ -159,7 +159,7 @@ def _forward(
     The input's size of a downward pass does not follow from the output's: hence both are arguments.
     """
     layout = (counts, channels, height, width, out_height, out_width, channels_last)
-    implementation = BACKENDS.choose(x.device.type, _predicate_arguments(x, taps, upward, stride))
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, taps, upward, stride))
     return implementation.resample2d(x, taps, upward, stride, *layout)
 
 
