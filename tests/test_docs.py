@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from multistage_diffusion.cli import build_parser
+from multistage_diffusion.commands import load_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -22,6 +26,20 @@ def test_readme_code_runs(index, capsys):
     # A comment behind a print is its output.
     for expected in re.findall(r"^print\(.*\)  # (\[.*\])$", code, re.MULTILINE):
         assert expected in capsys.readouterr().out
+
+
+def commands() -> list[str]:
+    """Every call of msd in the README and in the examples of ``msd COMMAND --help``."""
+    shown = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+    shown += [line for module in load_commands() for line in module.EXAMPLES.splitlines()]
+    found = (re.match(r"\s*(?:\.venv/bin/)?msd (.+)", line) for line in shown)
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_have_these_options(command):
+    arguments = re.split(r"\s{3,}", command.split(" #")[0])[0]  # without the comment behind it
+    build_parser().parse_args(shlex.split(arguments))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
