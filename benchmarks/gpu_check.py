@@ -65,7 +65,11 @@ SANITIZERS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
 # nothing more works in a process.
 SUITES = {
     "tests cuda": ("tests/gpu/test_group_norm_cuda.py", "tests/gpu/test_cuda.py"),
-    "tests triton": ("tests/gpu/test_grouped_triton_gpu.py", "tests/gpu/test_attention_triton_gpu.py"),
+    "tests triton": (
+        "tests/gpu/test_grouped_triton_gpu.py",
+        "tests/gpu/test_attention_triton_gpu.py",
+        "tests/gpu/test_network_graphs.py",
+    ),
     "tests rest": (
         "tests/gpu/test_resample2d_gpu.py",
         "tests/ops",

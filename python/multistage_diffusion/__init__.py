@@ -18,6 +18,8 @@ _EXPORTS = {
     "presets": ("PRESETS",),
     "ema": ("EMA",),
     "checkpoints": ("CheckpointError", "load_model"),
+    "cuda_graphs": ("GraphedNetwork",),
+    "stage_order": ("StageOrder",),
     "stage_parameters": ("StageParameters",),
     "training": ("Trainer",),
     "training_config": ("TrainingConfig",),

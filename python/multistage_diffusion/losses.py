@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .preconditioning import Preconditioner, host_to_device
+from .preconditioning import Preconditioner
 from .schedules import LogNormal
 from .stages import Stages
+from .transfer import host_to_device
 
 
 def edm_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:

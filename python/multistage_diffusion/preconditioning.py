@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from .schedules import SCHEDULES, Schedule
+from .stage_order import StageOrder
 from .stages import Stages
+from .transfer import host_to_device
 
 
 class Coefficients(NamedTuple):
@@ -37,14 +39,6 @@ def edm_coefficients(sigma: torch.Tensor, sigma_data: float = 0.5) -> Coefficien
         c_in=1 / squares.sqrt(),
         c_noise=sigma.log() / 4,
     )
-
-
-def host_to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Copies a host tensor to a device without making the host wait for it."""
-    values = values.to(dtype)
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Preconditioner(nn.Module):
@@ -100,6 +94,10 @@ class Preconditioner(nn.Module):
         batch = x.shape[0]
         sigma = self._batched_sigma(sigma, batch)
         stage = self._batched_stage(stage, sigma, batch)
+        if getattr(
+            self.network, "takes_stage_order", False
+        ):  # so that a compiled network sees counts, not ids
+            stage = StageOrder.of(stage, len(self.stages), batch, x.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         coefficients = torch.stack(self.coefficients(sigma))
         if coefficients.device == x.device:

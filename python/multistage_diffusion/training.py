@@ -30,11 +30,11 @@ from torch import nn
 from . import checkpoints
 from .ema import EMA
 from .losses import denoising_loss
-from .preconditioning import host_to_device
 from .run_log import LossWindow, Progress, RunLog, TrainingDiverged
 from .samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
 from .stage_parameters import StageParameters
 from .training_config import TrainingConfig
+from .transfer import host_to_device
 
 __all__ = ["DataOrder", "RunError", "Trainer", "TrainingConfig", "TrainingResult", "derive_seed"]
 

@@ -102,6 +102,7 @@ def test_help_does_not_load_torch():
         ("sample --run nowhere --out x.png --seeds 4-2", "'4-2' is neither a seed nor a range"),
         ("sample --run nowhere --out x.png --seeds 4 --num 2", "exclude each other"),
         ("sample --run nowhere --out x.png --sigma-min 90", "sigma_min=90"),
+        ("sample --run nowhere --out x.png --device cpu --cuda-graphs", "--cuda-graphs: needs a CUDA device"),
         ("paint", "'paint'"),
     ],
 )

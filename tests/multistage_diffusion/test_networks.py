@@ -12,7 +12,10 @@ from msd_kernels import grouped_linear
 from multistage_diffusion.flops import conditioning
 from multistage_diffusion.layers import StageModule
 from multistage_diffusion.networks import blocks, build
-from multistage_diffusion.networks.mixed_batch import StageNetwork, StageOrder
+from multistage_diffusion.networks.mixed_batch import StageNetwork
+from multistage_diffusion.preconditioning import EDMPreconditioner
+from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.stages import Stages
 
 STAGES = [2, 0, 1, 0, 2, 0]
 BATCH = len(STAGES)
@@ -317,6 +320,26 @@ def test_training_compiles_to_one_graph_without_breaks(family, changes):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("through_denoiser", [False, True], ids=["network", "denoiser"])
+def test_a_compiled_network_serves_every_order_of_the_same_counts(through_denoiser):
+    network = tiny("uvit", decoder_widths=(16, 8), depth=2)
+    x, noise = inputs(3)
+    stages = Stages.from_boundaries((0, 1, float("inf")))
+    sigma = torch.tensor([0.5, 2.0])
+
+    def call(model, ids):
+        if through_denoiser:
+            return EDMPreconditioner(model, stages)(x, sigma[list(ids)])
+        return model(x, noise, StageOrder.of(ids, 2, 3))
+
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        call(compiled, (1, 0, 1))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            actual = call(compiled, (1, 1, 0))
+        torch.testing.assert_close(actual, call(network, (1, 1, 0)), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_autocast_runs_in_low_precision_and_returns_the_callers_dtype(family):
     network = tiny(family).float()
@@ -421,6 +444,33 @@ def test_build_names_an_unknown_family_and_argument():
         build({"family": "gan"})
     with pytest.raises(ValueError, match=r"edm does not take these arguments.*colour"):
         build({"family": "edm", "image_size": 8, "colour": 1})
+
+
+def test_a_network_takes_an_order_in_place_of_the_stages():
+    network = tiny()
+    x, noise = inputs()
+    expected = network(x, noise, STAGES)
+    assert torch.equal(network(x, noise, StageOrder.of(STAGES, 3, BATCH)), expected)
+    with pytest.raises(
+        ValueError, match="got the order of 2 samples in 3 stages, needed is one of 6 samples"
+    ):
+        network(x, noise, StageOrder.of([0, 1], 3, 2))
+
+
+def test_an_explicit_order_takes_over_others_of_its_counts():
+    x = torch.arange(4.0)
+    assert StageOrder.of([0, 0, 1, 1], 2, 4).order is None
+    order = StageOrder.of([0, 0, 1, 1], 2, 4, explicit=True)
+    assert torch.equal(order.sort(x), x)
+    memory = order.order.data_ptr(), order.inverse.data_ptr()
+    assert order.copy_(StageOrder.of([1, 0, 1, 0], 2, 4)) is order
+    assert (order.order.data_ptr(), order.inverse.data_ptr()) == memory
+    assert order.sort(x).tolist() == [1, 3, 0, 2]
+    assert torch.equal(order.restore(order.sort(x)), x)
+    with pytest.raises(ValueError, match=r"two explicit orders of the same counts, got .*counts=\(2, 2\)"):
+        order.copy_(StageOrder.of([1, 0, 0, 0], 2, 4))
+    with pytest.raises(ValueError, match=r"explicit=True\) makes one"):
+        order.copy_(StageOrder.of([0, 0, 1, 1], 2, 4))
 
 
 def test_stage_order_sorts_stably_and_restores():

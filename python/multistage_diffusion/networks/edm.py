@@ -43,6 +43,7 @@ from multistage_diffusion.networks.embeddings import (
     label_batch,
 )
 from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels
+from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["EDMUNet"]
 
@@ -237,7 +238,7 @@ class EDMUNet(StageNetwork):
         self,
         x: Tensor,
         noise: Tensor,
-        stage: Sequence[int] | Tensor,
+        stage: Sequence[int] | Tensor | StageOrder,
         *,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
@@ -247,7 +248,7 @@ class EDMUNet(StageNetwork):
         Args:
             x: ``[B, in_channels, image_size, image_size]``.
             noise: ``[B]``, c_noise = ln(σ) / 4.
-            stage: one stage id per sample, on the host, in any order.
+            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
             class_labels: ``[B, label_dim]``, one-hot or soft; None: no class, as labels of 0.
             augment_labels: ``[B, augment_dim]``; None: no augmentation.
 

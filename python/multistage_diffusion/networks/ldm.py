@@ -35,6 +35,7 @@ from multistage_diffusion.networks.blocks import (
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding, label_batch
 from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels
 from multistage_diffusion.networks.transformer import SpatialTransformer
+from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["LDMUNet"]
 
@@ -248,7 +249,7 @@ class LDMUNet(StageNetwork):
         self,
         x: Tensor,
         noise: Tensor,
-        stage: Sequence[int] | Tensor,
+        stage: Sequence[int] | Tensor | StageOrder,
         *,
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
@@ -258,7 +259,7 @@ class LDMUNet(StageNetwork):
         Args:
             x: ``[B, in_channels, image_size, image_size]``, noisy latents.
             noise: ``[B]``, the integer steps 0 to 999.
-            stage: one stage id per sample, on the host, in any order.
+            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
             context: ``[B, tokens, context_dim]``; needed if there is a context and no classes.
             class_labels: ``[B, label_dim]``, one-hot; needed if there are classes.
 

@@ -189,7 +189,7 @@ class NCSNpp(StageNetwork):
         Args:
             x: ``[B, in_channels, image_size, image_size]``.
             noise: ``[B]``, 999 t with the SDE's time t in [0, 1].
-            stage: one stage id per sample, on the host, in any order.
+            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
 
         Returns:
             ``[B, in_channels, image_size, image_size]`` in the caller's order and in the dtype of ``x``.

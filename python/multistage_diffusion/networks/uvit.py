@@ -21,6 +21,7 @@ from multistage_diffusion.layers import (
 from multistage_diffusion.networks.embeddings import PositionalEmbedding, label_batch
 from multistage_diffusion.networks.mixed_batch import StageNetwork
 from multistage_diffusion.networks.transformer import FeedForward, TransformerBlock, self_attention
+from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["UViT"]
 
@@ -137,7 +138,7 @@ class UViT(StageNetwork):
         self,
         x: Tensor,
         noise: Tensor,
-        stage: Sequence[int] | Tensor,
+        stage: Sequence[int] | Tensor | StageOrder,
         *,
         class_labels: Tensor | None = None,
     ) -> Tensor:
@@ -146,7 +147,7 @@ class UViT(StageNetwork):
         Args:
             x: ``[B, in_channels, image_size, image_size]``.
             noise: ``[B]``, 999 t with the SDE's time t in [0, 1].
-            stage: one stage id per sample, on the host, in any order.
+            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
             class_labels: ``[B, label_dim]``, one-hot; needed if and only if there are classes.
 
         Returns:

@@ -1,0 +1,124 @@
+"""From the caller's order of a mixed batch to stage order and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .transfer import host_to_device
+
+__all__ = ["StageOrder"]
+
+
+@dataclass(frozen=True, eq=False)
+class StageOrder:
+    """Where the samples of a mixed batch go.
+
+    A network takes one in place of the stages. Made outside of a compiled network, it makes the order of the samples an
+    input like any other: only new counts compile anew. Made outside of a captured CUDA graph, it stays where the graph
+    reads it, and copying other orders into it with :meth:`copy_` replays the graph on them.
+
+    Attributes:
+        counts: samples per stage.
+        order: sample indices sorted by stage, stably: int64 ``[B]``; None where the batch is sorted already.
+        inverse: the position of each sample in that order: int64 ``[B]``; None as ``order``.
+    """
+
+    counts: tuple[int, ...]
+    order: Tensor | None
+    inverse: Tensor | None
+
+    @staticmethod
+    def of(
+        stage: Sequence[int] | Tensor | StageOrder,
+        num_stages: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        explicit: bool = False,
+    ) -> StageOrder:
+        """Sorts a batch on the host.
+
+        Args:
+            stage: one id per sample, 0 <= id < num_stages: a sequence or an integer tensor. A tensor on a GPU costs a
+                synchronisation; keep stages on the host. An order that was made before is checked and moved to the
+                device.
+            device: where the batch is.
+            explicit: give a sorted batch an order, too, for a graph that is to serve every order of its counts.
+
+        Raises:
+            ValueError: ids that are out of range or not one per sample; an order of another batch.
+            TypeError: ids that are no integers.
+        """
+        device = torch.device(device)
+        if isinstance(stage, StageOrder):
+            return stage._checked(num_stages, batch_size).to(device)
+        if isinstance(stage, Tensor):
+            if stage.is_floating_point():
+                raise TypeError(f"stage: ids must be integers, got a {stage.dtype} tensor")
+            stage = stage.reshape(-1).tolist() if stage.dim() <= 1 else _refuse_shape(stage)
+        ids = tuple(stage)
+        if len(ids) != batch_size:
+            raise ValueError(
+                f"stage: one id per sample is needed, got {len(ids)} ids for {batch_size} samples"
+            )
+        wrong = [i for i in ids if not 0 <= i < num_stages]
+        if wrong:
+            raise ValueError(f"stage: ids must lie in 0..{num_stages - 1}, got {wrong[0]}")
+        counts = tuple(ids.count(s) for s in range(num_stages))
+        order = sorted(range(batch_size), key=ids.__getitem__)
+        if order == list(range(batch_size)) and not explicit:
+            return StageOrder(counts, None, None)
+        inverse = sorted(range(batch_size), key=order.__getitem__)
+        both = host_to_device(torch.tensor([order, inverse], dtype=torch.int64), device)
+        return StageOrder(counts, both[0], both[1])
+
+    def to(self, device: torch.device | str) -> StageOrder:
+        """The same on ``device``; itself where it is there already."""
+        device = torch.device(device)
+        if self.order is None or self.order.device == device:
+            return self
+        move = host_to_device if self.order.is_cpu else Tensor.to
+        return StageOrder(self.counts, move(self.order, device), move(self.inverse, device))
+
+    def copy_(self, other: StageOrder) -> StageOrder:
+        """Overwrites this order with another of the same counts, in place.
+
+        Raises:
+            ValueError: other counts, or an order that is not explicit.
+        """
+        if self.counts != other.counts or self.order is None or other.order is None:
+            raise ValueError(
+                f"StageOrder.copy_: needs two explicit orders of the same counts, got {self} and {other}; "
+                "StageOrder.of(..., explicit=True) makes one"
+            )
+        self.order.copy_(other.order, non_blocking=True)
+        self.inverse.copy_(other.inverse, non_blocking=True)
+        return self
+
+    def sort(self, x: Tensor | None) -> Tensor | None:
+        """Samples along dimension 0, from the caller's order to stage order."""
+        return x if x is None or self.order is None else x.index_select(0, self.to(x.device).order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Samples along dimension 0, from stage order back to the caller's."""
+        return x if self.order is None else x.index_select(0, self.to(x.device).inverse)
+
+    def __repr__(self) -> str:
+        kind = "sorted" if self.order is None else f"explicit, on {self.order.device}"
+        return f"StageOrder(counts={self.counts}, {kind})"
+
+    def _checked(self, num_stages: int, batch_size: int) -> StageOrder:
+        if len(self.counts) != num_stages or sum(self.counts) != batch_size:
+            raise ValueError(
+                f"stage: got the order of {sum(self.counts)} samples in {len(self.counts)} stages, "
+                f"needed is one of {batch_size} samples in {num_stages} stages"
+            )
+        return self
+
+
+def _refuse_shape(stage: Tensor):
+    raise ValueError(f"stage: ids must be a vector, got shape {tuple(stage.shape)}")

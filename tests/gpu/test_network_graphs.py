@@ -1,0 +1,127 @@
+"""Whole training and sampling steps of a mixed batch in CUDA graphs: new data and new orders, no waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import waiting_is_an_error
+from multistage_diffusion.cuda_graphs import GraphedNetwork
+from multistage_diffusion.networks import build
+from multistage_diffusion.preconditioning import EDMPreconditioner
+from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.stage_parameters import StageParameters
+from multistage_diffusion.stages import Stages
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_cuda")]
+
+UNET = {
+    "family": "edm",
+    "image_size": 16,
+    "encoder_widths": (32,),
+    "decoder_widths": (48, 32, 16),
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (8,),
+    "dropout": 0.0,
+}
+ORDERS = ([0, 2, 1, 0, 0, 1], [2, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 2])
+PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build(UNET)
+    with torch.no_grad():  # no weight at zero, as some are at the beginning
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.cuda()
+
+
+def batch(seed: int) -> list[torch.Tensor]:
+    """x, noise and the target of a training step."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x, target = (torch.randn(6, 3, 16, 16, generator=generator, device="cuda") for _ in range(2))
+    return [x, torch.rand(6, generator=generator, device="cuda"), target]
+
+
+def warm_up(function) -> None:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def training_step(model, optimizer, parameters, data, order, precision) -> torch.Tensor:
+    """One step with an optimizer that reads no state on the host."""
+    x, noise, target = data
+    with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        loss = (model(x, noise, order) - target).square().mean()
+    loss.backward()
+    parameters.take_gradients(order.counts)
+    optimizer.step()
+    parameters.drop_gradients()
+    return loss.detach()
+
+
+def trained(precision, graphed: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The losses of steps on ``ORDERS``, and the weights after them."""
+    model = network()
+    parameters = StageParameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, capturable=True)
+    data = batch(0)
+    order = StageOrder.of(ORDERS[0], 3, 6, "cuda", explicit=True)
+
+    def step() -> torch.Tensor:
+        return training_step(model, optimizer, parameters, data, order, precision)
+
+    warm_up(step)
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    losses = []
+    for seed, stages in enumerate(ORDERS, start=1):
+        for tensor, values in zip(data, batch(seed), strict=True):
+            tensor.copy_(values)
+        order.copy_(StageOrder.of(stages, 3, 6, "cuda", explicit=True))
+        if graphed:
+            graph.replay()
+            losses.append(captured.clone())
+        else:
+            losses.append(step())
+    return losses, [parameter.detach() for parameter in model.parameters()]
+
+
+@PRECISIONS
+def test_a_captured_training_step_trains_on_new_data_and_orders(precision):
+    graphed, eager = trained(precision, True), trained(precision, False)
+    for actual, expected in zip((*graphed[0], *graphed[1]), (*eager[0], *eager[1]), strict=True):
+        assert torch.equal(actual, expected)
+    assert len({float(loss) for loss in graphed[0]}) == len(ORDERS)
+
+
+@PRECISIONS
+@torch.no_grad()
+def test_a_graphed_network_equals_the_network(precision):
+    model = network().eval()
+    graphed = GraphedNetwork(model)
+    with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        for seed, stages in enumerate((*ORDERS, [0] * 6, [2] * 6, *ORDERS)):
+            x, noise, _ = batch(seed)
+            assert torch.equal(graphed(x, noise, stages), model(x, noise, stages))
+    assert len(graphed._graphs) == 3
+
+
+@torch.no_grad()
+def test_a_graphed_sampling_step_does_not_wait_for_the_device():
+    denoiser = EDMPreconditioner(GraphedNetwork(network().eval()), Stages.edm())
+    x = batch(0)[0]
+    for sigma in (50.0, 5.0, 0.5):  # a capture of each stage
+        denoiser(x, sigma)
+    torch.cuda.synchronize()
+    with waiting_is_an_error():
+        for sigma in (40.0, 4.0, 0.4):
+            denoiser(x, sigma)
