@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 
+import interpreter_sanitizer
 import pytest
 
 VARIABLE = "TRITON_INTERPRET"
 
 
 def require_interpreter() -> None:
-    """For the top of a ``test_*_triton.py``: skips it outside of the interpreter's process."""
+    """For the top of a ``test_*_triton.py``: skips it outside of the interpreter's process, checks memory in it."""
     if os.environ.get(VARIABLE) != "1":
         pytest.skip(f"runs with {VARIABLE}=1, through test_interpreter.py", allow_module_level=True)
+    interpreter_sanitizer.install()
 
 
 def unusable() -> str:
