@@ -21,6 +21,21 @@ ELEMENTS = {"half": "bf16", "tf32": "fp32", "float32": "fp32"}
 ITEMSIZES = {"bf16": 2, "fp32": 4}
 # Compiler options of every launch; said aloud because Triton's default changes with its versions.
 OPTIONS = {"enable_fp_fusion": True}
+REGISTERS_PER_MULTIPROCESSOR = 64 * 1024
+REGISTERS_PER_THREAD = 255
+THREADS_PER_WARP = 32
+
+
+def register_options(warps: int, programs_per_multiprocessor: int) -> dict[str, int]:
+    """Compiler options of a grid that walks its tiles, for :func:`msd_kernels.triton.launch.programs`.
+
+    A program that has a multiprocessor to itself gets all registers. Unless told, ptxas spills values to make room for
+    a second program.
+    """
+    if programs_per_multiprocessor > 1:
+        return {}
+    threads = warps * THREADS_PER_WARP
+    return {"maxnreg": min(REGISTERS_PER_THREAD, REGISTERS_PER_MULTIPROCESSOR // threads)}
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def _group_norm_backward_kernel(
     if dbias_parts is not None:
         tl.store(dbias_parts + per_sample, gain * p, mask=in_block)
     if dx is not None:
-        size = per_group * pixels.to(tl.float32)
+        size = per_group.to(tl.float32) * pixels
         a = w * gain
         mean_p = _to_columns(_to_groups(a * p, member) / size, member)
         mean_q = _to_columns(_to_groups(a * q, member) / size, member)

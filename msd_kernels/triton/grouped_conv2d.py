@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msd_kernels import allocate, tuned
 from msd_kernels.triton import launch as triton_launch
+from msd_kernels.triton.compilation import register_options
 from msd_kernels.triton.problems import (
     MAX_LOCAL,
     Layout,
@@ -251,6 +252,7 @@ def grouped_conv2d_wgrad(
             SUM_ROWS=parameters.sum_rows if plan.pixel_sums else 0,
             SUM_CHANNELS=parameters.sum_channels,
             num_warps=parameters.warps,
+            **register_options(parameters.warps, parameters.programs_per_multiprocessor),
         )
     if plan.sums.tiles:
         triton_launch.launch(

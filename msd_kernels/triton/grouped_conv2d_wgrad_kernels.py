@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from msd_kernels import tuned
-from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation
+from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation, register_options
 from msd_kernels.triton.grouped_conv2d_product_kernels import (
     GATHER_SAME,
     GATHER_SUM,
@@ -341,6 +341,9 @@ def _compilation(
             "SUM_ROWS": parameters.sum_rows,
             "SUM_CHANNELS": parameters.sum_channels,
         },
-        {"num_warps": launch.warps},
+        {
+            "num_warps": launch.warps,
+            **register_options(launch.warps, launch.programs_per_multiprocessor),
+        },
         tensor_cores=arithmetic != "float32",
     )

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
+from msd_kernels import tuned
 from msd_kernels.library.optimal_denoiser import optimal_denoiser_backward, stream_posterior, update_softmax
 from msd_kernels.triton.launch import OLDEST_ARCHITECTURE, interpreted, launch, unavailable
 
@@ -32,10 +35,31 @@ class Tile:
     warps: int
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Those of both kernels."""
+
+    products: Tile
+    mean: Tile
+
+
 # The largest of those tried that need no more registers than there are, for sm_80, sm_90 and sm_100.
-PRODUCTS_TILE = Tile(64, 64, 16, 8)
-MEAN_TILE = Tile(64, 16, 64, 8)
-INTERPRETED_TILE = Tile(16, 16, 16, 4)
+TENSOR_CORE_TILES = Tiles(Tile(64, 64, 16, 8), Tile(64, 16, 64, 8))
+# Without tensor cores a thread keeps whole rows and columns of both factors.
+SCALAR_TILES = Tiles(Tile(32, 32, 16, 8), Tile(32, 16, 32, 8))
+INTERPRETED_TILES = Tiles(Tile(16, 16, 16, 4), Tile(16, 16, 16, 4))
+
+
+@cache
+def has_tensor_cores(architecture: int) -> bool:
+    """Whether Triton multiplies float64 on tensor cores: on sm_80, on sm_90, and from 3.9 on on sm_100."""
+    release = tuple(map(int, version("triton").split(".")[:2]))
+    return architecture in (80, 90) or (architecture // 10 == 10 and release >= (3, 9))
+
+
+def tiles(architecture: int) -> Tiles:
+    """The tiles of a compute capability without its point."""
+    return TENSOR_CORE_TILES if has_tensor_cores(architecture) else SCALAR_TILES
 
 
 def cannot_run(dtype: torch.dtype) -> str | None:
@@ -89,7 +113,7 @@ def optimal_denoiser_products(
     from msd_kernels.triton.optimal_denoiser_kernels import _optimal_denoiser_products_kernel
 
     (batch, dim), n = queries.shape, rows.shape[0]
-    tile = INTERPRETED_TILE if interpreted() else PRODUCTS_TILE
+    tile = _tiles_for(rows).products
     arguments = (queries, rows, shift, scale, products, half_norms, batch, n, dim)
     options = {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d, "num_warps": tile.warps}
     if batch:
@@ -104,9 +128,13 @@ def optimal_denoiser_mean(
     from msd_kernels.triton.optimal_denoiser_kernels import _optimal_denoiser_mean_kernel
 
     (batch, dim), n = mean.shape, rows.shape[0]
-    tile = INTERPRETED_TILE if interpreted() else MEAN_TILE
+    tile = _tiles_for(rows).mean
     arguments = (weights, rows, shift, scale, rescale, mean, batch, n, dim)
     options = {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d, "num_warps": tile.warps}
     if batch:
         grid = -(-batch // tile.b) * -(-dim // tile.d)
         launch(_optimal_denoiser_mean_kernel, grid, mean, *arguments, **options)
+
+
+def _tiles_for(data: Tensor) -> Tiles:
+    return INTERPRETED_TILES if interpreted() else tiles(tuned.architecture_of(data.device))

@@ -8,16 +8,25 @@ import triton
 import triton.language as tl
 
 from msd_kernels.triton.compilation import Compilation
-from msd_kernels.triton.optimal_denoiser import MEAN_TILE, PRODUCTS_TILE
+from msd_kernels.triton.optimal_denoiser import has_tensor_cores, tiles
 
 
 @triton.jit
-def _samples(data, shift, scale, n, d, rows, dim):
-    """step * data + shift as ``[D, N]``, zero outside of the data."""
-    inside = (d < dim)[:, None] & (n < rows)[None, :]
+def _stored(data, n, d, rows, dim):
+    """The data as they are stored, as ``[D, N]``, zero outside of them.
+
+    Both kernels load a slice while they multiply the one before it. Triton 3.6 compiles a product of float64 only where
+    a loop stands between it and the load of a narrower type.
+    """
     offsets = n[None, :].to(tl.int64) * dim + d[:, None]
-    values = tl.load(data + offsets, mask=inside, other=0).to(tl.float64)
-    return tl.where(inside, values * scale + tl.load(shift + d, mask=d < dim, other=0.0)[:, None], 0.0)
+    return tl.load(data + offsets, mask=(d < dim)[:, None] & (n < rows)[None, :], other=0)
+
+
+@triton.jit
+def _samples(stored, shift, scale, n, d, rows, dim):
+    """scale * stored + shift, zero outside of the data."""
+    values = stored.to(tl.float64) * scale + tl.load(shift + d, mask=d < dim, other=0.0)[:, None]
+    return tl.where((d < dim)[:, None] & (n < rows)[None, :], values, 0.0)
 
 
 @triton.jit(do_not_specialize=["batch", "rows"])
@@ -30,7 +39,7 @@ def _optimal_denoiser_products_kernel(
     half_norms,  # [rows] float64
     batch,
     rows,
-    dim,
+    dim: tl.int32,  # the type keeps it a number where it is 1: the loop is needed, see _stored
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -43,11 +52,13 @@ def _optimal_denoiser_products_kernel(
     scale = tl.load(step)
     product = tl.zeros((BLOCK_B, BLOCK_N), tl.float64)
     squares = tl.zeros((BLOCK_N,), tl.float64)
+    stored = _stored(data, n, tl.arange(0, BLOCK_D), rows, dim)
     for first in range(0, dim, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         inside = (b < batch)[:, None] & (d < dim)[None, :]
         x = tl.load(queries + b[:, None].to(tl.int64) * dim + d[None, :], mask=inside, other=0.0)
-        y = _samples(data, shift, scale, n, d, rows, dim)
+        y = _samples(stored, shift, scale, n, d, rows, dim)
+        stored = _stored(data, n, d + BLOCK_D, rows, dim)
         product = tl.dot(x, y, product, out_dtype=tl.float64)
         squares += tl.sum(y * y, axis=0)
     inside = (b < batch)[:, None] & (n < rows)[None, :]
@@ -66,7 +77,7 @@ def _optimal_denoiser_mean_kernel(
     mean,  # [batch, dim] float64, in and out
     batch,
     rows,
-    dim,
+    dim: tl.int32,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -78,11 +89,13 @@ def _optimal_denoiser_mean_kernel(
     d = tl.program_id(0) // tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     scale = tl.load(step)
     total = tl.zeros((BLOCK_B, BLOCK_D), tl.float64)
+    stored = _stored(data, tl.arange(0, BLOCK_N), d, rows, dim)
     for first in range(0, rows, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         inside = (b < batch)[:, None] & (n < rows)[None, :]
         w = tl.load(weights + b[:, None].to(tl.int64) * rows + n[None, :], mask=inside, other=0.0)
-        y = _samples(data, shift, scale, n, d, rows, dim)
+        y = _samples(stored, shift, scale, n, d, rows, dim)
+        stored = _stored(data, n + BLOCK_N, d, rows, dim)
         total = tl.dot(w, tl.trans(y), total, out_dtype=tl.float64)
     inside = (b < batch)[:, None] & (d < dim)[None, :]
     target = mean + b[:, None].to(tl.int64) * dim + d[None, :]
@@ -95,8 +108,8 @@ def compilations(architecture: int) -> Iterator[Compilation]:
     """Both kernels for all types of data."""
     for data in ("u8", "fp16", "bf16", "fp32", "fp64"):
         for kernel, tile in (
-            (_optimal_denoiser_products_kernel, PRODUCTS_TILE),
-            (_optimal_denoiser_mean_kernel, MEAN_TILE),
+            (_optimal_denoiser_products_kernel, tiles(architecture).products),
+            (_optimal_denoiser_mean_kernel, tiles(architecture).mean),
         ):
             sizes = dict.fromkeys(("batch", "rows", "dim"), "scalar i32")
             constants = {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d}
@@ -107,5 +120,5 @@ def compilations(architecture: int) -> Iterator[Compilation]:
                 {**tensors, "data": data, **sizes},
                 constants,
                 {"num_warps": tile.warps},
-                tensor_cores=True,
+                tensor_cores=has_tensor_cores(architecture),
             )

@@ -29,9 +29,12 @@ FIELDS = (
     "y",  # first element in y
 )
 
-TILE = 2048  # elements in flight per program
+THREADS = 256  # of a program with a full tile
 BLOCK_CHANNELS = 64  # of an NHWC tile: 128 bytes in 16 bits
-VECTOR = 8  # elements per thread: a 16-byte load in 16 bits
+VECTOR = 8  # elements per thread of an NHWC tile: a 16-byte load in 16 bits
+SINGLES = (
+    4  # of an NCHW tile, whose loads are single elements: more of them leave registers for fewer threads
+)
 WARP_SIZE = 32
 MOST_ROWS = 8  # output rows of a program: of the input rows for them, few are also read by its neighbours
 PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer rows rather than fewer programs
@@ -60,22 +63,23 @@ def cannot(*, device_type: str, dtype: torch.dtype, **_) -> str | None:
 
 
 def tile_constants(channels: Sequence[int], out_width: int, channels_last: bool) -> dict[str, int]:
-    """The kernel's constexprs for a layout: a tile of BX columns by BC channels, VECTOR elements per thread.
+    """The kernel's constexprs for a layout: a tile of BX columns by BC channels.
 
     Every stage's channel count is a multiple of ALIGN, which lets NHWC loads be wide.
     """
+    per_thread = VECTOR if channels_last else SINGLES
     if channels_last:
         block_channels = min(_power_of_two(max(channels)), BLOCK_CHANNELS)
-        block_columns = min(_power_of_two(out_width), TILE // block_channels)
+        block_columns = min(_power_of_two(out_width), THREADS * per_thread // block_channels)
     else:
-        block_columns = min(_power_of_two(out_width), TILE // VECTOR)
-        block_channels = min(_power_of_two(max(channels)), TILE // block_columns)
+        block_columns = min(_power_of_two(out_width), THREADS)
+        block_channels = min(_power_of_two(max(channels)), THREADS * per_thread // block_columns)
     return {
         "CHANNELS_LAST": channels_last,
         "BX": block_columns,
         "BC": block_channels,
         "ALIGN": math.gcd(VECTOR, *channels),
-        "num_warps": max(1, block_columns * block_channels // (WARP_SIZE * VECTOR)),
+        "num_warps": max(1, block_columns * block_channels // (WARP_SIZE * per_thread)),
     }
 
 

@@ -65,11 +65,14 @@ class ProductParameters:
 
     ``pooled`` is the wide tile of a launch whose gather reads 2×2 pixels per value, ``unaligned`` that of one whose
     loads are single elements; ``short`` serves all results of a launch whose stages have at most ``short.m`` rows.
+    ``pooled_stages`` bounds the slices in flight of a pooled launch. It is 1 on sm_90: with more, Triton 3.6 computes a
+    slice into registers that the ``wgmma`` of the slice before it may still read (its issue 9433).
     """
 
     wide: Tile
     narrow: Tile
     pooled: Tile
+    pooled_stages: int
     unaligned: Tile
     warps: int
     short: Tile
@@ -86,7 +89,8 @@ class ProductParameters:
         if rows <= self.short.m and not pooled:
             short = _shallow(self.short, depth)
             return Launch(short, None, self.short_warps, self.short_programs_per_multiprocessor)
-        tiles = (_shallow(tile, depth) for tile in (self.pooled if pooled else self.wide, self.narrow))
+        tiles = _pooled(self) if pooled else (self.wide, self.narrow)
+        tiles = (_shallow(tile, depth) for tile in tiles)
         return Launch(*tiles, self.warps, self.programs_per_multiprocessor)
 
 
@@ -97,6 +101,7 @@ class WgradParameters:
     wide: Tile
     narrow: Tile
     pooled: Tile
+    pooled_stages: int
     unaligned: Tile
     warps: int
     sum_rows: int
@@ -109,8 +114,8 @@ class WgradParameters:
 
     def launch(self, pooled: bool) -> Launch:
         """The tiles of a launch; ``pooled`` as in :class:`ProductParameters`."""
-        wide = self.pooled if pooled else self.wide
-        return Launch(wide, self.narrow, self.warps, self.programs_per_multiprocessor)
+        tiles = _pooled(self) if pooled else (self.wide, self.narrow)
+        return Launch(*tiles, self.warps, self.programs_per_multiprocessor)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,12 @@ def parse(kind, entry: dict):
     return kind(
         **{name: Tile(**value) if isinstance(value, dict) else value for name, value in entry.items()}
     )
+
+
+def _pooled(parameters: ProductParameters | WgradParameters) -> tuple[Tile, Tile]:
+    """The wide and the narrow tile of a pooled launch."""
+    tiles = (parameters.pooled, parameters.narrow)
+    return tuple(replace(tile, stages=min(tile.stages, parameters.pooled_stages)) for tile in tiles)
 
 
 def _shallow(tile: Tile, depth: int) -> Tile:

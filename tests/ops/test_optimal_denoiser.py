@@ -6,13 +6,15 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import interpreter
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from helpers import dispatcher_calls, each_backend, poisoned_memory, unavailable
+from helpers import dispatcher_calls, each_backend, poisoned_memory
 from msd_kernels import explain, optimal_denoiser
 from msd_kernels.backends import use
 from msd_kernels.library import optimal_denoiser as library
@@ -294,7 +296,7 @@ def test_optimal_denoiser_backends_agree_on_exponentials(generator):
     x = torch.zeros(1, 1, dtype=torch.float64)
     found = {}
     for name in ("cpu", "library"):
-        if BACKENDS.explain("cpu", {"dtype": data.dtype}).backend != "cpu":
+        if BACKENDS.explain(data.device, {"dtype": data.dtype}).backend != "cpu":
             pytest.skip("the CPU kernels are not built")
         with use(name):
             found[name] = torch.cat([t.flatten() for t in optimal_denoiser(x, 1.5, data, statistics=True)])
@@ -303,10 +305,12 @@ def test_optimal_denoiser_backends_agree_on_exponentials(generator):
 
 
 INTERPRETED = """
+import interpreter_sanitizer
 import torch
 from msd_kernels.library import optimal_denoiser as library
 from msd_kernels.triton import optimal_denoiser as triton
 
+interpreter_sanitizer.install()
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
     for batch, rows, dim in ((24, 70, 75), (17, 33, 16), (1, 1, 1), (0, 5, 6)):
@@ -321,9 +325,11 @@ for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
 """
 
 
-@pytest.mark.skipif(bool(unavailable("triton")), reason="Triton is not installed")
 def test_optimal_denoiser_by_interpreted_triton_kernels_equals_the_library():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    if reason := interpreter.unusable():
+        pytest.skip(reason)
+    path = os.pathsep.join([str(Path(interpreter.__file__).parent), *sys.path])
+    environment = {**os.environ, interpreter.VARIABLE: "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
