@@ -5,7 +5,8 @@ Installed in the interpreter's processes, this raises for
 - a load or a store outside of the storages of the tensors that the kernel was given;
 - a race: two programs of one launch touch one address, and one of them writes;
 - two lanes of one store that write different values to one address;
-- a value that is not the multiple that ``tl.multiple_of`` promises the compiler.
+- a number that is not the multiple that ``tl.multiple_of`` promises the compiler;
+- atomics, which it does not know.
 
 The interpreter runs one program after the other and ignores the promises, so that tests of values pass all the same.
 """
@@ -127,6 +128,11 @@ def install() -> Sanitizer:
         def load(self, pointers, mask, other, dtype):
             sanitizer.load(pointers, mask, np.dtype(dtype).itemsize, program())
             return native.load(pointers, mask, other, dtype)
+
+        def atomic_rmw(self, *arguments):
+            raise KernelFault("atomics are not checked")
+
+        atomic_cas = atomic_rmw
 
         def store(self, pointers, values, mask):
             sanitizer.store(pointers, values, mask, program())

@@ -44,6 +44,11 @@ def _promise(target, number, MULTIPLE: tl.constexpr):
     tl.store(target, tl.multiple_of(number, MULTIPLE))
 
 
+@triton.jit
+def _count(target):
+    tl.atomic_add(target, 1)
+
+
 def integers(size: int) -> torch.Tensor:
     return torch.arange(size, dtype=torch.int32)
 
@@ -68,8 +73,9 @@ def test_a_kernel_without_faults_passes():
         (lambda: _neighbours[(2,)](integers(8), 8, BLOCK=4), "race at byte 16: program 1 writes what program 0 reads"),
         (lambda: _lanes[(1,)](integers(8), True, BLOCK=8), "different values to one address in one store"),
         (lambda: _promise[(1,)](integers(1), 20, MULTIPLE=8), r"tl.multiple_of\(20, 8\)"),
+        (lambda: _count[(1,)](integers(1)), "atomics are not checked"),
     ],
-    ids=["load beyond", "store beyond", "load before", "two writers", "reader and writer", "lanes", "promise"],
+    ids=["load beyond", "store beyond", "load before", "writers", "reader and writer", "lanes", "promise", "atomics"],
 )  # fmt: skip
 def test_a_planted_fault_is_found(launch, message):
     with pytest.raises(Exception, match=message):

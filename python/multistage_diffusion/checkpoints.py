@@ -53,7 +53,7 @@ class CheckpointWarning(UserWarning):
 
 
 def optimizer_tensors(names: Sequence[str], optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """The optimizer's state: tensors named ``{parameter}.{entry}``, and its scalars as JSON.
+    """The state of an optimizer of one group: tensors named ``{parameter}.{entry}``, and its scalars as JSON.
 
     Args:
         names: of the optimizer's parameters, in its order.
@@ -70,7 +70,11 @@ def optimizer_tensors(names: Sequence[str], optimizer: torch.optim.Optimizer) ->
 def restore_optimizer(
     names: Sequence[str], optimizer: torch.optim.Optimizer, tensors: dict, scalars: dict
 ) -> None:
-    """The inverse of ``optimizer_tensors``. Raises CheckpointError if a parameter is unknown."""
+    """The inverse of ``optimizer_tensors``, for an optimizer of one group of parameters.
+
+    Raises:
+        CheckpointError: a parameter is unknown.
+    """
     index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict] = {}
     for full_name, value in tensors.items():
@@ -78,11 +82,10 @@ def restore_optimizer(
         if name not in index:
             raise CheckpointError(f"the optimizer state names {name!r}, which the network does not have")
         state.setdefault(index[name], {})[key] = value
-    groups = [{**group, "params": [index[n] for n in group["params"]]} for group in scalars["param_groups"]]
-    for group in groups:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    group = {**scalars["param_groups"][0], "params": list(range(len(names)))}
+    if "betas" in group:
+        group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
 
 
 def rng_tensors() -> dict[str, torch.Tensor]:

@@ -22,11 +22,13 @@ WARM_UPS = 3  # calls before a capture: they compile, choose algorithms and allo
 
 
 class GraphedNetwork(nn.Module):
-    """Calls a network through CUDA graphs where it can: on a GPU, without gradients.
+    """Calls a network through CUDA graphs where it can: on a GPU, in eval mode, without gradients.
 
     One graph is captured for every kind of call: shapes and dtypes of the tensors, samples of each stage, autocast's
-    dtype. Weights may change between calls, in place. Anything else, calls with gradients or on the CPU among it, goes
-    to the network itself, whose attributes are this one's, too.
+    dtype, the device. Weights may change between calls in place; moving them drops the graphs. All other calls go to
+    the network itself, whose attributes are this one's, too.
+
+    The graphs share their inputs' and activations' memory: call it from one thread and one stream at a time.
 
     Example::
 
@@ -35,8 +37,8 @@ class GraphedNetwork(nn.Module):
         generate(model.denoiser, seeds=range(8), shape=(3, 32, 32))
 
     Args:
-        network: a ``StageNetwork``, in eval mode: a dropout would repeat its draw.
-        max_graphs: the graphs that are kept; the one not used for longest goes first. Their activations share memory.
+        network: a ``StageNetwork``.
+        max_graphs: the graphs that are kept; the one not used for longest goes first.
 
     Raises:
         TypeError: a network that does not take a :class:`StageOrder`.
@@ -50,8 +52,7 @@ class GraphedNetwork(nn.Module):
         if max_graphs < 1:
             raise ValueError(f"GraphedNetwork: max_graphs={max_graphs} must be at least 1")
         self.network, self.max_graphs = network, max_graphs
-        self._graphs: OrderedDict[tuple, _Replay] = OrderedDict()
-        self._pool = None
+        self._forget()
 
     def __getattr__(self, name: str):
         try:
@@ -59,15 +60,27 @@ class GraphedNetwork(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("network"), name)
 
+    def __getstate__(self) -> dict:
+        """Without the graphs, which can be neither copied nor written to a file."""
+        return {**self.__dict__, "_graphs": OrderedDict(), "_pools": {}}
+
+    def _apply(self, fn, recurse: bool = True):
+        """Where parameters go to another place, the graphs would go on reading the old one."""
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _forget(self) -> None:
+        self._graphs: OrderedDict[tuple, _Replay] = OrderedDict()
+        self._pools: dict[torch.device, object] = {}
+
     def forward(self, x: Tensor, noise: Tensor, stage, **conditioning: Tensor | None) -> Tensor:
         """As the network. The result is a tensor of its own, which the next call leaves alone."""
-        if not _serves(x) or torch.is_grad_enabled():
+        if not _serves(x) or torch.is_grad_enabled() or self.network.training:
             return self.network(x, noise, stage, **conditioning)
         order = StageOrder.of(stage, self.network.num_stages, x.shape[0], x.device, explicit=True)
-        if order.order is None:  # an order that was made without `explicit`
-            order = StageOrder.of(_ids(order.counts), len(order.counts), x.shape[0], x.device, explicit=True)
         tensors = {"x": x, "noise": noise, **{k: v for k, v in conditioning.items() if v is not None}}
-        key = (order.counts, _autocast(x.device.type), *((k, v.shape, v.dtype) for k, v in tensors.items()))
+        kinds = ((name, value.shape, value.dtype) for name, value in tensors.items())
+        key = (x.device, order.counts, _autocast(x.device.type), *kinds)
         replay = self._graphs.get(key)
         if replay is None:
             replay = self._graphs[key] = self._captured(tensors, order)
@@ -77,14 +90,19 @@ class GraphedNetwork(nn.Module):
         return replay(tensors, order)
 
     def _captured(self, tensors: dict[str, Tensor], order: StageOrder) -> _Replay:
-        tensors = {name: value.clone() for name, value in tensors.items()}
-        order = StageOrder(order.counts, order.order.clone(), order.inverse.clone())
-        others = {name: value for name, value in tensors.items() if name not in ("x", "noise")}
+        device = order.order.device
 
         def run() -> Tensor:
             return self.network(tensors["x"], tensors["noise"], order, **others)
 
-        graph, output, self._pool = _capture(run, self._pool)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # outside of inference mode its tensors cannot be written
+            tensors = {name: value.clone() for name, value in tensors.items()}
+            order = StageOrder(order.counts, order.order.clone(), order.inverse.clone())
+            others = {name: value for name, value in tensors.items() if name not in ("x", "noise")}
+            graph, output, self._pools[device] = _capture(run, device, self._pools.get(device))
         return _Replay(graph, tensors, order, output)
 
 
@@ -111,17 +129,20 @@ class _Replay:
         return self.output.clone()
 
 
-def _capture(run: Callable[[], Tensor], pool) -> tuple[Callable[[], None], Tensor, object]:
-    """A graph of ``run``, its output, and the memory pool that the next graph may share."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = run()
+def _capture(
+    run: Callable[[], Tensor], device: torch.device, pool
+) -> tuple[Callable[[], None], Tensor, object]:
+    """A graph of ``run``, its output, and the memory pool that the device's next graph may share."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):  # its default stream is that of one device
+            output = run()
     return graph.replay, output, pool or graph.pool()
 
 
@@ -131,7 +152,3 @@ def _serves(x: Tensor) -> bool:
 
 def _autocast(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def _ids(counts: tuple[int, ...]) -> list[int]:
-    return [stage for stage, count in enumerate(counts) for _ in range(count)]

@@ -79,7 +79,8 @@ class Preconditioner(nn.Module):
                 a CPU tensor): the stages are then found there, and what the device needs is copied without
                 waiting. A sigma on the device is taken as well, but finding its stages makes the host wait,
                 unless ``stage`` is given.
-            stage: stage id of each sample, or one for all, on the host. Default: found from sigma.
+            stage: stage id of each sample, or one for all, on the host; or a ``StageOrder``, for networks that take
+                one. Default: found from sigma.
             **conditioning: for the network, such as ``class_labels`` and ``augment_labels``.
 
         Returns:
@@ -94,9 +95,8 @@ class Preconditioner(nn.Module):
         batch = x.shape[0]
         sigma = self._batched_sigma(sigma, batch)
         stage = self._batched_stage(stage, sigma, batch)
-        if getattr(
-            self.network, "takes_stage_order", False
-        ):  # so that a compiled network sees counts, not ids
+        # A compiled network sees counts then, and not which sample is of which stage.
+        if getattr(self.network, "takes_stage_order", False):
             stage = StageOrder.of(stage, len(self.stages), batch, x.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         coefficients = torch.stack(self.coefficients(sigma))
@@ -125,6 +125,8 @@ class Preconditioner(nn.Module):
         return _batched(sigma, batch, f"{type(self).__name__}: sigma")
 
     def _batched_stage(self, stage, sigma: torch.Tensor, batch: int) -> torch.Tensor:
+        if isinstance(stage, StageOrder):
+            return stage
         if stage is None:
             return self.stages.assign(sigma)
         stage = torch.as_tensor(stage, dtype=torch.int64, device="cpu")
@@ -178,6 +180,7 @@ class SchedulePreconditioner(Preconditioner):
         "v":        s² x - s sigma F            F predicts s (n - sigma y) (arXiv 2202.00512); not for VE
 
     ``c_noise`` is 999 t for VP, ln(sigma / 2) for VE, and the nearest step for LDM (EDM, arXiv 2206.00364, table 1).
+    The stage is that of sigma itself: next to a cut, the step that a decoder is told may be its neighbour's last.
 
     Args:
         network: see ``Preconditioner``.

@@ -17,9 +17,9 @@ __all__ = ["StageOrder"]
 class StageOrder:
     """Where the samples of a mixed batch go.
 
-    A network takes one in place of the stages. Made outside of a compiled network, it makes the order of the samples an
-    input like any other: only new counts compile anew. Made outside of a captured CUDA graph, it stays where the graph
-    reads it, and copying other orders into it with :meth:`copy_` replays the graph on them.
+    A network takes one in place of the stages. Made outside of a compiled network, and ``explicit``, it makes the order
+    of the samples an input like any other: only new counts compile anew. Made outside of a captured CUDA graph, it
+    stays where the graph reads it, and copying other orders into it with :meth:`copy_` replays the graph on them.
 
     Attributes:
         counts: samples per stage.
@@ -55,7 +55,10 @@ class StageOrder:
         """
         device = torch.device(device)
         if isinstance(stage, StageOrder):
-            return stage._checked(num_stages, batch_size).to(device)
+            stage = stage._checked(num_stages, batch_size).to(device)
+            if stage.order is not None or not explicit:
+                return stage
+            stage = [k for k, count in enumerate(stage.counts) for _ in range(count)]
         if isinstance(stage, Tensor):
             if stage.is_floating_point():
                 raise TypeError(f"stage: ids must be integers, got a {stage.dtype} tensor")
@@ -65,6 +68,8 @@ class StageOrder:
             raise ValueError(
                 f"stage: one id per sample is needed, got {len(ids)} ids for {batch_size} samples"
             )
+        if any(isinstance(i, float) for i in ids):
+            raise TypeError(f"stage: ids must be integers, got {ids}")
         wrong = [i for i in ids if not 0 <= i < num_stages]
         if wrong:
             raise ValueError(f"stage: ids must lie in 0..{num_stages - 1}, got {wrong[0]}")

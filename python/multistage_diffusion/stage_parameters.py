@@ -22,6 +22,7 @@ class _Part:
         parameter: shares its memory with ``source``.
         source: the network's own parameter.
         span: the part of a flat source; None for one that is not packed.
+        base: the source's name: that of ``network.named_parameters()``.
         stage: the network's stage that alone uses it; None for all.
     """
 
@@ -30,6 +31,12 @@ class _Part:
     source: nn.Parameter
     span: slice | None
     stage: int | None
+    base: str
+
+    @property
+    def shares_memory(self) -> bool:
+        first = 0 if self.span is None else self.span.start
+        return self.parameter.data_ptr() == self.source.data_ptr() + first * self.source.element_size()
 
     def gradient(self) -> torch.Tensor | None:
         """The source's, cut to the span; a view."""
@@ -58,14 +65,25 @@ class StageParameters:
         optimizer.step()
         parameters.drop_gradients()                    # in place of optimizer.zero_grad()
 
+    A copy, by ``copy.deepcopy`` or pickle, is that of the network's copy.
+
     Args:
-        network: has ``num_stages`` if it has stages; its parameters must stay where they are in memory.
+        network: the network itself, which has ``num_stages``, or one of ordinary layers. Its parameters must stay where
+            they are in memory.
 
     Attributes:
         names: names of the parameters, those of ``network.state_dict()``, in the order of iteration.
+
+    Raises:
+        TypeError: what holds a network with stages, such as a denoiser, instead of the network.
     """
 
     def __init__(self, network: nn.Module) -> None:
+        staged = any(isinstance(module, StageModule) for module in network.modules())
+        if staged and not hasattr(network, "num_stages"):
+            raise TypeError(
+                f"StageParameters: needs the network itself, which has num_stages, got {type(network).__name__}"
+            )
         self.network = network
         self.num_stages = getattr(network, "num_stages", 1)
         self._parts = list(_parts(network))
@@ -77,18 +95,28 @@ class StageParameters:
     def __len__(self) -> int:
         return len(self._parts)
 
+    def __reduce__(self):
+        return type(self), (self.network,)
+
     def take_gradients(self, counts: Sequence[int]) -> None:
         """Gives the parameters the network's gradients, without a copy; those of absent stages get None.
 
         Args:
-            counts: samples of each stage that the gradients come from.
+            counts: samples of each stage that the gradients come from; where gradients are averaged over several
+                processes, those of all of them together.
 
         Raises:
             ValueError: not one count per stage.
+            RuntimeError: the network's parameters have moved in memory, as by ``network.to(...)``.
         """
         if len(counts) != self.num_stages:
             raise ValueError(
                 f"StageParameters: one count per stage is needed, got {len(counts)} for {self.num_stages} stage(s)"
+            )
+        if moved := [part.name for part in self._parts if not part.shares_memory]:
+            raise RuntimeError(
+                f"StageParameters: {len(moved)} parameters of the network have moved in memory, first {moved[0]}; make "
+                "StageParameters and the optimizer anew after network.to(...)"
             )
         for part in self._parts:
             absent = part.stage is not None and not counts[part.stage]
@@ -100,6 +128,24 @@ class StageParameters:
             part.parameter.grad = None
         self.network.zero_grad(set_to_none=True)
 
+    def split_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An optimizer's state over the network's own parameters, by ``{parameter}.{entry}``, as one over these.
+
+        Entries of these parameters stay as they are.
+        """
+        parts: dict[str, list[_Part]] = {}
+        for part in self._parts:
+            parts.setdefault(part.base, []).append(part)
+        known, split = set(self.names), {}
+        for full_name, value in tensors.items():
+            name, _, entry = full_name.rpartition(".")
+            if name in known or name not in parts:
+                split[full_name] = value
+                continue
+            for part in parts[name]:
+                split[f"{part.name}.{entry}"] = value[part.span] if value.dim() else value.clone()
+        return split
+
 
 def _parts(network: nn.Module) -> Iterator[_Part]:
     shared = set(shared_layers(network)) if hasattr(network, "num_stages") else set()
@@ -108,11 +154,13 @@ def _parts(network: nn.Module) -> Iterator[_Part]:
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{attribute}" if prefix else attribute
             if attribute not in packed:
-                yield _Part(name, parameter, parameter, None, None)
+                yield _Part(name, parameter, parameter, None, None, name)
                 continue
             end = 0
             for stage, tensor in zip(module.stage_ids, module.stage_tensors(attribute), strict=True):
                 span = slice(end, end + tensor.numel())
                 end = span.stop
                 own = nn.Parameter(parameter.detach()[span], requires_grad=parameter.requires_grad)
-                yield _Part(f"{name}.{stage}", own, parameter, span, None if module in shared else stage)
+                yield _Part(
+                    f"{name}.{stage}", own, parameter, span, None if module in shared else stage, name
+                )

@@ -190,10 +190,11 @@ class Trainer:
             TrainingDiverged: a loss or weight is not finite; the checkpoints stay as they were.
             CheckpointError: a checkpoint could not be written, or does not fit.
         """
-        self._prepare_directory(resume)
+        self._check_directory(resume)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", 0))
         if resume:
             self._restore()
+        self._write_configuration()
         self._last_record_at = (time.monotonic(), self.step)
         progress = Progress(self.config.steps, self.step, self.quiet)
         try:
@@ -365,6 +366,9 @@ class Trainer:
     # ------------------------------------------------------------------ start and resume
 
     def _check_data_fits(self) -> None:
+        values = getattr(self.data, "values", "images")
+        if values != self.config.values:
+            raise ValueError(f"the data are {values}, the configuration says values={self.config.values!r}")
         given = (self.data.channels, self.data.image_size)
         needed = (self.network.in_channels, self.network.image_size)
         if given != needed:
@@ -386,7 +390,7 @@ class Trainer:
                 f"the images have class {int(self.data.labels.max())}"
             )
 
-    def _prepare_directory(self, resume: bool) -> None:
+    def _check_directory(self, resume: bool) -> None:
         config_path = self.directory / "config.json"
         if config_path.exists():
             if not resume:
@@ -396,8 +400,10 @@ class Trainer:
                 raise RunError(
                     f"{self.directory} holds a run of another configuration: {'; '.join(differences)}"
                 )
+
+    def _write_configuration(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        _write_json(config_path, self.config.to_json())
+        _write_json(self.directory / "config.json", self.config.to_json())
         self.config.stages.save(self.directory / "stages.json")
 
     def _restore(self) -> None:
@@ -414,7 +420,7 @@ class Trainer:
             )
         checkpoints.load_weights(self.network, checkpoints.read_tensors(path, "network"), path)
         checkpoints.load_weights(self.ema.network, checkpoints.read_tensors(path, "ema"), path)
-        optimizer_tensors = checkpoints.read_tensors(path, "optimizer")
+        optimizer_tensors = self.parameters.split_state(checkpoints.read_tensors(path, "optimizer"))
         checkpoints.restore_optimizer(
             self.parameters.names, self.optimizer, optimizer_tensors, metadata["optimizer"]
         )

@@ -24,7 +24,8 @@ ALLOWED = {
     "stage_sampling": ("mixed", "stratified"),
     "lr_decay": ("constant", "cosine"),
 }
-# What may differ between a run and its continuation: none of it changes what the steps compute.
+# What may differ between a run and its continuation: none of it changes what the steps compute, up to rounding and the
+# draws of dropout.
 FREE = {"checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_count", "accumulate"}
 
 
@@ -50,7 +51,8 @@ class TrainingConfig:
         importance_weights: of stratified sampling: keep the expected loss of "mixed".
         steps: optimizer steps.
         batch_size: images per step.
-        accumulate: micro-batches a batch is split into; changes memory, not the result.
+        accumulate: micro-batches a batch is split into; changes memory, and the result only by rounding and the draws
+            of dropout.
         precision: "fp32", or "bf16" for autocast to bfloat16.
         lr, betas, eps: of Adam.
         weight_decay: per step, as a share of the learning rate (AdamW, arXiv 1711.05101).

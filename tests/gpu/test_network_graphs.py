@@ -116,6 +116,57 @@ def test_a_graphed_network_equals_the_network(precision):
 
 
 @torch.no_grad()
+def test_a_graph_reads_new_weights_and_outlives_others():
+    model = network().eval()
+    graphed = GraphedNetwork(model, max_graphs=2)
+    x, noise, _ = batch(0)
+    for stages in (ORDERS[0], [0] * 6, [1] * 6, ORDERS[0], [2] * 6, ORDERS[1]):
+        assert torch.equal(graphed(x, noise, stages), model(x, noise, stages))
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    with torch.inference_mode():
+        assert torch.equal(graphed(x, noise, ORDERS[2]), model(x, noise, ORDERS[2]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**UNET, "label_dim": 3},
+        {**UNET, "family": "ncsnpp"},
+        {**UNET, "family": "ldm", "encoder_widths": (32,), "decoder_widths": (64, 32, 32)},
+        {
+            "family": "uvit",
+            "image_size": 16,
+            "encoder_widths": (32,),
+            "decoder_widths": (48, 32, 16),
+            "depth": 3,
+            "num_heads": 2,
+        },
+    ],
+    ids=lambda config: config["family"],
+)
+@torch.no_grad()
+def test_every_family_is_captured(config):
+    torch.manual_seed(0)
+    model = build(config).cuda().eval()
+    graphed = GraphedNetwork(model)
+    labels = {"class_labels": torch.eye(3, device="cuda").repeat(2, 1)} if config.get("label_dim") else {}
+    for seed, stages in enumerate(ORDERS):
+        x, noise, _ = batch(seed)
+        assert torch.equal(graphed(x, noise, stages, **labels), model(x, noise, stages, **labels))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@torch.no_grad()
+def test_the_graph_is_on_the_device_of_its_inputs():
+    model = network().eval().to("cuda:1")
+    graphed = GraphedNetwork(model)
+    for seed, stages in enumerate(ORDERS):
+        x, noise, _ = (tensor.to("cuda:1") for tensor in batch(seed))
+        assert torch.equal(graphed(x, noise, stages), model(x, noise, stages))
+
+
+@torch.no_grad()
 def test_a_graphed_sampling_step_does_not_wait_for_the_device():
     denoiser = EDMPreconditioner(GraphedNetwork(network().eval()), Stages.edm())
     x = batch(0)[0]

@@ -89,7 +89,15 @@ def test_help_does_not_load_torch():
         ("train --out x --data digits --stages nowhere.json", "cannot read nowhere.json"),
         ("train --out x --data digits --stages 1,2,3", "network has 3 stage(s) but 4 were given"),
         ("train --out x --data nowhere", "nowhere"),
-        ("train --out x --data digits --schedule vp --stages single --p-mean 0", "--p-mean: of schedule edm"),
+        (
+            "train --out x --data digits --schedule vp --stages single --p-mean 0",
+            "--p-mean: only schedule edm has",
+        ),
+        ("train --out x --data digits --preset uvit-cifar10 --schedule edm", "cut in t; give --stages, too"),
+        (
+            "train --out x --data digits --preset ncsnpp-cifar10 --class-conditional",
+            "ncsnpp takes no classes; edm",
+        ),
         ("train --out x --data digits --schedule vp --stages 2,3", "its lower end must lie below"),
         ("train --out x --data digits --prediction v", 'for schedules other than "edm"'),
         ("train --out x --data digits --augment 2", "augment=2.0 must be None or lie in 0..1"),
@@ -157,6 +165,17 @@ def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
         a, b = (checkpoints.read_tensors(d / "checkpoints" / "step-00000007", name) for d in (whole, parts))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_refuses_a_variant_without_its_preset(run, capsys):
+    assert msd("train", "--out", run, "--resume", "--variant", "unified") == 2
+    assert "--variant: is that of a preset" in capsys.readouterr().err
+
+
+def test_mixed_sampling_needs_no_shares():
+    args = parsed("--preset", "ncsnpp-cifar10", "--stage-sampling", "mixed")
+    config = train.make_config(args, None, "images", Images())
+    assert (config.stage_sampling, config.stage_probabilities) == ("mixed", None)
 
 
 def test_resume_names_settings_that_differ(run, capsys):

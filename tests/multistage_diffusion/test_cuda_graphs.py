@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def captures(monkeypatch):
     """On the CPU: a "graph" runs again on the tensors that it was captured with, into the output that it had."""
     captured = []
 
-    def capture(run, pool):
+    def capture(run, device, pool):
         output = run()
         captured.append(pool)
         return lambda: output.copy_(run()), output, pool or "pool"
@@ -111,17 +113,30 @@ def test_an_order_takes_the_place_of_the_stages(captures):
     assert len(captures) == 1
 
 
-@torch.no_grad()
-def test_new_weights_are_used(captures):
+def test_inference_mode_and_no_grad_share_a_graph(captures):
     model = network()
     graphed = GraphedNetwork(model)
     x, noise, _ = inputs(0)
-    before = graphed(x, noise, ORDERS[0])
-    for parameter in model.parameters():
-        parameter.mul_(1.1)
-    after = graphed(x, noise, ORDERS[0])
-    assert not torch.equal(before, after)
-    assert torch.equal(after, model(x, noise, ORDERS[0]))
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(graphed(x, noise, ORDERS[0]), model(x, noise, ORDERS[0]))
+    assert len(captures) == 1
+
+
+@torch.no_grad()
+def test_graphs_are_dropped_where_they_would_read_other_weights(captures):
+    graphed = GraphedNetwork(network())
+    x, noise, _ = inputs(0)
+    graphed(x, noise, ORDERS[0])
+    graphed.float()
+    graphed(x, noise, ORDERS[0])
+    assert captures == [None, None]
+    twin = copy.deepcopy(graphed)
+    twin(x, noise, ORDERS[0])
+    assert captures == [None, None, None]
+    graphed.train()
+    graphed(x, noise, ORDERS[0])  # in training the network itself is called
+    assert len(captures) == 3
 
 
 def test_gradients_and_the_cpu_go_to_the_network_itself(captures, monkeypatch):

@@ -3,13 +3,24 @@ import math
 import pytest
 import torch
 
+from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner, edm_coefficients
+from multistage_diffusion.stage_order import StageOrder
 from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork
 
 
 def denoiser_of(network, **arguments):
     return EDMPreconditioner(network, Stages.edm(), **arguments)
+
+
+def test_a_stage_order_in_place_of_the_stages():
+    torch.manual_seed(0)
+    widths = {"encoder_widths": (16,), "decoder_widths": (16, 8, 8)}
+    network = build({"family": "uvit", "image_size": 8, **widths, "depth": 3, "num_heads": 2})
+    denoiser = EDMPreconditioner(network, Stages.edm())
+    x, sigma = torch.randn(3, 3, 8, 8), torch.tensor([9.0, 0.5, 3.0])
+    assert torch.equal(denoiser(x, sigma, StageOrder.of([2, 0, 1], 3, 3)), denoiser(x, sigma))
 
 
 def test_coefficients_fulfil_what_they_were_made_for():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 from multistage_diffusion.networks import build
+from multistage_diffusion.preconditioning import EDMPreconditioner
 from multistage_diffusion.stage_parameters import StageParameters
+from multistage_diffusion.stages import Stages
 from stand_ins import TinyNetwork, one_thread  # noqa: F401
 
 UNET = {
@@ -173,3 +176,47 @@ def test_one_count_per_stage_is_needed():
     parameters = StageParameters(made(NETWORKS["edm"]))
     with pytest.raises(ValueError, match=r"one count per stage is needed, got 2 for 3 stage\(s\)"):
         parameters.take_gradients((1, 1))
+
+
+def test_parameters_that_have_moved_are_noticed():
+    network = made(NETWORKS["edm"])
+    parameters = StageParameters(network)
+    counts = backward(network, [0, 1, 2])
+    parameters.take_gradients(counts)
+    network.float().double()  # other memory, as network.cpu().cuda() would be
+    with pytest.raises(
+        RuntimeError, match=r"parameters of the network have moved in memory, first .*make StageParam"
+    ):
+        parameters.take_gradients(counts)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_belongs_to_the_copied_network(duplicate):
+    network = made(NETWORKS["edm"])
+    other, parameters = duplicate((network, StageParameters(network)))
+    assert parameters.network is other
+    parameters.take_gradients(backward(other, [0, 1, 2]))
+    torch.optim.SGD(parameters, lr=0.1).step()
+    changed = [not torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True)]
+    assert sum(changed) > len(changed) // 2
+
+
+def test_what_holds_a_network_is_refused():
+    network = made(NETWORKS["edm"])
+    with pytest.raises(
+        TypeError, match="needs the network itself, which has num_stages, got EDMPreconditioner"
+    ):
+        StageParameters(EDMPreconditioner(network, Stages.edm()))
+
+
+def test_state_over_the_networks_own_parameters_is_split():
+    network = made(NETWORKS["edm"])
+    parameters = StageParameters(network)
+    name = next(name for name in parameters.names if name.endswith(".2")).rpartition(".")[0]
+    whole = torch.arange(float(network.get_parameter(name).numel()))
+    split = parameters.split_state({f"{name}.exp_avg": whole, f"{name}.step": torch.tensor(3.0)})
+    parts = [n for n in parameters.names if n.rpartition(".")[0] == name]
+    assert len(parts) == 3
+    assert torch.equal(torch.cat([split[f"{part}.exp_avg"] for part in parts]), whole)
+    assert all(split[f"{part}.step"] == 3 for part in parts)
+    assert parameters.split_state(split) == split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 
@@ -12,11 +13,12 @@ import torch
 from multistage_diffusion import checkpoints, cli
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.losses import denoising_loss
+from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
 from multistage_diffusion.presets import TRAINABLE
 from multistage_diffusion.schedules import vp_sigma
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.training import RunError, Trainer
 from multistage_diffusion.training_config import TrainingConfig
 from stand_ins import RecordingNetwork, TinyNetwork, one_thread, tiny_images  # noqa: F401
 
@@ -174,17 +176,70 @@ def test_weight_decay_is_that_of_adamw(tmp_path):
 
 
 def test_runs_of_before_there_were_schedules_go_on(tmp_path):
-    """Their configuration lacks the keys that came later."""
+    """Their configuration lacks the keys that came later, and their optimizer knew the layers' flat parameters."""
+    every = {"augment": None, "stage_sampling": "stratified"}  # every step has samples of every stage
+    train("edm-cifar10", tmp_path / "whole", **every)
+    parts = tmp_path / "parts"
+    train("edm-cifar10", parts, steps=2, **every)
+    checkpoint = parts / "checkpoints" / "step-00000002"
+    content = json.loads((checkpoint / "checkpoint.json").read_text())
+    config = without_later_keys(content["config"])
+    network = build(config["network"])
+    state = joined(network, checkpoints.read_tensors(checkpoint, "optimizer"))
+    checkpoints.write_tensors(checkpoint / "optimizer.safetensors", state)
+    data = (checkpoint / "optimizer.safetensors").read_bytes()
+    content["files"]["optimizer.safetensors"] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    content["optimizer"]["param_groups"][0]["params"] = [name for name, _ in network.named_parameters()]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(content))
+    (parts / "config.json").write_text(json.dumps(config))
+    assert type(checkpoints.load_model(parts).denoiser) is EDMPreconditioner
+    assert train("edm-cifar10", parts, resume=True, **every).step == 4
+    for part in ("network", "ema", "optimizer"):
+        a, b = (
+            checkpoints.read_tensors(run / "checkpoints" / "step-00000004", part)
+            for run in (tmp_path / "whole", parts)
+        )
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def without_later_keys(config: dict) -> dict:
+    for key in ("schedule", "prediction", "values", "augment", "weight_decay"):
+        del config[key]
+    return config
+
+
+def joined(network, state: dict) -> dict:
+    """The state per stage as state of the layers' flat parameters."""
+    whole = {}
+    for name, parameter in network.named_parameters():
+        parts = [key for key in state if key.rpartition(".")[0].rpartition(".")[0] == name]
+        if not parts:
+            continue  # without a gradient there is no state
+        for entry in ("exp_avg", "exp_avg_sq"):
+            whole[f"{name}.{entry}"] = torch.cat([state[key] for key in parts if key.endswith(f".{entry}")])
+            assert whole[f"{name}.{entry}"].numel() == parameter.numel()
+        whole[f"{name}.step"] = torch.tensor(2.0)
+    assert whole
+    return whole
+
+
+def test_a_resume_that_fails_leaves_the_configuration_alone(tmp_path):
     train("edm-cifar10", tmp_path, steps=2, augment=None)
-    later = ("schedule", "prediction", "values", "augment", "weight_decay")
-    for path in (tmp_path / "config.json", tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json"):
-        content = json.loads(path.read_text())
-        config = content.get("config", content)
-        for key in later:
-            del config[key]
-        path.write_text(json.dumps(content))
-    assert type(checkpoints.load_model(tmp_path).denoiser) is EDMPreconditioner
-    assert train("edm-cifar10", tmp_path, resume=True, augment=None).step == 4
+    before = (tmp_path / "config.json").read_text()
+    config = config_of("edm-cifar10", steps=4, augment=None)
+    other = ImageData(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), name="others")
+    with pytest.raises(RunError, match="have changed"):
+        Trainer(config, tmp_path, data=other, quiet=True).run(resume=True)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_latents_for_images_are_refused(tmp_path):
+    config = config_of("ldm-imagenet256", values="images")
+    with pytest.raises(ValueError, match="the data are latents, the configuration says values='images'"):
+        Trainer(config, tmp_path, data=data_for("ldm-imagenet256"), quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,16 @@ def _add_run_options(parser) -> None:
     length.add_argument("--steps", type=whole(1), metavar="N", help="optimizer steps")
     length.add_argument("--kimg", type=number(above=0), metavar="X", help="the same in thousands of images")
     group.add_argument(
-        "--checkpoint-every", type=whole(1), metavar="N", help="steps between checkpoints; default: 1000"
+        "--checkpoint-every",
+        type=whole(1),
+        metavar="N",
+        help="steps between checkpoints; default: the preset's",
     )
     group.add_argument(
         "--keep-checkpoints", type=whole(1), metavar="N", help="newest checkpoints that are kept; default: 2"
     )
     group.add_argument(
-        "--log-every", type=whole(1), metavar="N", help="steps between log records; default: 50"
+        "--log-every", type=whole(1), metavar="N", help="steps between log records; default: the preset's"
     )
     group.add_argument(
         "--sample-every", type=whole(1), metavar="N", help="steps between sample grids; default: none"
@@ -200,17 +203,20 @@ def _add_noise_options(parser) -> None:
         type=float,
         dest="P_mean",
         metavar="X",
-        help="mean of ln sigma, of schedule edm; default: -1.2",
+        help="mean of ln sigma, of schedule edm; default: the preset's",
     )
     group.add_argument(
         "--p-std",
         type=number(above=0),
         dest="P_std",
         metavar="X",
-        help="its standard deviation; default: 1.2",
+        help="its standard deviation; default: the preset's",
     )
     group.add_argument(
-        "--sigma-data", type=number(above=0), metavar="X", help="standard deviation of the data; default: 0.5"
+        "--sigma-data",
+        type=number(above=0),
+        metavar="X",
+        help="standard deviation of the data, of schedule edm; default: the preset's",
     )
 
 
@@ -224,26 +230,29 @@ def _add_optimizer_options(parser) -> None:
         help="split the batch into N parts to save memory; default: 1",
     )
     group.add_argument(
-        "--lr", type=number(above=0), metavar="X", help="learning rate of Adam; default: 0.001"
+        "--lr", type=number(above=0), metavar="X", help="learning rate of Adam; default: the preset's"
     )
     group.add_argument(
         "--warmup-kimg", type=number(low=0), metavar="X", help="thousands of images over which the rate grows"
     )
     group.add_argument(
-        "--weight-decay", type=number(low=0), metavar="X", help="of AdamW, as a share of the rate; default: 0"
+        "--weight-decay",
+        type=number(low=0),
+        metavar="X",
+        help="of AdamW, as a share of the rate; default: the preset's",
     )
-    group.add_argument("--lr-decay", choices=("constant", "cosine"), help="default: constant")
+    group.add_argument("--lr-decay", choices=("constant", "cosine"), help="default: the preset's")
     group.add_argument(
         "--gradient-clip",
         type=number(above=0),
         metavar="X",
-        help="largest norm of the gradient; default: no clipping",
+        help="largest norm of the gradient; default: the preset's",
     )
     group.add_argument(
         "--ema-kimg",
         type=number(low=0),
         metavar="X",
-        help="half-life of the averaged weights in thousands of images; default: 500",
+        help="half-life of the averaged weights in thousands of images; default: the preset's",
     )
     group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network; default: fp32")
 
@@ -295,15 +304,15 @@ def make_config(args: argparse.Namespace, saved: dict | None, source: str, data)
     from ..training_config import TrainingConfig
 
     if saved is not None and args.preset is None:
+        if args.variant is not None:
+            raise ValueError("--variant: is that of a preset; give --preset, too")
         values = {**saved, "stages": Stages.from_json(saved["stages"])}
         network = dict(saved["network"])
     else:
         values, network = _from_preset(args, source, data)
     network |= _given(args, NETWORK_OPTIONS)
     if args.class_conditional:
-        if data.labels is None:
-            raise ValueError(f"--class-conditional: the images of {source} have no labels")
-        network["label_dim"] = int(data.labels.max()) + 1
+        network["label_dim"] = _classes(source, data, network["family"])
     values |= _given(args, TrainingConfig.__dataclass_fields__)
     values |= {"network": _complete(network), "data": source}
     schedule = values.get("schedule", "edm")
@@ -317,8 +326,20 @@ def make_config(args: argparse.Namespace, saved: dict | None, source: str, data)
         values["ema_halflife_images"] = 1000 * args.ema_kimg
     if args.kimg is not None:
         values["steps"] = max(1, math.ceil(1000 * args.kimg / values["batch_size"]))
-    _check_edm_options(args, schedule)
+    _check_schedule(args, schedule, values["stages"].variable)
     return TrainingConfig(**values)
+
+
+def _classes(source: str, data, family: str) -> int:
+    """The number of classes for ``--class-conditional``."""
+    from ..networks import FAMILIES
+
+    able = [name for name, kind in FAMILIES.items() if "label_dim" in inspect.signature(kind).parameters]
+    if family not in able:
+        raise ValueError(f"--class-conditional: {family} takes no classes; {', '.join(able)} do")
+    if data.labels is None:
+        raise ValueError(f"--class-conditional: the images of {source} have no labels")
+    return int(data.labels.max()) + 1
 
 
 def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dict]:
@@ -329,8 +350,8 @@ def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dic
     preset = TRAINABLE[args.preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
     variant = args.variant or "multistage"
     values = preset.training_settings(variant)
-    if args.stages is not None:
-        values.pop("stage_probabilities", None)  # those of the preset's own stages
+    if args.stages is not None or args.stage_sampling == "mixed":
+        values.pop("stage_probabilities", None)  # those of the preset's own stages and sampling
     if args.values == "latents":
         values.pop("augment", None)  # meant for images
     channels = {"in_channels": data.channels, "out_channels": data.channels}
@@ -343,12 +364,16 @@ def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dic
     return values, network
 
 
-def _check_edm_options(args: argparse.Namespace, schedule: str) -> None:
-    """Raises ValueError for an option that a schedule other than EDM's would ignore."""
+def _check_schedule(args: argparse.Namespace, schedule: str, variable: str) -> None:
+    """Raises ValueError for an option that the schedule would ignore, and for stages in another schedule's variable."""
+    from ..schedules import SCHEDULES
+
+    if variable not in ("sigma", SCHEDULES[schedule].variable):
+        raise ValueError(f"--schedule {schedule}: the stages are cut in {variable}; give --stages, too")
     given = [name for name in EDM_OPTIONS if getattr(args, name) is not None]
     if schedule != "edm" and given:
         options = ", ".join(f"--{name.lower().replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: of schedule edm; schedule {schedule} draws its own variable evenly")
+        raise ValueError(f"{options}: only schedule edm has this; the schedule is {schedule}")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict:
