@@ -179,6 +179,7 @@ def run_part(name: str, command: Sequence[str], limit: float, **environment: str
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
         try:
             code = process.wait(limit - GRACE_SECONDS)
@@ -190,6 +191,11 @@ def run_part(name: str, command: Sequence[str], limit: float, **environment: str
     if status != "passed":
         show_end(log)
     return Part(name, status, time.monotonic() - start, detail)
+
+
+def heed_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:

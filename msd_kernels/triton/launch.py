@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 from torch import Tensor
@@ -51,7 +52,15 @@ def cannot_run(device_type: str, dtype: torch.dtype) -> str | None:
         return "Triton's interpreter truncates to bfloat16 and multiplies it wrongly"
     if device_type == "cuda" and torch.cuda.get_device_capability() < divmod(OLDEST_ARCHITECTURE, 10):
         return f"needs compute capability 8.0, got {torch.cuda.get_device_capability()}"
+    if device_type == "cuda" and not _has_compiler():
+        return "needs a C compiler, with which Triton builds its launchers: install gcc or clang, or set CC"
     return None
+
+
+@cache
+def _has_compiler() -> bool:
+    """Where Triton looks for one (``triton.runtime.build``)."""
+    return bool(os.environ.get("CC") or which("gcc") or which("clang"))
 
 
 @cache

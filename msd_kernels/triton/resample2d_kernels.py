@@ -38,7 +38,8 @@ def _weight(phase, K: tl.constexpr, TAPS: tl.constexpr, UPWARD: tl.constexpr, ST
     if UPWARD and STRIDE == 2:
         return tl.where(phase == 0, TAPS[2 * K], TAPS[2 * K + 1] if len(TAPS) > 2 * K + 1 else 0.0)
     else:
-        return TAPS[K]
+        tap: tl.constexpr = TAPS[K]  # Triton 3.7 cannot return the plain float that it finds in a tuple
+        return tap
 
 
 @triton.jit
