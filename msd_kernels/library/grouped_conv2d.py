@@ -1,8 +1,4 @@
-"""A convolution with one weight per stage: one cuDNN or oneDNN convolution per non-empty stage.
-
-On a CPU whose oneDNN does not know a 16-bit type, PyTorch's own convolution would take over, which adds up in that
-type and is slower than float32: such tensors are convolved in float32.
-"""
+"""A convolution with one weight per stage: one cuDNN or oneDNN convolution per non-empty stage."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd_kernels.library.cpu_types import onednn_takes
+from msd_kernels.library.cpu_types import float32, wants_float32
 from msd_kernels.library.segments import flat_nhwc, gather, nhwc, split
 from msd_kernels.reference.grouped_conv2d import resampled_size
 
@@ -75,8 +71,8 @@ def grouped_conv2d(
 ) -> Tensor:
     """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
     dtype = x.dtype
-    if _wants_float32(x):
-        x, skip, weight, bias, sample_bias, residual = _float32(x, skip, weight, bias, sample_bias, residual)
+    if wants_float32(x):
+        x, skip, weight, bias, sample_bias, residual = float32(x, skip, weight, bias, sample_bias, residual)
     layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
     sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
     weights, biases = layout.weights(weight), split(bias, out_channels)
@@ -113,8 +109,8 @@ def grouped_conv2d_backward(
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
     dtype = x.dtype
-    if _wants_float32(x):
-        dy, x, skip, weight = _float32(dy, x, skip, weight)
+    if wants_float32(x):
+        dy, x, skip, weight = float32(dy, x, skip, weight)
     layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
     sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
     weights = layout.weights(weight)
@@ -143,14 +139,6 @@ def grouped_conv2d_backward(
         parameters(3, out_channels),
         activations(4),
     ]
-
-
-def _wants_float32(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not onednn_takes(x.dtype)
-
-
-def _float32(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
 def _stage_gradients(dy, sources, weight, resample, wanted):

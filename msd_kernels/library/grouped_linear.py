@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.library.cpu_types import float32, wants_float32
 from msd_kernels.library.segments import gather, split
 
 
@@ -20,10 +21,13 @@ def grouped_linear(
     out_features: Sequence[int],
 ) -> Tensor:
     """As the dispatcher op ``msd_kernels::grouped_linear``."""
+    dtype = x.dtype
+    if wants_float32(x):
+        x, weight, bias = float32(x, weight, bias)
     inputs, weights = _views(x, weight, rows, in_features, out_features)
     biases = split(bias, out_features)
     sizes = [n * o for n, o in zip(rows, out_features, strict=True)]
-    return gather(x, sizes, lambda s: F.linear(inputs[s], weights[s], biases[s]).view(-1))
+    return gather(x, sizes, lambda s: F.linear(inputs[s], weights[s], biases[s]).view(-1)).to(dtype)
 
 
 def grouped_linear_backward(
@@ -36,17 +40,21 @@ def grouped_linear_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias)``, None where not wanted; an empty stage's weights get zeros."""
+    dtype = x.dtype
+    if wants_float32(x):
+        dy, x, weight = float32(dy, x, weight)
     inputs, weights = _views(x, weight, rows, in_features, out_features)
     sizes = [n * o for n, o in zip(rows, out_features, strict=True)]
     cotangents = [d.view(n, o) for d, n, o in zip(dy.split(sizes), rows, out_features, strict=True)]
     want_x, want_weight, want_bias = wanted
-    return [
+    found = [
         gather(x, rows, lambda s: (cotangents[s] @ weights[s]).view(-1)) if want_x else None,
         torch.cat([(d.t() @ i).view(-1) for d, i in zip(cotangents, inputs, strict=True)])
         if want_weight
         else None,
         torch.cat([d.sum(dim=0) for d in cotangents]) if want_bias else None,
     ]
+    return [None if gradient is None else gradient.to(dtype) for gradient in found]
 
 
 def _views(x, weight, rows, in_features, out_features):

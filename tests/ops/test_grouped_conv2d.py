@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
 from msd_kernels import StageBatch, StageWeights, grouped_conv2d
 from msd_kernels.backends import use
+from msd_kernels.library import cpu_types
 from msd_kernels.library import grouped_conv2d as library
 from msd_kernels.ops.grouped_conv2d import BACKENDS
 
@@ -261,7 +262,7 @@ def test_grouped_conv2d_on_a_processor_whose_onednn_lacks_the_type(dtype, resamp
 
     original = library._convolve
     monkeypatch.setattr(library, "_convolve", convolve)
-    monkeypatch.setattr(library, "onednn_takes", lambda dtype: False)
+    monkeypatch.setattr(cpu_types, "onednn_takes", lambda dtype: False)
     with use("library"):
         check(Problem(*STAGES, skip_channels=2, resample=resample), generator, dtype)
     assert convolved == {torch.float32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
 from msd_kernels import StageBatch, StageWeights, grouped_linear
+from msd_kernels.backends import use
+from msd_kernels.library import cpu_types
+from msd_kernels.library import grouped_linear as library
 from msd_kernels.ops.grouped_linear import BACKENDS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -107,6 +111,24 @@ def test_grouped_linear_on_cuda_equals_the_formula(
     x = stage_batch(generator, counts, ins, height, width, dtype=dtype)
     weight, bias = random_weights(generator, counts, ins, outs, dtype, bias=bias)
     check(x, weight, bias, generator, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_grouped_linear_on_a_processor_whose_onednn_lacks_the_type(dtype, generator, monkeypatch):
+    """The library multiplies in float32 then, and rounds once."""
+    multiplied = set()
+
+    def linear(x, weight, bias):
+        multiplied.add(x.dtype)
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(library, "F", SimpleNamespace(linear=linear))
+    monkeypatch.setattr(cpu_types, "onednn_takes", lambda dtype: False)
+    x = stage_batch(generator, (2, 0, 1), (8, 6, 5), 3, 2, dtype=dtype, requires_grad=True)
+    weight, bias = random_weights(generator, (2, 0, 1), (8, 6, 5), (4, 7, 3), dtype, bias=True)
+    with use("library"):
+        check(x, weight, bias, generator)
+    assert multiplied == {torch.float32}
 
 
 @each_backend(BACKENDS)
