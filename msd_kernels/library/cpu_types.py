@@ -1,7 +1,7 @@
 """Which element types oneDNN, the library behind PyTorch's products and convolutions on the CPU, takes here.
 
-For a 16-bit type that it does not know, PyTorch has loops of its own, ten times slower than float32 and, in convolutions,
-with sums in that type. Such tensors are better computed in float32.
+For a 16-bit type that it does not know, PyTorch has loops of its own, ten times slower than float32 and, in
+convolutions, with sums in that type. Such tensors are better computed in float32.
 """
 
 from __future__ import annotations
