@@ -50,6 +50,16 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+def warm_up(function: Callable[[], object]) -> None:
+    """Calls it on a stream of its own, as ``torch.cuda.graph`` asks for before a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+
+
 @contextmanager
 def exact_float32(settings) -> Iterator[None]:
     """Products in full float32; ``settings`` are PyTorch's own, as ``torch.backends.cuda.matmul``."""

@@ -32,9 +32,7 @@ FIELDS = (
 THREADS = 256  # of a program with a full tile
 BLOCK_CHANNELS = 64  # of an NHWC tile: 128 bytes in 16 bits
 VECTOR = 8  # elements per thread of an NHWC tile: a 16-byte load in 16 bits
-SINGLES = (
-    4  # of an NCHW tile, whose loads are single elements: more of them leave registers for fewer threads
-)
+SINGLES = 4  # of an NCHW tile, whose loads are single elements: more would take registers from other threads
 WARP_SIZE = 32
 MOST_ROWS = 8  # output rows of a program: of the input rows for them, few are also read by its neighbours
 PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer rows rather than fewer programs

@@ -95,10 +95,8 @@ class GraphedNetwork(nn.Module):
         def run() -> Tensor:
             return self.network(tensors["x"], tensors["noise"], order, **others)
 
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # outside of inference mode its tensors cannot be written
+        # Tensors made in inference mode could not be written to by calls outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             tensors = {name: value.clone() for name, value in tensors.items()}
             order = StageOrder(order.counts, order.order.clone(), order.inverse.clone())
             others = {name: value for name, value in tensors.items() if name not in ("x", "noise")}

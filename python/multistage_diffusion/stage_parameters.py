@@ -22,7 +22,6 @@ class _Part:
         parameter: shares its memory with ``source``.
         source: the network's own parameter.
         span: the part of a flat source; None for one that is not packed.
-        base: the source's name: that of ``network.named_parameters()``.
         stage: the network's stage that alone uses it; None for all.
     """
 
@@ -31,7 +30,11 @@ class _Part:
     source: nn.Parameter
     span: slice | None
     stage: int | None
-    base: str
+
+    @property
+    def source_name(self) -> str:
+        """As in ``network.named_parameters()``."""
+        return self.name if self.span is None else self.name.rpartition(".")[0]
 
     @property
     def shares_memory(self) -> bool:
@@ -135,7 +138,7 @@ class StageParameters:
         """
         parts: dict[str, list[_Part]] = {}
         for part in self._parts:
-            parts.setdefault(part.base, []).append(part)
+            parts.setdefault(part.source_name, []).append(part)
         known, split = set(self.names), {}
         for full_name, value in tensors.items():
             name, _, entry = full_name.rpartition(".")
@@ -154,13 +157,11 @@ def _parts(network: nn.Module) -> Iterator[_Part]:
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{attribute}" if prefix else attribute
             if attribute not in packed:
-                yield _Part(name, parameter, parameter, None, None, name)
+                yield _Part(name, parameter, parameter, None, None)
                 continue
             end = 0
             for stage, tensor in zip(module.stage_ids, module.stage_tensors(attribute), strict=True):
                 span = slice(end, end + tensor.numel())
                 end = span.stop
                 own = nn.Parameter(parameter.detach()[span], requires_grad=parameter.requires_grad)
-                yield _Part(
-                    f"{name}.{stage}", own, parameter, span, None if module in shared else stage, name
-                )
+                yield _Part(f"{name}.{stage}", own, parameter, span, None if module in shared else stage)

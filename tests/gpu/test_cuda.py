@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import backend_names, waiting_is_an_error
+from helpers import backend_names, waiting_is_an_error, warm_up
 from msd_kernels import explain, group_norm
 from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward
 
@@ -50,12 +50,7 @@ def test_cuda_graph_replays_with_new_inputs(build, backend, generator):
     call = build(8)
     leaves = call.leaves(generator, device="cuda")
     dy = cotangent_of(call.function(*leaves))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(call, leaves, dy)
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(lambda: step(call, leaves, dy))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(call, leaves, dy)

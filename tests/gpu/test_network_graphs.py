@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import waiting_is_an_error
+from helpers import waiting_is_an_error, warm_up
 from multistage_diffusion.cuda_graphs import GraphedNetwork
 from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner
@@ -43,15 +43,6 @@ def batch(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
     x, target = (torch.randn(6, 3, 16, 16, generator=generator, device="cuda") for _ in range(2))
     return [x, torch.rand(6, generator=generator, device="cuda"), target]
-
-
-def warm_up(function) -> None:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
 
 
 def training_step(model, optimizer, parameters, data, order, precision) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from multistage_diffusion import checkpoints
 from multistage_diffusion.data import ImageData
 
 
@@ -67,3 +68,16 @@ def tiny_images(count=40, image_size=8):
     brightness = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     images = (brightness * 255).to(torch.uint8).expand(-1, 1, image_size, image_size).contiguous()
     return ImageData(images, name="tiny")
+
+
+def weights_of(directory, step=12, name="network"):
+    """One file of a run's checkpoint."""
+    return checkpoints.read_tensors(directory / "checkpoints" / f"step-{step:08d}", name)
+
+
+def assert_same_run(a, b, step):
+    """The checkpoints of two runs after a step hold the same bits."""
+    for name in ("network", "ema", "optimizer", "rng"):
+        x, y = weights_of(a, step, name), weights_of(b, step, name)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x), name

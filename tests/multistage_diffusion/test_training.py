@@ -19,7 +19,7 @@ from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training import DataOrder, RunError, Trainer, derive_seed
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import TinyNetwork, build, one_thread, tiny_images  # noqa: F401
+from stand_ins import TinyNetwork, assert_same_run, build, one_thread, tiny_images, weights_of  # noqa: F401
 
 TINY = {"family": "tiny", "image_size": 8}
 SMALL_UNET = {
@@ -295,17 +295,6 @@ def test_resume_rejects_another_network(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- resume
-
-
-def weights_of(directory, step=12, name="network"):
-    return checkpoints.read_tensors(directory / "checkpoints" / f"step-{step:08d}", name)
-
-
-def assert_same_run(a, b, step):
-    for name in ("network", "ema", "optimizer", "rng"):
-        x, y = weights_of(a, step, name), weights_of(b, step, name)
-        assert x.keys() == y.keys()
-        assert all(torch.equal(x[k], y[k]) for k in x), name
 
 
 def records_without_times(directory):

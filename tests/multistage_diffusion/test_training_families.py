@@ -20,7 +20,7 @@ from multistage_diffusion.schedules import vp_sigma
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training import RunError, Trainer
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import RecordingNetwork, TinyNetwork, one_thread, tiny_images  # noqa: F401
+from stand_ins import RecordingNetwork, TinyNetwork, assert_same_run, one_thread, tiny_images  # noqa: F401
 
 UNET = {"channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1}
 # The presets' networks with few channels; everything else of a run is the preset's.
@@ -87,13 +87,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     train(name, tmp_path / "parts", steps=2)
     result = train(name, tmp_path / "parts", resume=True)
     assert result.step == 4
-    for part in ("network", "ema", "optimizer"):
-        a, b = (
-            checkpoints.read_tensors(tmp_path / run / "checkpoints" / "step-00000004", part)
-            for run in ("whole", "parts")
-        )
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
 
 
 @each_family
@@ -197,12 +191,7 @@ def test_runs_of_before_there_were_schedules_go_on(tmp_path):
     (parts / "config.json").write_text(json.dumps(config))
     assert type(checkpoints.load_model(parts).denoiser) is EDMPreconditioner
     assert train("edm-cifar10", parts, resume=True, **every).step == 4
-    for part in ("network", "ema", "optimizer"):
-        a, b = (
-            checkpoints.read_tensors(run / "checkpoints" / "step-00000004", part)
-            for run in (tmp_path / "whole", parts)
-        )
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_run(tmp_path / "whole", parts, 4)
 
 
 def without_later_keys(config: dict) -> dict:
