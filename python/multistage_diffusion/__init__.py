@@ -10,7 +10,8 @@ import importlib
 _EXPORTS = {
     "stages": ("Stages", "StagesError"),
     "preconditioning": ("EDMPreconditioner", "Preconditioner", "SchedulePreconditioner", "precondition"),
-    "losses": ("MixedNoise", "StratifiedNoise", "denoising_loss", "edm_loss"),
+    "losses": ("denoising_loss", "edm_loss"),
+    "noise_levels": ("MixedNoise", "StratifiedNoise"),
     "schedules": ("LogNormal", "Uniform", "edm_sigmas", "vp_sigma", "vp_t"),
     "samplers": ("SamplerConfig", "SeededNoise", "generate", "heun", "sample", "sampler_config"),
     "dpm_solver": ("DDIMConfig", "DPMMultistepConfig", "DPMSinglestepConfig"),

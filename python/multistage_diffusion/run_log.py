@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .losses import NoiseLevels
+from .noise_levels import NoiseLevels
 from .stages import Stages
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import checkpoints
 from .augmentation import Augmentation
-from .losses import MixedNoise, StratifiedNoise
+from .noise_levels import MixedNoise, StratifiedNoise
 from .preconditioning import PREDICTIONS, Preconditioner, precondition, stages_in_sigma
 from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
 from .stages import Stages

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.losses import MixedNoise, StratifiedNoise, denoising_loss, edm_loss
+from multistage_diffusion.losses import denoising_loss, edm_loss
+from multistage_diffusion.noise_levels import MixedNoise, StratifiedNoise
 from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner, stages_in_sigma
 from multistage_diffusion.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
 from multistage_diffusion.stages import Stages, StagesError
