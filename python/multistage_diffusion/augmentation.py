@@ -73,12 +73,15 @@ class Augmentation:
             The images, in their dtype and on their device, and the labels ``[B, 9]`` in float32 (see ``LABELS``).
             Images to which nothing was done are unchanged, bit by bit.
         """
+        return self.apply(images, self.draw(images.shape[0], generator))
+
+    def apply(self, images: Tensor, draws: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """As a call, with what ``draw`` has drawn, or the entries of these images alone."""
         if images.dim() != 4 or not images.is_floating_point() or min(images.shape[2:]) < 2:
             raise ValueError(
                 f"Augmentation: images must be floating [B, C, H, W], H and W at least 2, "
                 f"got {images.dtype} {list(images.shape)}"
             )
-        draws = self._draw(images.shape[0], generator)
         labels = torch.stack(
             [
                 draws["x_flip"],
@@ -100,8 +103,8 @@ class Augmentation:
         images = _replace(images, moved, lambda part: transform(part, matrices[moved]))
         return images, labels.to(torch.float32).to(images.device)
 
-    def _draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """What is done to each image, in units of the standard deviations; float64 on the host."""
+    def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What is done to each of ``batch`` images, in units of the standard deviations; float64 on the host."""
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(batch, generator=generator, dtype=torch.float64)

@@ -5,7 +5,6 @@
         network.safetensors      weights in training
         ema.safetensors          averaged weights, the ones to sample with
         optimizer.safetensors    {parameter name}.exp_avg, ...
-        rng.safetensors          states of PyTorch's global random generators
 
 A save writes a hidden folder next to its destination, flushes it to the disk, and renames it. Whatever
 interrupts that (a full disk, a kill, a power cut) leaves the checkpoints that were there as they were.
@@ -86,22 +85,6 @@ def restore_optimizer(
     if "betas" in group:
         group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
-
-
-def rng_tensors() -> dict[str, torch.Tensor]:
-    """States of PyTorch's global generators: dropout draws from them."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def restore_rng(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of ``rng_tensors``; devices that are not here are left out."""
-    torch.set_rng_state(states["cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
 
 
 # ---------------------------------------------------------------------------- writing
@@ -272,7 +255,7 @@ def read_metadata(path: str | Path) -> dict:
 
 
 def read_tensors(path: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """One file of a checkpoint: "network", "ema", "optimizer" or "rng"."""
+    """One file of a checkpoint: "network", "ema" or "optimizer"."""
     file = Path(path) / f"{name}.safetensors"
     if not file.is_file():
         raise CheckpointError(f"the checkpoint {path} has no {file.name}")

@@ -1,4 +1,4 @@
-"""A network for inference that is replayed from CUDA graphs.
+"""Networks in inference and training steps, replayed from CUDA graphs.
 
 A decoder is over a hundred launches, each of which costs the host more time than a small batch costs the GPU. A graph
 launches them all at once. It is captured for given shapes and counts of the stages; which sample belongs to which stage
@@ -8,7 +8,7 @@ is an input.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +16,87 @@ from torch import Tensor, nn
 
 from .stage_order import StageOrder
 
-__all__ = ["GraphedNetwork"]
+__all__ = ["GraphedFunction", "GraphedNetwork"]
 
 WARM_UPS = 3  # calls before a capture: they compile, choose algorithms and allocate
+
+Function = Callable[[dict[str, Tensor], StageOrder], Tensor]
+
+
+class GraphedFunction:
+    """Calls a function through CUDA graphs where its tensors are on a GPU.
+
+    One graph is captured for every kind of call: shapes and dtypes of the tensors, samples of each stage, autocast's
+    dtype, the device. The graphs share their inputs' and activations' memory: call it from one thread and one stream at
+    a time.
+
+    Args:
+        function: takes tensors by name and the order of the samples, and returns a tensor. All else that it reads or
+            writes must stay where it is in memory, and it must not wait for the device.
+        adds_to: tensors that it adds to, such as gradients; the calls before a capture leave them as they were, and
+            PyTorch's random generators, too.
+        max_graphs: the graphs that are kept.
+        replace: what the next kind of call does then: takes the place of the graph that was not used for longest, or
+            goes without a graph.
+
+    Raises:
+        ValueError: ``max_graphs`` below 1.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        *,
+        adds_to: Sequence[Tensor] = (),
+        max_graphs: int = 64,
+        replace: bool = True,
+    ) -> None:
+        if max_graphs < 1:
+            raise ValueError(f"{type(self).__name__}: max_graphs={max_graphs} must be at least 1")
+        self.function, self.adds_to, self.max_graphs, self.replace = function, adds_to, max_graphs, replace
+        self._graphs: OrderedDict[tuple, _Replay] = OrderedDict()
+        self._pools: dict[torch.device, object] = {}
+
+    def __len__(self) -> int:
+        """Graphs so far."""
+        return len(self._graphs)
+
+    def __call__(self, tensors: dict[str, Tensor], order: StageOrder) -> Tensor:
+        """As the function. The result is a tensor of its own, which the next call leaves alone."""
+        x = next(iter(tensors.values()))
+        kinds = ((name, value.shape, value.dtype) for name, value in tensors.items())
+        key = (x.device, order.counts, order.order is None, _autocast(x.device.type), *kinds)
+        replay = self._graphs.get(key)
+        if replay is None:
+            full = len(self._graphs) >= self.max_graphs
+            if not serves(x) or (full and not self.replace):
+                return self.function(tensors, order)
+            replay = self._graphs[key] = self._captured(tensors, order)
+            if full:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return replay(tensors, order)
+
+    def _captured(self, tensors: dict[str, Tensor], order: StageOrder) -> _Replay:
+        device = next(iter(tensors.values())).device
+
+        def run() -> Tensor:
+            return self.function(tensors, order)
+
+        # Tensors made in inference mode could not be written to by calls outside of it.
+        with torch.inference_mode(False):
+            with torch.no_grad():
+                tensors = {name: value.clone() for name, value in tensors.items()}
+                order = order.clone()
+            graph, output, self._pools[device] = _capture(run, device, self._pools.get(device), self.adds_to)
+        return _Replay(graph, tensors, order, output)
 
 
 class GraphedNetwork(nn.Module):
     """Calls a network through CUDA graphs where it can: on a GPU, in eval mode, without gradients.
 
-    One graph is captured for every kind of call: shapes and dtypes of the tensors, samples of each stage, autocast's
-    dtype, the device. Weights may change between calls in place; moving them drops the graphs. All other calls go to
-    the network itself, whose attributes are this one's, too.
-
-    The graphs share their inputs' and activations' memory: call it from one thread and one stream at a time.
+    Graphs are captured as :class:`GraphedFunction` says. Weights may change between calls in place; moving them drops
+    the graphs. All other calls go to the network itself, whose attributes are this one's, too.
 
     Example::
 
@@ -49,8 +117,6 @@ class GraphedNetwork(nn.Module):
         super().__init__()
         if not getattr(network, "takes_stage_order", False):
             raise TypeError(f"GraphedNetwork: needs a StageNetwork, got {type(network).__name__}")
-        if max_graphs < 1:
-            raise ValueError(f"GraphedNetwork: max_graphs={max_graphs} must be at least 1")
         self.network, self.max_graphs = network, max_graphs
         self._forget()
 
@@ -62,7 +128,11 @@ class GraphedNetwork(nn.Module):
 
     def __getstate__(self) -> dict:
         """Without the graphs, which can be neither copied nor written to a file."""
-        return {**self.__dict__, "_graphs": OrderedDict(), "_pools": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
 
     def _apply(self, fn, recurse: bool = True):
         """Where parameters go to another place, the graphs would go on reading the old one."""
@@ -70,38 +140,20 @@ class GraphedNetwork(nn.Module):
         return super()._apply(fn, recurse)
 
     def _forget(self) -> None:
-        self._graphs: OrderedDict[tuple, _Replay] = OrderedDict()
-        self._pools: dict[torch.device, object] = {}
+        self._graphs = GraphedFunction(self._evaluate, max_graphs=self.max_graphs)
+
+    @torch.no_grad()
+    def _evaluate(self, tensors: dict[str, Tensor], order: StageOrder) -> Tensor:
+        conditioning = {name: value for name, value in tensors.items() if name not in ("x", "noise")}
+        return self.network(tensors["x"], tensors["noise"], order, **conditioning)
 
     def forward(self, x: Tensor, noise: Tensor, stage, **conditioning: Tensor | None) -> Tensor:
         """As the network. The result is a tensor of its own, which the next call leaves alone."""
-        if not _serves(x) or torch.is_grad_enabled() or self.network.training:
+        if not serves(x) or torch.is_grad_enabled() or self.network.training:
             return self.network(x, noise, stage, **conditioning)
         order = StageOrder.of(stage, self.network.num_stages, x.shape[0], x.device, explicit=True)
         tensors = {"x": x, "noise": noise, **{k: v for k, v in conditioning.items() if v is not None}}
-        kinds = ((name, value.shape, value.dtype) for name, value in tensors.items())
-        key = (x.device, order.counts, _autocast(x.device.type), *kinds)
-        replay = self._graphs.get(key)
-        if replay is None:
-            replay = self._graphs[key] = self._captured(tensors, order)
-            if len(self._graphs) > self.max_graphs:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        return replay(tensors, order)
-
-    def _captured(self, tensors: dict[str, Tensor], order: StageOrder) -> _Replay:
-        device = order.order.device
-
-        def run() -> Tensor:
-            return self.network(tensors["x"], tensors["noise"], order, **others)
-
-        # Tensors made in inference mode could not be written to by calls outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = {name: value.clone() for name, value in tensors.items()}
-            order = StageOrder(order.counts, order.order.clone(), order.inverse.clone())
-            others = {name: value for name, value in tensors.items() if name not in ("x", "noise")}
-            graph, output, self._pools[device] = _capture(run, device, self._pools.get(device))
-        return _Replay(graph, tensors, order, output)
+        return self._graphs(tensors, order)
 
 
 @dataclass
@@ -122,29 +174,35 @@ class _Replay:
     def __call__(self, tensors: dict[str, Tensor], order: StageOrder) -> Tensor:
         for name, value in tensors.items():
             self.tensors[name].copy_(value)
-        self.order.copy_(order)
+        if order.order is not None:
+            self.order.copy_(order)
         self.graph()
         return self.output.clone()
 
 
 def _capture(
-    run: Callable[[], Tensor], device: torch.device, pool
+    run: Callable[[], Tensor], device: torch.device, pool, adds_to: Sequence[Tensor]
 ) -> tuple[Callable[[], None], Tensor, object]:
     """A graph of ``run``, its output, and the memory pool that the device's next graph may share."""
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), torch.random.fork_rng([device]):
+        before = [tensor.clone() for tensor in adds_to]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(adds_to, before, strict=True):
+            tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):  # its default stream is that of one device
+        # Its default stream is that of one device; NCCL's own thread may go on with calls that a capture forbids.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             output = run()
     return graph.replay, output, pool or graph.pool()
 
 
-def _serves(x: Tensor) -> bool:
+def serves(x: Tensor) -> bool:
+    """Whether a call on ``x`` can be captured."""
     return x.is_cuda and not torch.cuda.is_current_stream_capturing() and not torch.compiler.is_compiling()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .preconditioning import Preconditioner
+from .stage_order import StageOrder
 from .transfer import host_to_device
 
 
@@ -60,10 +61,36 @@ def denoising_loss(
     Args and returns as ``edm_loss``; ``weight``: ``[B]``, on the host.
     """
     dtype = torch.promote_types(y.dtype, torch.float32)
+    sigma = denoiser.batched_sigma(sigma, len(y))
+    stage = denoiser.batched_stage(stage, sigma, len(y))
+    scalars = host_to_device(loss_scalars(denoiser, sigma, weight), y.device, dtype)
+    return loss_at(denoiser, y, scalars, stage, noise=noise, **conditioning)
+
+
+def loss_scalars(
+    denoiser: Preconditioner, sigma: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What ``loss_at`` takes of the noise levels, on the host: float64 ``[6, B]``.
+
+    The rows are the denoiser's c_skip, c_out, c_in and c_noise, then sigma and the weight.
+    """
     sigma = sigma.to("cpu", torch.float64)
-    if weight is None:
-        weight = denoiser.coefficients(sigma).c_out.square().reciprocal()
-    sigma_device, weight = host_to_device(torch.stack([sigma, weight]), y.device, dtype)
-    y = y.to(dtype)
-    D = denoiser(y + sigma_device[:, None, None, None] * noise, sigma, stage, **conditioning)
+    coefficients = denoiser.coefficients(sigma)
+    weight = coefficients.c_out.square().reciprocal() if weight is None else weight
+    return torch.stack([*coefficients, sigma, weight.to(sigma)])
+
+
+def loss_at(
+    denoiser: Preconditioner,
+    y: torch.Tensor,
+    scalars: torch.Tensor,
+    stage: torch.Tensor | StageOrder,
+    *,
+    noise: torch.Tensor,
+    **conditioning,
+) -> torch.Tensor:
+    """``denoising_loss``, with ``scalars`` of ``loss_scalars`` where y is: nothing is copied from the host."""
+    sigma, weight = scalars[4:]
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    D = denoiser.denoise(y + sigma[:, None, None, None] * noise, scalars[:4], stage, **conditioning)
     return weight * (D - y).square().sum(dim=(1, 2, 3))

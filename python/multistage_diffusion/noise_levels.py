@@ -1,17 +1,19 @@
 """The noise levels a batch is trained at.
 
-They are drawn on the host, so that the number of samples of each stage is known there.
+They are drawn on the host, so that the number of samples of each stage is known there. Three ways: each sample on its
+own (``MixedNoise``), evenly spaced (``SystematicNoise``), stages in given shares (``StratifiedNoise``).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .schedules import LogNormal
+from .schedules import LogNormal, Uniform
 from .stages import Stages
 
 
@@ -32,13 +34,22 @@ class NoiseLevels:
     counts: tuple[int, ...]
 
 
-class MixedNoise:
-    """Noise levels as EDM draws them: ln sigma ~ N(P_mean, P_std²) for every sample on its own."""
+class _Noise:
+    """Stages in sigma, and the distribution of sigma; default: EDM's."""
 
-    def __init__(self, stages: Stages, distribution: LogNormal | None = None):
-        stages.require_variable("sigma", "MixedNoise")
+    def __init__(self, stages: Stages, distribution: LogNormal | Uniform | None = None):
+        stages.require_variable("sigma", type(self).__name__)
         self.stages = stages
         self.distribution = distribution or LogNormal()
+
+
+class MixedNoise(_Noise):
+    """Noise levels as EDM draws them: every sample on its own from the distribution.
+
+    Args:
+        stages: the stages, in sigma.
+        distribution: of sigma; default: ln sigma ~ N(P_mean, P_std²) with EDM's numbers.
+    """
 
     def draw(self, batch_size: int, generator: torch.Generator) -> NoiseLevels:
         sigma = self.distribution.sample(batch_size, generator)
@@ -46,12 +57,96 @@ class MixedNoise:
         return NoiseLevels(sigma, stage, torch.ones_like(sigma), _counts(stage, len(self.stages)))
 
 
-class StratifiedNoise:
+class _EvenlySpaced(_Noise):
+    """Samples at the places (i + u)/B of [0, 1), i = 0 ... B − 1, with one u ~ U[0, 1) for the whole batch.
+
+    [0, 1) is cut into segments, of which each belongs to a stage. A subclass sets their upper ends c_j, ascending to 1,
+    and the stage of each.
+    """
+
+    _ends: torch.Tensor
+    _stage_of: torch.Tensor
+
+    def mixes(self, batch_size: int) -> dict[tuple[int, ...], float]:
+        """All ``counts`` that a batch of this size can have, and the probability of each.
+
+        Below c_j lie ceil(B c_j − u) samples. As u grows from 0 to 1, that drops by 1 where u reaches the fraction of
+        B c_j, and nowhere else. So there are at most as many mixes as segments.
+
+        A micro-batch, every M-th sample of a batch, is drawn as a batch of B/M samples: its mixes are ``mixes(B/M)``.
+
+        Raises:
+            ValueError: a batch size below 1.
+        """
+        ends = self._scaled_ends(batch_size)
+        drops = torch.cat([torch.zeros(1), ends.frac(), torch.ones(1)]).unique()
+        probabilities: dict[tuple[int, ...], float] = {}
+        for first, last in itertools.pairwise(drops):
+            stage = self._stage_of[_segments(ends, first, batch_size)]
+            counts = _counts(stage, len(self.stages))
+            probabilities[counts] = probabilities.get(counts, 0.0) + float(last - first)
+        return probabilities
+
+    def _scaled_ends(self, batch_size: int) -> torch.Tensor:
+        """B c_j, rounded to multiples of 2^−40, so that what should be a whole number is one."""
+        if batch_size < 1:
+            raise ValueError(f"{type(self).__name__}: batch_size={batch_size} must be at least 1")
+        return (batch_size * self._ends * 2.0**40).round() * 2.0**-40
+
+
+def _segments(ends: torch.Tensor, u: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The segment of each i + u, i < B, in [0, B), ascending. Exact: i + u itself would be rounded."""
+    below = ends.floor() + (u < ends.frac())
+    return torch.searchsorted(below, torch.arange(batch_size, dtype=torch.float64), right=True)
+
+
+class SystematicNoise(_EvenlySpaced):
+    """Evenly spaced quantiles with one random offset: sigma_i = F⁻¹((i + u)/B), i = 0 ... B − 1, u ~ U[0, 1).
+
+    F is the distribution function of sigma. This is the low-discrepancy sampler of variational diffusion models (arXiv
+    2107.00630, appendix I.1), there for uniform times. A sample in a random place of the batch has exactly the
+    distribution that ``MixedNoise`` draws from, and the expected loss is the same. But
+
+    - a mean over the batch of what varies smoothly with sigma varies much less from batch to batch, and
+    - stage k gets B p_k samples rounded up or down (a stage of m intervals: within m of B p_k), and a batch size sees
+      no more mixes of counts than the stages have intervals in all, few enough to capture a CUDA graph for each:
+      ``mixes`` lists them.
+
+    The samples are in ascending order of sigma (so also of stages, where each is one interval). A strided part of the
+    batch, as gradient accumulation takes it, is then evenly spaced itself. The images of a batch must come in random
+    order, as in ``Trainer``; else an image's place would decide which noise levels it sees.
+
+    Args:
+        stages: the stages, in sigma.
+        distribution: of sigma; default: ln sigma ~ N(P_mean, P_std²) with EDM's numbers.
+    """
+
+    def __init__(self, stages: Stages, distribution: LogNormal | Uniform | None = None):
+        super().__init__(stages, distribution)
+        intervals = sorted((low, high, k) for k, stage in enumerate(stages.intervals) for low, high in stage)
+        low, high, stage_of = zip(*intervals, strict=True)
+        self._low, self._high, self._stage_of = _float64(low), _float64(high), torch.tensor(stage_of)
+        self._ends = _float64([self.distribution.mass(low[0], end) for end in high])
+        self._ends[-1] = 1.0  # whatever the rounding
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> NoiseLevels:
+        u = torch.rand(1, dtype=torch.float64, generator=generator)
+        ends = self._scaled_ends(batch_size)
+        starts = torch.cat([torch.zeros(1), ends[:-1]])
+        segment = _segments(ends, u, batch_size)
+        quantile = (torch.arange(batch_size) + u - starts[segment]) / (ends - starts)[segment]
+        sigma = self.distribution.inverse_cdf(quantile, self._low[segment], self._high[segment])
+        stage = self._stage_of[segment]
+        return NoiseLevels(sigma, stage, torch.ones_like(sigma), _counts(stage, len(self.stages)))
+
+
+class StratifiedNoise(_EvenlySpaced):
     """Stages in given proportions, sigma inside of a stage from the truncated log-normal distribution.
 
     Under EDM's distribution 96 % of all samples fall into the first stage and the last one starves; this
     feeds each decoder its share. Stages are drawn systematically: of B samples, stage k gets B q_k of them,
-    rounded up or down at random without bias (exactly B q_k where that is a whole number).
+    rounded up or down at random without bias (exactly B q_k where that is a whole number); ``mixes`` lists the
+    counts that can occur.
 
     Args:
         stages: the stages.
@@ -70,12 +165,10 @@ class StratifiedNoise:
         self,
         stages: Stages,
         probabilities: Sequence[float] | None = None,
-        distribution: LogNormal | None = None,
+        distribution: LogNormal | Uniform | None = None,
         importance_weights: bool = False,
     ):
-        stages.require_variable("sigma", "StratifiedNoise")
-        self.stages = stages
-        self.distribution = distribution or LogNormal()
+        super().__init__(stages, distribution)
         n = len(stages)
         q = [1 / n] * n if probabilities is None else [float(v) for v in probabilities]
         if len(q) != n:
@@ -95,8 +188,8 @@ class StratifiedNoise:
                     f"but stage {k} has share 0"
                 )
         self.probabilities = tuple(q)
-        self._cumulative_q = _float64(q).cumsum(0)
-        self._cumulative_q[max(k for k in range(n) if q[k] > 0) :] = 1.0  # whatever the rounding
+        self._ends, self._stage_of = _float64(q).cumsum(0).clamp_max(1), torch.arange(n)
+        self._ends[max(k for k in range(n) if q[k] > 0) :] = 1.0  # whatever the rounding
         self._weight = torch.ones(n, dtype=torch.float64)
         if importance_weights:
             self._weight = _float64([a / b if b else 0.0 for a, b in zip(p, q, strict=True)])
@@ -119,9 +212,7 @@ class StratifiedNoise:
 
     def draw(self, batch_size: int, generator: torch.Generator) -> NoiseLevels:
         u = torch.rand(batch_size + 1, 2, dtype=torch.float64, generator=generator)
-        offset = u[-1, 0]
-        position = (torch.arange(batch_size, dtype=torch.float64) + offset) / batch_size
-        stage = torch.searchsorted(self._cumulative_q, position, right=True).clamp_max(len(self.stages) - 1)
+        stage = _segments(self._scaled_ends(batch_size), u[-1, 0], batch_size)
         mass = self._cumulative_mass[stage]
         piece = (u[:-1, :1] >= mass).sum(dim=1).clamp_max(mass.shape[1] - 1)
         sigma = self.distribution.inverse_cdf(u[:-1, 1], self._low[stage, piece], self._high[stage, piece])

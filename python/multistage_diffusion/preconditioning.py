@@ -93,17 +93,31 @@ class Preconditioner(nn.Module):
                 missing.
         """
         batch = x.shape[0]
-        sigma = self._batched_sigma(sigma, batch)
-        stage = self._batched_stage(stage, sigma, batch)
-        # A compiled network sees counts then, and not which sample is of which stage.
-        if getattr(self.network, "takes_stage_order", False):
-            stage = StageOrder.of(stage, len(self.stages), batch, x.device)
+        sigma = self.batched_sigma(sigma, batch)
+        stage = self.batched_stage(stage, sigma, batch)
         dtype = torch.promote_types(x.dtype, torch.float32)
         coefficients = torch.stack(self.coefficients(sigma))
         if coefficients.device == x.device:
             coefficients = coefficients.to(dtype)
         else:
             coefficients = host_to_device(coefficients, x.device, dtype)
+        return self.denoise(x, coefficients, stage, **conditioning)
+
+    def denoise(
+        self, x: torch.Tensor, coefficients: torch.Tensor, stage: torch.Tensor | StageOrder, **conditioning
+    ) -> torch.Tensor:
+        """As a call, with ``coefficients`` in place of sigma: nothing is copied from the host.
+
+        Args:
+            x: noisy images ``[B, C, H, W]``.
+            coefficients: c_skip, c_out, c_in and c_noise of every sample ``[4, B]``, where x is.
+            stage: stage ids ``[B]`` on the host, or a ``StageOrder``.
+            **conditioning: for the network.
+        """
+        # A compiled network sees counts then, and not which sample is of which stage.
+        if getattr(self.network, "takes_stage_order", False):
+            stage = StageOrder.of(stage, len(self.stages), x.shape[0], x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         c_skip, c_out, c_in, c_noise = coefficients[:, :, None, None, None]
         x = x.to(dtype)
         network_dtype = self._network_dtype()
@@ -113,7 +127,8 @@ class Preconditioner(nn.Module):
         )
         return c_skip * x + c_out * F.to(dtype)
 
-    def _batched_sigma(self, sigma, batch: int) -> torch.Tensor:
+    def batched_sigma(self, sigma, batch: int) -> torch.Tensor:
+        """One sigma per sample ``[B]``, checked where it is on the host; float64 there. Raises as a call."""
         if not isinstance(sigma, torch.Tensor):
             sigma = torch.as_tensor(sigma, dtype=torch.float64)
         if sigma.device.type == "cpu":
@@ -124,7 +139,8 @@ class Preconditioner(nn.Module):
                 )
         return _batched(sigma, batch, f"{type(self).__name__}: sigma")
 
-    def _batched_stage(self, stage, sigma: torch.Tensor, batch: int) -> torch.Tensor:
+    def batched_stage(self, stage, sigma: torch.Tensor, batch: int) -> torch.Tensor | StageOrder:
+        """One stage id per sample ``[B]``, on the host; a ``StageOrder`` as it is. Raises as a call."""
         if isinstance(stage, StageOrder):
             return stage
         if stage is None:

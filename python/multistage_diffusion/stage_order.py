@@ -89,6 +89,12 @@ class StageOrder:
         move = host_to_device if self.order.is_cpu else Tensor.to
         return StageOrder(self.counts, move(self.order, device), move(self.inverse, device))
 
+    def clone(self) -> StageOrder:
+        """The same in memory of its own."""
+        if self.order is None:
+            return self
+        return StageOrder(self.counts, self.order.clone(), self.inverse.clone())
+
     def copy_(self, other: StageOrder) -> StageOrder:
         """Overwrites this order with another of the same counts, in place.
 

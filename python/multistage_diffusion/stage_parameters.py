@@ -12,6 +12,8 @@ from .layers import StageModule, shared_layers
 
 __all__ = ["StageParameters"]
 
+ALIGNMENT = 32  # numbers; where each parameter begins among flat gradients
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -73,15 +75,19 @@ class StageParameters:
     Args:
         network: the network itself, which has ``num_stages``, or one of ordinary layers. Its parameters must stay where
             they are in memory.
+        flat_gradients: keep all gradients in one tensor that stays where it is: what a CUDA graph can add to, and what
+            processes sum up in one call. A parameter that a loss does not reach has the gradient 0 then, not None.
 
     Attributes:
         names: names of the parameters, those of ``network.state_dict()``, in the order of iteration.
+        flat_gradients: that tensor, or None.
 
     Raises:
         TypeError: what holds a network with stages, such as a denoiser, instead of the network.
+        ValueError: flat gradients of parameters that differ in dtype or device.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, flat_gradients: bool = False) -> None:
         staged = any(isinstance(module, StageModule) for module in network.modules())
         if staged and not hasattr(network, "num_stages"):
             raise TypeError(
@@ -91,6 +97,7 @@ class StageParameters:
         self.num_stages = getattr(network, "num_stages", 1)
         self._parts = list(_parts(network))
         self.names = [part.name for part in self._parts]
+        self.flat_gradients, self._views = _flat_gradients(network) if flat_gradients else (None, {})
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return (part.parameter for part in self._parts)
@@ -99,7 +106,7 @@ class StageParameters:
         return len(self._parts)
 
     def __reduce__(self):
-        return type(self), (self.network,)
+        return type(self), (self.network, self.flat_gradients is not None)
 
     def take_gradients(self, counts: Sequence[int]) -> None:
         """Gives the parameters the network's gradients, without a copy; those of absent stages get None.
@@ -110,7 +117,8 @@ class StageParameters:
 
         Raises:
             ValueError: not one count per stage.
-            RuntimeError: the network's parameters have moved in memory, as by ``network.to(...)``.
+            RuntimeError: the network's parameters have moved in memory, as by ``network.to(...)``; gradients that
+                should be flat are not, as after ``network.zero_grad()``.
         """
         if len(counts) != self.num_stages:
             raise ValueError(
@@ -121,15 +129,23 @@ class StageParameters:
                 f"StageParameters: {len(moved)} parameters of the network have moved in memory, first {moved[0]}; make "
                 "StageParameters and the optimizer anew after network.to(...)"
             )
+        if not all(_is_at(parameter.grad, view) for parameter, view in self._views.items()):
+            raise RuntimeError(
+                "StageParameters: gradients have left flat_gradients; drop them with drop_gradients() alone"
+            )
         for part in self._parts:
             absent = part.stage is not None and not counts[part.stage]
             part.parameter.grad = None if absent else part.gradient()
 
     def drop_gradients(self) -> None:
-        """Sets all gradients to None, the network's own among them."""
+        """Sets all gradients to None, the network's own among them; flat ones become 0."""
         for part in self._parts:
             part.parameter.grad = None
         self.network.zero_grad(set_to_none=True)
+        if self.flat_gradients is not None:
+            self.flat_gradients.zero_()
+            for parameter, view in self._views.items():
+                parameter.grad = view.detach()
 
     def split_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """An optimizer's state over the network's own parameters, by ``{parameter}.{entry}``, as one over these.
@@ -148,6 +164,27 @@ class StageParameters:
             for part in parts[name]:
                 split[f"{part.name}.{entry}"] = value[part.span] if value.dim() else value.clone()
         return split
+
+
+def _flat_gradients(network: nn.Module) -> tuple[torch.Tensor, dict[nn.Parameter, torch.Tensor]]:
+    """Zeros for the gradients of all parameters, and the part of each, which becomes its ``grad``."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    kinds = {(parameter.dtype, parameter.device) for parameter in trained}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"StageParameters: flat_gradients need one dtype and device, got {sorted(map(str, kinds))}"
+        )
+    sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in trained]
+    flat = trained[0].new_zeros(sum(sizes)) if trained else torch.zeros(0)
+    views = {}
+    for parameter, part in zip(trained, flat.split(sizes), strict=True):
+        views[parameter] = part.as_strided(parameter.shape, parameter.stride())
+        parameter.grad = views[parameter].detach()
+    return flat, views
+
+
+def _is_at(tensor: torch.Tensor | None, place: torch.Tensor) -> bool:
+    return tensor is not None and tensor.data_ptr() == place.data_ptr()
 
 
 def _parts(network: nn.Module) -> Iterator[_Part]:

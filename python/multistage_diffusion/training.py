@@ -6,15 +6,13 @@
         checkpoints/step-########   see checkpoints.py
         samples/step-########.png   if asked for
 
-What a step sees is a function of the seed and the step's number alone: images, noise levels and noise come
-from generators seeded with both. Only dropout draws from PyTorch's global generators, whose states are in
-the checkpoints. So a run that was killed and resumed ends, on the CPU, with the same bits as one that was
-not.
+What a step sees is a function of the seed and the step's number alone: images, noise levels, noise and dropout come
+from generators seeded with both. So a run that was killed and resumed ends, on the CPU, with the same bits as one that
+was not; and several processes that share the batches do what one would, up to rounding and the draws of dropout.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import sys
@@ -28,52 +26,25 @@ import torch
 from torch import nn
 
 from . import checkpoints
+from .cuda_graphs import GraphedFunction
+from .data_parallel import Processes
 from .ema import EMA
-from .losses import denoising_loss
+from .losses import loss_at
 from .run_log import LossWindow, Progress, RunLog, TrainingDiverged
 from .samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
+from .stage_order import StageOrder
 from .stage_parameters import StageParameters
+from .training_batches import TrainingBatches, derive_seed
 from .training_config import TrainingConfig
-from .transfer import host_to_device
 
-__all__ = ["DataOrder", "RunError", "Trainer", "TrainingConfig", "TrainingResult", "derive_seed"]
+__all__ = ["RunError", "Trainer", "TrainingConfig", "TrainingResult"]
+
+
+MAX_GRAPHS = 64  # mixes of stages that have a CUDA graph of their own
 
 
 class RunError(RuntimeError):
     """A run cannot start or go on: the folder is taken, or does not fit the configuration."""
-
-
-# ------------------------------------------------------------------ randomness as a function of seed and step
-
-
-def derive_seed(seed: int, purpose: str, number: int) -> int:
-    """A 63-bit seed for one purpose and one step or epoch; the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-class DataOrder:
-    """Which images each step sees: one permutation of the data set after the other."""
-
-    def __init__(self, num_images: int, seed: int):
-        self.num_images, self.seed = num_images, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
-
-    def indices(self, first: int, count: int) -> torch.Tensor:
-        """Indices ``[count]`` of the images at positions first, first + 1, ... of the whole run."""
-        pieces = []
-        while count > 0:
-            epoch, offset = divmod(first, self.num_images)
-            piece = self._epoch_order(epoch)[offset : offset + count]
-            pieces.append(piece)
-            first, count = first + len(piece), count - len(piece)
-        return torch.cat(pieces)
-
-    def _epoch_order(self, epoch: int) -> torch.Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            self._epoch, self._permutation = epoch, torch.randperm(self.num_images, generator=generator)
-        return self._permutation
 
 
 class StopRequest:
@@ -129,10 +100,15 @@ class Trainer:
             ``config.data``.
         network: default: built from ``config.network``, with weights drawn from ``config.seed``.
         device: where to train.
+        processes: those that share the run, each with a trainer of its own, of the same arguments but for the device;
+            default: this one alone. The first one writes the run folder.
+        cuda_graphs: replay forward and backward from CUDA graphs on a GPU: one graph for every mix of stages, which are
+            few with ``stage_sampling="systematic"``; beyond ``MAX_GRAPHS`` mixes goes without.
         quiet: no progress.
 
     Raises:
-        ValueError: the data does not fit the network.
+        ValueError: the data does not fit the network; the processes do not share the batch evenly; CUDA graphs for a
+            network that does not take a ``StageOrder``.
     """
 
     def __init__(
@@ -143,22 +119,20 @@ class Trainer:
         data=None,
         network: nn.Module | None = None,
         device: torch.device | str = "cpu",
+        processes: Processes | None = None,
+        cuda_graphs: bool = False,
         quiet: bool = False,
     ):
-        self.config, self.directory, self.device, self.quiet = (
-            config,
-            Path(directory),
-            torch.device(device),
-            quiet,
-        )
+        self.config, self.directory, self.device = config, Path(directory), torch.device(device)
+        self.processes = processes or Processes()
+        self.quiet = quiet or not self.processes.is_first
         self.data = data if data is not None else _load_data(config)
         torch.manual_seed(derive_seed(config.seed, "weights", 0))
         self.network = (network if network is not None else _build(config)).to(self.device).train()
         self._check_data_fits()
         self.denoiser = config.denoiser(self.network)
-        self.augmentation = config.augmentation()
         self.ema = EMA(self.network, config.ema_halflife_images, config.ema_rampup_ratio)
-        self.parameters = StageParameters(self.network)
+        self.parameters = StageParameters(self.network, flat_gradients=cuda_graphs or self.processes.size > 1)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -167,9 +141,12 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.noise_levels = config.noise_levels()
-        self.order = DataOrder(self.data.num_images, config.seed)
-        self.noise_generator = torch.Generator(self.device)
+        self.batches = TrainingBatches(
+            config, self.data, self.denoiser, self.device, self.processes.rank, self.processes.size
+        )
+        self._backward = self._forward_and_backward
+        if cuda_graphs:
+            self._backward = self._graphed()
         self.window = LossWindow(config.stages)
         self.log = RunLog(self.directory / "log.jsonl")
         self.step = 0
@@ -189,17 +166,23 @@ class Trainer:
             RunError: the folder holds a run already and ``resume`` is off, or holds another one.
             TrainingDiverged: a loss or weight is not finite; the checkpoints stay as they were.
             CheckpointError: a checkpoint could not be written, or does not fit.
+            ProcessError: the processes of the run do not fit together.
         """
-        self._check_directory(resume)
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", 0))
+        self.processes.require_same(
+            images=self.data.fingerprint, run_folder=str(self.directory), **self.config.to_json()
+        )
+        self.processes.first_does(lambda: self._check_directory(resume))
         if resume:
             self._restore()
-        self._write_configuration()
+        self.processes.require_same(step=self.step)
+        self.processes.share(self.network)
+        self.processes.share(self.ema.network)
+        self.processes.first_does(self._write_configuration)
         self._last_record_at = (time.monotonic(), self.step)
         progress = Progress(self.config.steps, self.step, self.quiet)
         try:
             with StopRequest() as stop:
-                while self.step < self.config.steps and stop.signal is None:
+                while self.step < self.config.steps and not self._stopped_by(stop):
                     self._train_step()
                     progress.advance()
                     self._after_step(progress)
@@ -210,46 +193,56 @@ class Trainer:
             raise TrainingDiverged(f"{error}. {self._advice()}") from error
         finally:
             progress.close()
-        self._plot()
+        self.processes.first_does(self._plot)
         return TrainingResult(self.step, path, stop.signal, self.seconds)
+
+    def _stopped_by(self, stop: StopRequest) -> bool:
+        """Whether a signal has reached any of the processes, which then all stop after the same step."""
+        stop.signal = self.processes.largest(stop.signal or 0) or None
+        return stop.signal is not None
 
     # ------------------------------------------------------------------ one step
 
     def _train_step(self) -> None:
-        config, batch = self.config, self.config.batch_size
-        levels = self.noise_levels.draw(batch, self._host_generator("sigma"))
-        indices = self.order.indices(self.step * batch, batch)
-        y = host_to_device(self.data.sample(indices), self.device, torch.float32)
-        y, conditioning = self._augment(y)
-        conditioning |= self._class_labels(indices)
-        self.noise_generator.manual_seed(derive_seed(config.seed, "noise", self.step))
-        noise = torch.randn(y.shape, generator=self.noise_generator, device=self.device)
-        numbers = y[0].numel()
-        scale = host_to_device(levels.weight * config.loss_scale(numbers) / batch, self.device, torch.float32)
-        losses = torch.empty(batch, device=self.device)
-        for m in range(config.accumulate):
-            # Strided: every micro-batch gets its share of every stage.
-            part = slice(m, None, config.accumulate)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = denoising_loss(
-                    self.denoiser,
-                    y[part],
-                    levels.sigma[part],
-                    levels.stage[part],
-                    noise=noise[part],
-                    **{name: values[part] for name, values in conditioning.items()},
-                )
-            (scale[part] * loss).sum().backward()
-            losses[part] = loss.detach() / numbers
+        config = self.config
+        torch.manual_seed(derive_seed(config.seed, f"dropout/{self.processes.rank}", self.step))
+        levels, parts = self.batches.draw(self.step)
+        losses = torch.zeros(config.batch_size, device=self.device)
+        for part in parts:
+            loss = self._backward(part.tensors, part.stage)
+            losses[part.positions] = loss / part.tensors["y"][0].numel()
         self.step += 1
-        self.window.add(self.step, levels, losses)
+        self.window.add(self.step, levels, self.processes.sum(losses))
         if self.device.type == "cpu":
             self.window.check_last()  # elsewhere this would wait for the device; the log interval does it there
         self._update_weights(levels.counts)
 
+    def _forward_and_backward(
+        self, tensors: dict[str, torch.Tensor], stage: torch.Tensor | StageOrder
+    ) -> torch.Tensor:
+        """Adds the gradients of a micro-batch to the network's, and returns the loss of every sample."""
+        conditioning = dict(tensors)
+        y, noise, scalars, share = (conditioning.pop(name) for name in ("y", "noise", "scalars", "share"))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            loss = loss_at(self.denoiser, y, scalars, stage, noise=noise, **conditioning)
+        (share * loss).sum().backward()
+        return loss.detach()
+
+    def _graphed(self) -> GraphedFunction:
+        if not getattr(self.network, "takes_stage_order", False):
+            raise ValueError(f"CUDA graphs need a StageNetwork, got {type(self.network).__name__}")
+        return GraphedFunction(
+            self._forward_and_backward,
+            adds_to=[self.parameters.flat_gradients],
+            max_graphs=MAX_GRAPHS,
+            replace=False,
+        )
+
     def _update_weights(self, counts: Sequence[int]) -> None:
         """One optimizer step; a decoder whose stage had no sample stays as it is, its state included."""
         config = self.config
+        if self.processes.size > 1:
+            self.processes.sum(self.parameters.flat_gradients)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         for group in self.optimizer.param_groups:
@@ -258,24 +251,6 @@ class Trainer:
         self.optimizer.step()
         self.parameters.drop_gradients()
         self.ema.update(self.network, (self.step - 1) * config.batch_size, config.batch_size)
-
-    def _augment(self, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The augmented images, and what the network is told of that."""
-        if self.augmentation is None:
-            return y, {}
-        y, labels = self.augmentation(y, self._host_generator("augmentation"))
-        return y, {"augment_labels": labels} if getattr(self.network, "augment_dim", 0) else {}
-
-    def _class_labels(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One-hot labels ``[B, label_dim]`` for a class-conditional network."""
-        label_dim = getattr(self.network, "label_dim", 0)
-        if not label_dim:
-            return {}
-        one_hot = nn.functional.one_hot(self.data.labels[indices], label_dim)
-        return {"class_labels": host_to_device(one_hot, self.device, torch.float32)}
-
-    def _host_generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, self.step))
 
     # ------------------------------------------------------------------ between steps
 
@@ -288,7 +263,7 @@ class Trainer:
         if save:
             self._save()
         if config.sample_every is not None and self.step % config.sample_every == 0:
-            self._sample_grid()
+            self.processes.first_does(self._sample_grid)
 
     def _record(self, progress: Progress) -> None:
         """Writes a log record of the steps since the last one."""
@@ -306,17 +281,19 @@ class Trainer:
             "lr": self.config.lr_at(self.step - 1),
             "seconds": round(self.seconds, 3),
         }
-        self.log.append(record)
+        self.processes.first_does(lambda: self.log.append(record))
         progress.report(record)
 
     def _save(self) -> Path:
         self._check_weights()
+        return self.processes.first_does(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> Path:
         optimizer_tensors, scalars = checkpoints.optimizer_tensors(self.parameters.names, self.optimizer)
         tensors = {
             "network": self.network.state_dict(),
             "ema": self.ema.network.state_dict(),
             "optimizer": optimizer_tensors,
-            "rng": checkpoints.rng_tensors(),
         }
         metadata = {
             "images": self.step * self.config.batch_size,
@@ -410,7 +387,7 @@ class Trainer:
         path = checkpoints.latest_checkpoint(self.checkpoint_directory)
         if path is None:
             self._say(f"no checkpoint in {self.checkpoint_directory} yet; starting from step 0")
-            self.log.truncate(0)
+            self.processes.first_does(lambda: self.log.truncate(0))
             return
         metadata = checkpoints.read_metadata(path)
         if metadata["data_fingerprint"] != self.data.fingerprint:
@@ -424,9 +401,8 @@ class Trainer:
         checkpoints.restore_optimizer(
             self.parameters.names, self.optimizer, optimizer_tensors, metadata["optimizer"]
         )
-        checkpoints.restore_rng(checkpoints.read_tensors(path, "rng"))
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        self.log.truncate(self.step)
+        self.processes.first_does(lambda: self.log.truncate(self.step))
         self._say(f"resuming {self.directory} after step {self.step} of {self.config.steps}")
 
     def _say(self, text: str) -> None:

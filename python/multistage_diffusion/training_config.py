@@ -11,7 +11,7 @@ from torch import nn
 
 from . import checkpoints
 from .augmentation import Augmentation
-from .noise_levels import MixedNoise, StratifiedNoise
+from .noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
 from .preconditioning import PREDICTIONS, Preconditioner, precondition, stages_in_sigma
 from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
 from .stages import Stages
@@ -21,7 +21,7 @@ ALLOWED = {
     "prediction": PREDICTIONS,
     "values": ("images", "latents"),
     "precision": ("fp32", "bf16"),
-    "stage_sampling": ("mixed", "stratified"),
+    "stage_sampling": ("mixed", "stratified", "systematic"),
     "lr_decay": ("constant", "cosine"),
 }
 # What may differ between a run and its continuation: none of it changes what the steps compute, up to rounding and the
@@ -46,7 +46,9 @@ class TrainingConfig:
             alone, allowed for any network; ``None``: images as they are.
         sigma_data: standard deviation of the data in [-1, 1]; of schedule "edm".
         P_mean, P_std: ln sigma ~ N(P_mean, P_std²); of schedule "edm". The others draw their variable evenly.
-        stage_sampling: "mixed" (as the schedule's distribution has it) or "stratified" (stages in given proportions).
+        stage_sampling: "mixed" (each noise level on its own, as the schedule's distribution has it), "systematic"
+            (evenly spaced quantiles of that distribution: same expected loss, less variance, few mixes of stages) or
+            "stratified" (stages in given proportions); see ``noise_levels``.
         stage_probabilities: of stratified sampling; ``None``: uniform.
         importance_weights: of stratified sampling: keep the expected loss of "mixed".
         steps: optimizer steps.
@@ -148,9 +150,10 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
             )
-        if self.stage_sampling == "mixed" and (self.stage_probabilities or self.importance_weights):
+        if self.stage_sampling != "stratified" and (self.stage_probabilities or self.importance_weights):
             raise ValueError(
-                'TrainingConfig: stage_probabilities and importance_weights need stage_sampling="stratified"'
+                'TrainingConfig: stage_probabilities and importance_weights need stage_sampling="stratified", '
+                f"got {self.stage_sampling!r}, whose stages have the shares of the schedule's distribution"
             )
         if self.schedule == "edm" and self.prediction != "epsilon":
             raise ValueError(
@@ -181,14 +184,15 @@ class TrainingConfig:
         """What is done to the images before they are noised."""
         return None if self.augment is None else Augmentation(self.augment)
 
-    def noise_levels(self) -> MixedNoise | StratifiedNoise:
+    def noise_levels(self) -> MixedNoise | StratifiedNoise | SystematicNoise:
         """What draws the noise levels of a batch."""
         schedule = self.noise_schedule()
         distribution = LogNormal(self.P_mean, self.P_std) if self.schedule == "edm" else Uniform(schedule)
         stages = stages_in_sigma(self.stages, schedule)
-        if self.stage_sampling == "mixed":
-            return MixedNoise(stages, distribution)
-        return StratifiedNoise(stages, self.stage_probabilities, distribution, self.importance_weights)
+        if self.stage_sampling == "stratified":
+            return StratifiedNoise(stages, self.stage_probabilities, distribution, self.importance_weights)
+        kind = SystematicNoise if self.stage_sampling == "systematic" else MixedNoise
+        return kind(stages, distribution)
 
     def loss_scale(self, numbers: int) -> float:
         """What the loss of a sample, a sum over its ``numbers`` channels and pixels, is multiplied with.

@@ -8,13 +8,22 @@ import pytest
 import torch
 
 from multistage_diffusion import cuda_graphs
-from multistage_diffusion.cuda_graphs import GraphedNetwork
+from multistage_diffusion.cuda_graphs import GraphedFunction, GraphedNetwork
 from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner
 from multistage_diffusion.samplers import SamplerConfig, generate
 from multistage_diffusion.stage_order import StageOrder
 from multistage_diffusion.stages import Stages
-from stand_ins import TinyNetwork, one_thread  # noqa: F401
+from multistage_diffusion.training import Trainer
+from stand_ins import (
+    SMALL_UNET,
+    TinyNetwork,
+    assert_same_run,
+    config_of,
+    no_plots,  # noqa: F401
+    one_thread,  # noqa: F401
+    tiny_images,
+)
 
 UNET = {
     "family": "edm",
@@ -34,13 +43,17 @@ def captures(monkeypatch):
     """On the CPU: a "graph" runs again on the tensors that it was captured with, into the output that it had."""
     captured = []
 
-    def capture(run, device, pool):
-        output = run()
+    def capture(run, device, pool, adds_to):
+        before = [tensor.clone() for tensor in adds_to]
+        with torch.random.fork_rng([]):
+            output = run()
+        for tensor, value in zip(adds_to, before, strict=True):
+            tensor.copy_(value)
         captured.append(pool)
         return lambda: output.copy_(run()), output, pool or "pool"
 
     monkeypatch.setattr(cuda_graphs, "_capture", capture)
-    monkeypatch.setattr(cuda_graphs, "_serves", lambda x: True)
+    monkeypatch.setattr(cuda_graphs, "serves", lambda x: True)
     return captured
 
 
@@ -158,6 +171,60 @@ def test_a_denoiser_samples_through_it(captures):
     images = generate(graphed, range(3), (3, 8, 8), config, dtype=torch.float32).images
     assert torch.equal(images, plain.images)
     assert len(captures) == sum(n > 0 for n in plain.evaluations_per_stage)
+
+
+def affine(tensors, order):
+    return tensors["x"] * 2 + sum(order.counts)
+
+
+def test_a_function_goes_without_a_graph_when_all_are_taken(captures):
+    graphed = GraphedFunction(affine, max_graphs=2, replace=False)
+    x = torch.arange(3.0)
+    for counts in ((3, 0), (2, 1), (1, 2), (3, 0), (0, 3), (2, 1)):
+        assert torch.equal(graphed({"x": x}, StageOrder(counts, None, None)), 2 * x + 3)
+        x = x + 1
+    assert len(graphed) == len(captures) == 2
+
+
+def test_an_order_is_explicit_or_not_in_graphs_of_their_own(captures):
+    def ordered(tensors, order):
+        return order.sort(tensors["x"])
+
+    graphed = GraphedFunction(ordered)
+    x = torch.arange(4.0)
+    for stages, expected in (
+        ([1, 0, 0, 1], [1, 2, 0, 3]),
+        ([0, 0, 1, 1], [0, 1, 2, 3]),
+        ([1, 1, 0, 0], [2, 3, 0, 1]),
+    ):
+        order = StageOrder.of(stages, 2, 4)
+        assert graphed({"x": x}, order).tolist() == expected
+    assert len(graphed) == 2
+
+
+@pytest.mark.parametrize("sampling", ["mixed", "systematic"])
+def test_training_from_graphs_gives_the_bits_of_training_without(captures, tmp_path, sampling):
+    changes = {
+        "network": {**SMALL_UNET, "dropout": 0.2},
+        "batch_size": 16,
+        "accumulate": 2,
+        "stage_sampling": sampling,
+        "gradient_clip": 1.0,
+        "precision": "bf16",
+    }
+    for graphs in (False, True):
+        config = config_of(**changes)
+        directory = tmp_path / str(graphs)
+        trainer = Trainer(config, directory, data=tiny_images(), cuda_graphs=graphs, quiet=True)
+        trainer.run()
+    assert_same_run(tmp_path / "False", tmp_path / "True", 12)
+    mixes = trainer.batches.noise_levels.mixes(8) if sampling == "systematic" else range(24)
+    assert 1 < len(captures) <= len(mixes)
+
+
+def test_training_from_graphs_needs_a_stage_network(tmp_path):
+    with pytest.raises(ValueError, match="CUDA graphs need a StageNetwork, got TinyNetwork"):
+        Trainer(config_of(), tmp_path, data=tiny_images(), network=TinyNetwork(), cuda_graphs=True)
 
 
 def test_bad_arguments():

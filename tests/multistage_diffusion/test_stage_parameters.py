@@ -46,6 +46,7 @@ NETWORKS = {
     },
 }
 each_network = pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
+flat_or_not = pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 
 
 def made(config) -> torch.nn.Module:
@@ -95,10 +96,11 @@ def test_the_names_are_those_of_the_state_dict(config):
     assert sum(p.numel() for p in parameters) == sum(p.numel() for p in network.parameters())
 
 
+@flat_or_not
 @each_network
-def test_with_all_stages_present_an_optimizer_does_what_it_does_to_the_network(config):
+def test_with_all_stages_present_an_optimizer_does_what_it_does_to_the_network(config, flat):
     networks = made(config), made(config)
-    parameters = StageParameters(networks[0])
+    parameters = StageParameters(networks[0], flat_gradients=flat)
     optimizers = (
         torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
         torch.optim.AdamW(networks[1].parameters(), lr=0.01, weight_decay=0.1),
@@ -116,14 +118,15 @@ def test_with_all_stages_present_an_optimizer_does_what_it_does_to_the_network(c
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@flat_or_not
 @pytest.mark.parametrize(
     "config", [c for name, c in NETWORKS.items() if "unified" not in name], ids=lambda c: c["family"]
 )
-def test_a_decoder_of_an_absent_stage_stays_as_it_is(config):
+def test_a_decoder_of_an_absent_stage_stays_as_it_is(config, flat):
     network = made(config)
     owned = [own_names(network, stage) for stage in range(3)]
     assert all(owned)
-    parameters = StageParameters(network)
+    parameters = StageParameters(network, flat_gradients=flat)
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
     batches = [[0, 1, 2], [0, 0, 1], [2, 2, 2], [1, 0, 0]]
     for step, stages in enumerate(batches):
@@ -150,6 +153,50 @@ def test_the_gradients_are_the_networks_own():
     assert all(p.grad.untyped_storage().data_ptr() in memory for p in parameters)
     parameters.drop_gradients()
     assert all(p.grad is None for p in [*parameters, *network.parameters()])
+
+
+@each_network
+def test_flat_gradients_stay_where_they_are_and_hold_every_gradient(config):
+    network, twin = made(config), made(config)
+    parameters = StageParameters(network, flat_gradients=True)
+    flat = parameters.flat_gradients
+    places = [p.grad.data_ptr() for p in network.parameters()]
+    for seed in range(2):
+        backward(network, [0] * 3, seed)
+        counts = backward(network, [0] * 3, seed + 10)  # adds to it, as a second micro-batch does
+        twin.zero_grad(set_to_none=True)
+        backward(twin, [0] * 3, seed)
+        backward(twin, [0] * 3, seed + 10)
+        for own, other in zip(network.parameters(), twin.parameters(), strict=True):
+            expected = torch.zeros_like(other) if other.grad is None else other.grad
+            assert torch.equal(own.grad, expected)
+        flat.mul_(0.5)  # what is done to it reaches the optimizer
+        parameters.take_gradients(counts)
+        for own, other in zip(network.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(
+                own.grad, 0.5 * (torch.zeros_like(other) if other.grad is None else other.grad)
+            )
+        parameters.drop_gradients()
+        assert not flat.any()
+        assert parameters.flat_gradients is flat
+        assert [p.grad.data_ptr() for p in network.parameters()] == places
+        assert all(place % 128 == flat.data_ptr() % 128 for place in places)
+
+
+@pytest.mark.parametrize("lose", [torch.nn.Module.zero_grad, lambda network: network.to(torch.float32)])
+def test_gradients_that_have_left_the_flat_ones_are_noticed(lose):
+    network = TinyNetwork(dropout=0).double()
+    parameters = StageParameters(network, flat_gradients=True)
+    lose(network)
+    with pytest.raises(RuntimeError, match="gradients have left flat_gradients"):
+        parameters.take_gradients((1, 0, 0))
+
+
+def test_flat_gradients_need_one_dtype():
+    network = TinyNetwork()
+    network.encoder.double()
+    with pytest.raises(ValueError, match=r"one dtype and device, got .*float32.*float64"):
+        StageParameters(network, flat_gradients=True)
 
 
 def test_a_frozen_layer_stays_frozen():
@@ -190,11 +237,15 @@ def test_parameters_that_have_moved_are_noticed():
         parameters.take_gradients(counts)
 
 
+@flat_or_not
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_belongs_to_the_copied_network(duplicate):
+def test_a_copy_belongs_to_the_copied_network(duplicate, flat):
     network = made(NETWORKS["edm"])
-    other, parameters = duplicate((network, StageParameters(network)))
+    original = StageParameters(network, flat_gradients=flat)
+    other, parameters = duplicate((network, original))
     assert parameters.network is other
+    assert (parameters.flat_gradients is not None) == flat
+    assert not flat or parameters.flat_gradients.data_ptr() != original.flat_gradients.data_ptr()
     parameters.take_gradients(backward(other, [0, 1, 2]))
     torch.optim.SGD(parameters, lr=0.1).step()
     changed = [not torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True)]

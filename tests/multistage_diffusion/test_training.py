@@ -17,35 +17,20 @@ from multistage_diffusion import checkpoints, networks
 from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import DataOrder, RunError, Trainer, derive_seed
+from multistage_diffusion.training import RunError, Trainer
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import TinyNetwork, assert_same_run, build, one_thread, tiny_images, weights_of  # noqa: F401
-
-TINY = {"family": "tiny", "image_size": 8}
-SMALL_UNET = {
-    "family": "edm",
-    "image_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "encoder_widths": (8,),
-    "decoder_widths": (8, 8, 4),
-    "channel_mult": (1, 1),
-    "num_blocks": 1,
-    "attn_resolutions": (8,),
-}
-
-
-def config_of(**changes):
-    values = {
-        "network": TINY,
-        "data": "tiny",
-        "steps": 12,
-        "batch_size": 8,
-        "checkpoint_every": 5,
-        "log_every": 2,
-        "stage_sampling": "stratified",
-    }
-    return TrainingConfig(**{**values, **changes})
+from stand_ins import (
+    SMALL_UNET,
+    TINY,
+    TinyNetwork,
+    assert_same_run,
+    build,
+    config_of,
+    no_plots,  # noqa: F401
+    one_thread,  # noqa: F401
+    tiny_images,
+    weights_of,
+)
 
 
 def trainer_of(directory, network=None, **changes):
@@ -54,11 +39,6 @@ def trainer_of(directory, network=None, **changes):
         torch.manual_seed(1)
         network = build(config.network)
     return Trainer(config, directory, data=tiny_images(), network=network, quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(Trainer, "_plot", lambda self: None)
 
 
 # ---------------------------------------------------------------------------------------- configuration
@@ -110,28 +90,6 @@ def test_learning_rate():
 
 
 # ---------------------------------------------------------------------------------------- what a step sees
-
-
-def test_derived_seeds_are_fixed_and_distinct():
-    assert derive_seed(0, "noise", 0) == 9144587515262914129
-    seeds = {derive_seed(s, p, n) for s in range(5) for p in ("noise", "sigma") for n in range(50)}
-    assert len(seeds) == 500
-    assert all(0 <= s < 2**63 for s in seeds)
-
-
-def test_data_order_visits_every_image_once_per_epoch():
-    order = DataOrder(10, seed=0)
-    whole = order.indices(0, 30)
-    assert all(sorted(whole[e : e + 10].tolist()) == list(range(10)) for e in (0, 10, 20))
-    assert whole[:10].tolist() != whole[10:20].tolist()
-
-
-def test_data_order_depends_on_the_position_only():
-    whole = DataOrder(10, seed=3).indices(0, 60)
-    other = DataOrder(10, seed=3)
-    for first, count in ((37, 8), (5, 25), (0, 4)):
-        assert torch.equal(other.indices(first, count), whole[first : first + count])
-    assert not torch.equal(DataOrder(10, seed=4).indices(0, 60), whole)
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
@@ -346,8 +304,7 @@ import sys, time, torch
 torch.set_num_threads(1)
 from multistage_diffusion.training import Trainer
 from multistage_diffusion.networks import build
-from test_training import SMALL_UNET, config_of
-from stand_ins import tiny_images
+from stand_ins import SMALL_UNET, config_of, tiny_images
 Trainer._plot = lambda self: None
 directory, resume, pause = sys.argv[1], sys.argv[2] == "resume", float(sys.argv[3])
 network = build({**SMALL_UNET, "dropout": 0.1}).config
@@ -428,17 +385,50 @@ def test_a_signal_during_a_save_waits_for_it(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+DEVICE = "cuda"
+
+
+def gpu_trainer(directory, **changes):
+    graphs = changes.pop("cuda_graphs", False)
+    network = networks.build({**SMALL_UNET, "dropout": changes.pop("dropout", 0.1)})
+    config = config_of(network=network.config, stage_sampling="systematic", **changes)
+    where = {"device": DEVICE, "cuda_graphs": graphs}
+    return Trainer(config, directory, data=tiny_images(), network=network, quiet=True, **where)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["", "graphs"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_does_not_wait_for_the_device(tmp_path, precision):
-    network = networks.build({**SMALL_UNET, "dropout": 0.1})
-    config = config_of(network=network.config, precision=precision)
-    trainer = Trainer(config, tmp_path, data=tiny_images(), network=network, device="cuda", quiet=True)
-    for _ in range(2):  # compiles and allocates
+def test_a_step_does_not_wait_for_the_device(tmp_path, precision, cuda_graphs):
+    trainer = gpu_trainer(tmp_path, precision=precision, cuda_graphs=cuda_graphs)
+    for _ in range(12):  # compiles, allocates, and captures all mixes
         trainer._train_step()
     with waiting_is_an_error():
         trainer._train_step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_from_graphs_gives_the_bits_of_training_without_on_a_gpu(tmp_path, precision, exact_cuda):
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        changes = {"precision": precision, "dropout": 0.0, "accumulate": 2, "gradient_clip": 1.0}
+        gpu_trainer(tmp_path / str(graphs), cuda_graphs=graphs, **changes).run()
+    assert_same_run(tmp_path / "False", tmp_path / "True", 12)
+
+
+@pytest.mark.gpu
+def test_dropout_in_graphs_is_a_function_of_the_step(tmp_path, exact_cuda):
+    for name, steps in (("whole", (12,)), ("parts", (7, 12))):
+        for last in steps:
+            torch.manual_seed(0)
+            run = gpu_trainer(tmp_path / name, cuda_graphs=True, steps=last)
+            run.run(resume=last != steps[0])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+    torch.manual_seed(0)
+    gpu_trainer(tmp_path / "none", cuda_graphs=True, dropout=0.0).run()
+    weights, others = weights_of(tmp_path / "whole"), weights_of(tmp_path / "none")
+    assert not all(torch.equal(value, others[name]) for name, value in weights.items())
 
 
 def test_sample_grids_do_not_change_the_run(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 
@@ -17,17 +18,24 @@ def add_command(subparsers, name: str, summary: str, examples: str) -> argparse.
     )
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """--device and --threads."""
+def add_machine_options(parser: argparse.ArgumentParser, cuda_graphs: str | None = None) -> None:
+    """--device, --threads, and --cuda-graphs with this description."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device", default="auto", help='"cpu", "cuda", "cuda:1", ...; default: a GPU if there is one'
     )
     group.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads; default: PyTorch's choice")
+    if cuda_graphs is not None:
+        group.add_argument("--cuda-graphs", action="store_true", help=cuda_graphs)
 
 
 def set_up_machine(args: argparse.Namespace):
-    """Applies --threads and returns the torch device of --device. Raises ValueError if it is not there."""
+    """Applies --threads and returns the torch device of --device; among the processes that torchrun has started, each
+    takes the GPU of its number, where none is named.
+
+    Raises:
+        ValueError: the device is not there, or cannot do what the options ask for.
+    """
     import torch
 
     if args.threads is not None:
@@ -35,6 +43,8 @@ def set_up_machine(args: argparse.Namespace):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -43,6 +53,8 @@ def set_up_machine(args: argparse.Namespace):
         raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA device(s)")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: only cpu and cuda are supported")
+    if getattr(args, "cuda_graphs", False) and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs: needs a CUDA device, got {device}")
     return device
 
 

@@ -82,13 +82,12 @@ def add_parser(subparsers):
     group.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; default: fp32"
     )
-    group.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="replay the network from CUDA graphs: saves the host's time per launch, which small batches wait for",
-    )
     _add_sampler_options(parser)
-    add_machine_options(parser)
+    add_machine_options(
+        parser,
+        cuda_graphs="replay the network from CUDA graphs: saves the host's time per launch, which small batches wait "
+        "for",
+    )
     return parser
 
 
@@ -200,8 +199,6 @@ def run(args) -> None:
     # What is wrong whatever the model is shows before one is loaded.
     sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
     device = set_up_machine(args)
-    if args.cuda_graphs and device.type != "cuda":
-        raise ValueError(f"--cuda-graphs: needs a CUDA device, got {device}")
     model = load_model(args.source, args.weights, device)
     if args.cuda_graphs:
         model.denoiser.network = GraphedNetwork(model.denoiser.network)

@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..presets import DIGITS, TRAINABLE, VARIANTS
-from ._options import add_command, add_machine_options, number, numbers, set_up_machine, whole, wholes
+from ._options import (
+    add_command,
+    add_machine_options,
+    number,
+    numbers,
+    set_up_machine,
+    whole,
+    wholes,
+)
 
 EXAMPLES = """\
   msd train --data digits --out runs/digits --steps 2000
@@ -21,6 +29,10 @@ EXAMPLES = """\
   msd train --out runs/cifar10 --resume
   msd train --data latents.npz --values latents --preset ldm-imagenet256 --class-conditional --out runs/ldm
   msd train --data images/ --decoder-widths 96,64,16 --stages 0.5,2,8 --stage-sampling stratified --out runs/x
+
+several GPUs, each with its share of every batch; the number may change when a run goes on:
+  torchrun --nproc-per-node 8 -m multistage_diffusion train --data cifar10.zip --precision bf16 --out runs/cifar10 \\
+    --stage-sampling systematic --cuda-graphs
 """
 
 NETWORK_OPTIONS = (
@@ -49,7 +61,11 @@ def add_parser(subparsers):
     _add_network_options(parser)
     _add_noise_options(parser)
     _add_optimizer_options(parser)
-    add_machine_options(parser)
+    add_machine_options(
+        parser,
+        cuda_graphs="replay the steps from CUDA graphs, one for each mix of stages: faster where a GPU's part of "
+        "the batch is small; with --stage-sampling systematic, whose mixes are few",
+    )
     return parser
 
 
@@ -182,8 +198,10 @@ def _add_noise_options(parser) -> None:
     )
     group.add_argument(
         "--stage-sampling",
-        choices=("mixed", "stratified"),
-        help="draw noise levels as the schedule does, or the stages in given shares",
+        choices=("mixed", "stratified", "systematic"),
+        help="draw noise levels from the schedule's distribution, each on its own (mixed) or evenly spaced "
+        "(systematic: less variance, few mixes of stages), or draw the stages in given shares (stratified); "
+        "default: the preset's",
     )
     group.add_argument(
         "--stage-shares",
@@ -258,15 +276,31 @@ def _add_optimizer_options(parser) -> None:
 
 
 def run(args) -> int:
+    from ..data_parallel import Processes
+
+    if not args.resume and args.data is None:
+        raise ValueError("--data is needed to start a run (--resume takes it from the run)")
+    if not Processes.launched():
+        return _train(args, Processes())
+    processes = Processes.join()
+    try:
+        return _train(args, processes)
+    finally:
+        processes.leave()
+
+
+def _train(args: argparse.Namespace, processes) -> int:
+    import torch
+
     from ..data import load_images
     from ..host_memory import keep_freed_memory
     from ..training import Trainer
 
-    if not args.resume and args.data is None:
-        raise ValueError("--data is needed to start a run (--resume takes it from the run)")
     device = set_up_machine(args)
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)
     saved = _saved_config(args) if args.resume else None
     source = args.data or (saved or {}).get("data")
     if source is None:
@@ -275,17 +309,23 @@ def run(args) -> int:
     values = args.values or (saved or {}).get("values", "images")
     data = load_images(source, image_size=image_size, values=values)
     config = make_config(args, saved, source, data)
-    result = Trainer(config, args.out, data=data, device=device).run(resume=args.resume)
-    if result.stopped_by is not None:
+    trainer = Trainer(
+        config, args.out, data=data, device=device, processes=processes, cuda_graphs=args.cuda_graphs
+    )
+    result = trainer.run(resume=args.resume)
+    stopped = 0 if result.stopped_by is None else 128 + result.stopped_by
+    if not processes.is_first:
+        return stopped
+    if stopped:
         name = signal.Signals(result.stopped_by).name
         print(
             f"stopped by {name} after step {result.step} of {config.steps}; saved {result.checkpoint}; "
             f"go on with: msd train --out {args.out} --resume",
             file=sys.stderr,
         )
-        return 128 + result.stopped_by
-    print(f"{args.out}: trained {result.step} steps in {result.seconds:.0f} s; {result.checkpoint}")
-    return 0
+    else:
+        print(f"{args.out}: trained {result.step} steps in {result.seconds:.0f} s; {result.checkpoint}")
+    return stopped
 
 
 def _saved_config(args) -> dict | None:
@@ -350,7 +390,7 @@ def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dic
     preset = TRAINABLE[args.preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
     variant = args.variant or "multistage"
     values = preset.training_settings(variant)
-    if args.stages is not None or args.stage_sampling == "mixed":
+    if args.stages is not None or args.stage_sampling in ("mixed", "systematic"):
         values.pop("stage_probabilities", None)  # those of the preset's own stages and sampling
     if args.values == "latents":
         values.pop("augment", None)  # meant for images

@@ -1,0 +1,261 @@
+"""Runs that several processes share, over Gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from multistage_diffusion import checkpoints
+from multistage_diffusion.data_parallel import Processes
+from multistage_diffusion.run_log import RunLog
+from multistage_diffusion.training import Trainer
+from stand_ins import (
+    SMALL_UNET,
+    assert_same_run,
+    config_of,
+    no_plots,  # noqa: F401
+    one_thread,  # noqa: F401
+    tiny_images,
+    weights_of,
+)
+
+HERE = Path(__file__).parent
+
+# Two processes run all the scenarios one after the other, because starting them takes longest; each process prints what
+# every scenario returned to it, or its traceback.
+SCRIPT = """
+import json, os, signal, sys, time, traceback, torch
+torch.set_num_threads(1)
+from multistage_diffusion.data_parallel import Processes
+from multistage_diffusion.training import Trainer
+from stand_ins import SMALL_UNET, config_of, tiny_images
+Trainer._plot = lambda self: None
+
+def trainer(processes, directory, dropout, **changes):
+    config = config_of(network={**SMALL_UNET, "dropout": dropout}, eps=1.0, **changes)
+    return Trainer(config, directory, data=tiny_images(), processes=processes, quiet=True)
+
+def train(processes, directory, resume=False, **changes):
+    result = trainer(processes, directory, **changes).run(resume)
+    return [result.step, result.stopped_by, result.checkpoint.name]
+
+def train_until_stopped(processes, directory, victim):
+    run = trainer(processes, directory, 0.1, steps=1000, log_every=1)
+    original = run._train_step
+    def step():
+        original()
+        if run.step == 3 and processes.rank == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05 * processes.rank)  # the processes are at different places when the signal comes
+    run._train_step = step
+    result = run.run()
+    return [result.step, result.stopped_by, result.checkpoint.name]
+
+def errors(processes, directory):
+    found = []
+    def caught(function):
+        try:
+            function()
+        except Exception as error:
+            found.append([type(error).__name__, str(error)])
+    class Awkward(Exception):  # cannot be pickled here
+        pass
+    def fail():
+        raise Awkward("only the first one calls this")
+    caught(lambda: processes.first_does(fail))
+    def full():
+        raise OSError(28, "No space left on device")
+    caught(lambda: processes.first_does(full))
+    caught(lambda: processes.require_same(seed=4, images="a" if processes.rank == 0 else "b"))
+    caught(lambda: trainer(processes, directory + "/taken", 0.0).run())
+    run = trainer(processes, directory + "/nan", 0.0)
+    if processes.rank == 1:
+        original = run._backward
+        run._backward = lambda *a: original(*a) * float("nan")
+    caught(run.run)
+    caught(lambda: trainer(processes, directory, 0.0, batch_size=9))
+    caught(trainer(processes, directory + "/seeds", 0.0, seed=processes.rank).run)
+    return found
+
+def basics(processes):
+    total = processes.sum(torch.arange(3.0) + processes.rank)
+    return [processes.rank, processes.size, total.tolist(), processes.largest(7 * processes.rank),
+            processes.first_does(lambda: processes.rank), processes.is_first]
+
+def weights_apart(processes, directory):
+    run = trainer(processes, directory, 0.0, steps=2)
+    with torch.no_grad():
+        for parameter in run.network.parameters():
+            parameter.add_(processes.rank)
+    run.run()
+    return [float(p.double().sum()) for p in [*run.network.parameters(), *run.ema.network.parameters()]]
+
+def outcome(processes, name, arguments):
+    try:
+        return globals()[name](processes, **arguments)
+    except Exception:
+        return traceback.format_exc()
+
+processes = Processes.join()
+print(json.dumps({label: outcome(processes, *call) for label, call in json.loads(sys.argv[1]).items()}))
+processes.leave()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run(calls: dict[str, tuple[str, dict]], size: int = 2) -> list[dict]:
+    """What the scenarios return in every process."""
+    common = {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(size),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, json.dumps(calls)],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(e for _, e in outputs)
+    return [json.loads(output) for output, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder) -> list[dict]:
+    """Per process, what each scenario returned."""
+    (folder / "errors" / "taken").mkdir(parents=True)
+    (folder / "errors" / "taken" / "config.json").write_text("{}")
+    noisy = {"dropout": 0.1, "accumulate": 2}
+    parts = {"directory": str(folder / "parts"), **noisy}
+    return run(
+        {
+            "basics": ("basics", {}),
+            "two": ("train", {"directory": str(folder / "two"), "dropout": 0.0}),
+            "whole": ("train", {"directory": str(folder / "whole"), **noisy}),
+            "part": ("train", {**parts, "steps": 7}),
+            "resumed": ("train", {**parts, "resume": True}),
+            "stopped 0": ("train_until_stopped", {"directory": str(folder / "stopped 0"), "victim": 0}),
+            "stopped 1": ("train_until_stopped", {"directory": str(folder / "stopped 1"), "victim": 1}),
+            "weights": ("weights_apart", {"directory": str(folder / "weights")}),
+            "errors": ("errors", {"directory": str(folder / "errors")}),
+        }
+    )
+
+
+def train_alone(directory: Path, resume: bool = False, **changes) -> int:
+    """A run of this process alone, with the scenarios' settings; returns its last step."""
+    config = config_of(network={**SMALL_UNET, "dropout": changes.pop("dropout")}, eps=1.0, **changes)
+    return Trainer(config, directory, data=tiny_images(), quiet=True).run(resume).step
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    processes = Processes()
+    assert (processes.rank, processes.size, processes.is_first) == (0, 1, True)
+    assert torch.equal(processes.sum(torch.ones(2)), torch.ones(2))
+    assert processes.largest(-3) == -3
+    assert processes.first_does(lambda: "done") == "done"
+    processes.require_same(anything=1)
+    with pytest.raises(ZeroDivisionError):
+        processes.first_does(lambda: 1 / 0)
+
+
+def test_what_processes_tell_each_other(outcomes):
+    for rank, outcome in enumerate(outcomes):
+        assert outcome["basics"] == [rank, 2, [1.0, 3.0, 5.0], 7, 0, rank == 0]
+
+
+def test_two_processes_train_what_one_does(outcomes, folder):
+    assert [outcome["two"] for outcome in outcomes] == [[12, None, "step-00000012"]] * 2
+    train_alone(folder / "one", dropout=0.0)
+    for name in ("network", "ema", "optimizer"):
+        two, one = weights_of(folder / "two", 12, name), weights_of(folder / "one", 12, name)
+        assert two.keys() == one.keys()
+        for key, value in two.items():  # float32 sums in another order
+            torch.testing.assert_close(value, one[key], rtol=1e-4, atol=1e-6)
+    records = [RunLog(folder / name / "log.jsonl").read() for name in ("two", "one")]
+    assert [r["samples_stage"] for r in records[0]] == [r["samples_stage"] for r in records[1]]
+    for a, b in zip(*records, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_shared_run_resumes_to_the_same_bits(outcomes, folder):
+    assert outcomes[0]["part"][0] == 7
+    assert outcomes[0]["resumed"] == outcomes[0]["whole"] == [12, None, "step-00000012"]
+    assert_same_run(folder / "whole", folder / "parts", 12)
+    # Any number of processes goes on.
+    assert train_alone(folder / "parts", dropout=0.1, accumulate=2, steps=14, resume=True) == 14
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(outcomes, folder, victim):
+    name = f"stopped {victim}"
+    assert [outcome[name] for outcome in outcomes] == [[3, signal.SIGTERM, "step-00000003"]] * 2
+    assert checkpoints.damage(folder / name / "checkpoints" / "step-00000003") is None
+
+
+def test_processes_begin_with_the_first_ones_weights(outcomes):
+    assert isinstance(outcomes[0]["weights"], list)
+    assert outcomes[0]["weights"] == outcomes[1]["weights"]
+
+
+def test_errors_reach_every_process(outcomes):
+    (awkward, *first), (told, *second) = (outcome["errors"] for outcome in outcomes)
+    assert awkward == ["Awkward", "only the first one calls this"]
+    assert told == ["RuntimeError", "Awkward: only the first one calls this"]
+    assert first == second
+    expected = (
+        r"OSError: \[Errno 28\] No space left on device",
+        r"ProcessError: the processes differ in images: a in process 0, b in process 1",
+        r"RunError: .*taken holds a run already",
+        r"TrainingDiverged: the loss of 4 of 8 samples is nan at step 1: .*there is no checkpoint yet",
+        r"ValueError: training: 2 processes with accumulate=1 do not divide batch_size=9",
+        r"ProcessError: the processes differ in seed: 0 in process 0, 1 in process 1; all need the same",
+    )
+    for (kind, text), pattern in zip(first, expected, strict=True):
+        assert re.match(pattern, f"{kind}: {text}"), (pattern, kind, text)
+
+
+def test_the_command_trains_in_the_processes_of_torchrun(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = "--data digits --decoder-widths 8,8,4 --encoder-widths 8 --channel-mult 1 --num-blocks 1"
+    options += " --attn-resolutions 8 --steps 4 --batch 8 --threads 1 --device cpu"
+    done = subprocess.run(
+        [*launcher, "-m", "multistage_diffusion", "train", "--out", str(tmp_path / "run"), *options.split()],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained 4 steps") == 1, done.stdout
+    assert RunLog(tmp_path / "run" / "log.jsonl").read()[-1]["step"] == 4
