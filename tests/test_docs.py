@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from multistage_diffusion.cli import build_parser
 from multistage_diffusion.commands import load_commands
@@ -32,14 +33,19 @@ def commands() -> list[str]:
     """Every call of msd in the README and in the examples of ``msd COMMAND --help``."""
     shown = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
     shown += [line for module in load_commands() for line in module.EXAMPLES.splitlines()]
-    found = (re.match(r"\s*(?:\.venv/bin/)?msd (.+)", line) for line in shown)
+    found = (re.match(r"\s*(?:\.venv/bin/)?((?:msd|torchrun) .+)", line) for line in shown)
     return [match[1] for match in found if match]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_have_these_options(command):
-    arguments = re.split(r"\s{3,}", command.split(" #")[0])[0]  # without the comment behind it
-    build_parser().parse_args(shlex.split(arguments))
+    words = shlex.split(re.split(r"\s{3,}", command.split(" #")[0])[0])  # without the comment behind it
+    if words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        assert launched.module
+        assert launched.training_script == "multistage_diffusion"
+        words[1:] = launched.training_script_args
+    build_parser().parse_args(words[1:])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -2,7 +2,7 @@
 
 Start them with PyTorch's own launcher::
 
-    torchrun --nproc-per-node 8 -m multistage_diffusion train --data images/ --out runs/x
+    torchrun --nproc-per-node 8 -m -- multistage_diffusion train --data images/ --out runs/x
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 __all__ = ["ProcessError", "Processes"]
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class ProcessError(RuntimeError):
@@ -62,6 +64,19 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @classmethod
+    @contextmanager
+    def of_launcher(cls) -> Iterator[Processes]:
+        """Those that the launcher has started, joined and left again; without one, this process alone."""
+        if not cls.launched():
+            yield cls()
+            return
+        processes = cls.join()
+        try:
+            yield processes
+        finally:
+            processes.leave()
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
@@ -71,6 +86,25 @@ class Processes:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def deal(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of the items, every ``size``-th; the last one is repeated until shares are equal."""
+        return [*items, *items[-1:] * (-len(items) % self.size)][self.rank :: self.size]
+
+    def collect(self, rows: torch.Tensor, count: int) -> torch.Tensor | None:
+        """Puts together in the first process what all have made of the ``count`` items that ``deal`` gave them.
+
+        Args:
+            rows: one for each item of this process, on the host.
+
+        Returns:
+            One for each item, in the items' order; None in the other processes.
+        """
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.is_first else None
+        dist.gather(rows, parts)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count] if self.is_first else None
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers, known on the host."""

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion import checkpoints
+from multistage_diffusion import checkpoints, cli
 from multistage_diffusion.data_parallel import Processes
 from multistage_diffusion.run_log import RunLog
 from multistage_diffusion.training import Trainer
@@ -245,17 +246,54 @@ def test_errors_reach_every_process(outcomes):
         assert re.match(pattern, f"{kind}: {text}"), (pattern, kind, text)
 
 
-def test_the_command_trains_in_the_processes_of_torchrun(tmp_path):
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 3])
+def test_dealt_items_are_equal_shares_of_all(count, size):
+    items = list(range(10, 10 + count))
+    shares = [Processes(rank, size).deal(items) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    dealt = [share[i] for i in range(len(shares[0])) for share in shares]
+    assert dealt[:count] == items
+    assert set(dealt) == set(items)
+    assert len(dealt) - count < size
+
+
+def torchrun(*arguments) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = "--data digits --decoder-widths 8,8,4 --encoder-widths 8 --channel-mult 1 --num-blocks 1"
-    options += " --attn-resolutions 8 --steps 4 --batch 8 --threads 1 --device cpu"
-    done = subprocess.run(
-        [*launcher, "-m", "multistage_diffusion", "train", "--out", str(tmp_path / "run"), *options.split()],
+    return subprocess.run(
+        [
+            *launcher,
+            "-m",
+            "--",
+            "multistage_diffusion",
+            *map(str, arguments),
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
         timeout=180,
     )
+
+
+def test_the_commands_work_in_the_processes_of_torchrun(tmp_path):
+    options = "--data digits --decoder-widths 8,8,4 --encoder-widths 8 --channel-mult 1 --num-blocks 1"
+    options += " --attn-resolutions 8 --steps 4 --batch 8"
+    done = torchrun("train", "--out", tmp_path / "run", *options.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained 4 steps") == 1, done.stdout
     assert RunLog(tmp_path / "run" / "log.jsonl").read()[-1]["step"] == 4
+
+    sample = ["sample", "--run", tmp_path / "run", "--steps", "2", "--seeds", "5,0-3"]
+    done = torchrun(*sample, "--out", tmp_path / "two.npz")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 images") == 1, done.stdout
+    assert cli.main([*map(str, sample), "--out", str(tmp_path / "one.npz"), "--device", "cpu"]) == 0
+    with np.load(tmp_path / "two.npz") as two, np.load(tmp_path / "one.npz") as one:
+        assert two["seeds"].tolist() == [5, 0, 1, 2, 3]
+        assert two["images"].shape == one["images"].shape
+        difference = np.abs(two["images"].astype(int) - one["images"].astype(int))
+    assert difference.max() <= 1  # batches of other sizes round differently

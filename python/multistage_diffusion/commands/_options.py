@@ -55,6 +55,8 @@ def set_up_machine(args: argparse.Namespace):
         raise ValueError(f"--device {name}: only cpu and cuda are supported")
     if getattr(args, "cuda_graphs", False) and device.type != "cuda":
         raise ValueError(f"--cuda-graphs: needs a CUDA device, got {device}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

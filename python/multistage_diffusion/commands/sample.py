@@ -16,6 +16,9 @@ EXAMPLES = """\
   msd sample --run runs/digits/checkpoints/step-00002000 --seeds 3,7,20-29 --s-churn 40 --out some.png
   msd sample --run runs/ncsnpp --sampler ddim --steps 50 --eta 1 --out ancestral.png
   msd sample --run runs/ldm --num 64 --out latents.npz
+
+several GPUs, each with its share of the seeds:
+  torchrun --nproc-per-node 8 -m -- multistage_diffusion sample --run runs/cifar10 --num 50000 --out samples.npz
 """
 
 HEUN_SETTINGS = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise")
@@ -186,6 +189,13 @@ def seed_list(text: str) -> list[int]:
 
 
 def run(args) -> None:
+    from ..data_parallel import Processes
+
+    with Processes.of_launcher() as processes:
+        _sample(args, processes)
+
+
+def _sample(args, processes) -> None:
     import torch
 
     from ..checkpoints import load_model
@@ -194,7 +204,7 @@ def run(args) -> None:
 
     if args.seeds is not None and args.num is not None:
         raise ValueError("--seeds and --num exclude each other")
-    seeds = args.seeds if args.seeds is not None else range(args.seed, args.seed + (args.num or 16))
+    seeds = args.seeds if args.seeds is not None else list(range(args.seed, args.seed + (args.num or 16)))
     settings = given_settings(args)
     # What is wrong whatever the model is shows before one is loaded.
     sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
@@ -207,22 +217,26 @@ def run(args) -> None:
     values = model.metadata["config"].get("values", "images")
     check_output(args.out, values, model.path)
     network = model.denoiser.network
-    conditioning = class_labels(network, seeds, args.class_id)
+    own_seeds = processes.deal(seeds)
+    conditioning = class_labels(network, own_seeds, args.class_id)
     start = time.monotonic()
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         samples = generate(
             model.denoiser,
-            seeds,
+            own_seeds,
             (network.in_channels, network.image_size, network.image_size),
             config,
             batch_size=args.batch,
             device=device,
-            progress=_progress if sys.stderr.isatty() else None,
+            progress=_progress if processes.is_first and sys.stderr.isatty() else None,
             **conditioning,
         )
+    images = processes.collect(samples.images.float(), len(seeds))
+    if not processes.is_first:
+        return
     seconds = time.monotonic() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_samples(args.out, samples.images, seeds, values)
+    write_samples(args.out, images, seeds, values)
     per_stage = " / ".join(map(str, samples.evaluations_per_stage))
     print(
         f"{args.out}: {len(seeds)} {values} of {model.path.name} ({args.weights}), {seconds:.1f} s, {sampler}, "

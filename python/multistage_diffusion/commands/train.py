@@ -30,9 +30,9 @@ EXAMPLES = """\
   msd train --data latents.npz --values latents --preset ldm-imagenet256 --class-conditional --out runs/ldm
   msd train --data images/ --decoder-widths 96,64,16 --stages 0.5,2,8 --stage-sampling stratified --out runs/x
 
-several GPUs, each with its share of every batch; the number may change when a run goes on:
-  torchrun --nproc-per-node 8 -m multistage_diffusion train --data cifar10.zip --precision bf16 --out runs/cifar10 \\
-    --stage-sampling systematic --cuda-graphs
+several GPUs, each with its share of every batch; another number of them may go on:
+  torchrun --nproc-per-node 8 -m -- multistage_diffusion train --data cifar10.zip --precision bf16 --out runs/cifar10
+  torchrun --nproc-per-node 4 -m -- multistage_diffusion train --out runs/cifar10 --resume
 """
 
 NETWORK_OPTIONS = (
@@ -280,18 +280,11 @@ def run(args) -> int:
 
     if not args.resume and args.data is None:
         raise ValueError("--data is needed to start a run (--resume takes it from the run)")
-    if not Processes.launched():
-        return _train(args, Processes())
-    processes = Processes.join()
-    try:
+    with Processes.of_launcher() as processes:
         return _train(args, processes)
-    finally:
-        processes.leave()
 
 
 def _train(args: argparse.Namespace, processes) -> int:
-    import torch
-
     from ..data import load_images
     from ..host_memory import keep_freed_memory
     from ..training import Trainer
@@ -299,8 +292,6 @@ def _train(args: argparse.Namespace, processes) -> int:
     device = set_up_machine(args)
     if device.type == "cpu":
         keep_freed_memory()
-    else:
-        torch.cuda.set_device(device)
     saved = _saved_config(args) if args.resume else None
     source = args.data or (saved or {}).get("data")
     if source is None:
