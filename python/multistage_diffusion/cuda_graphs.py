@@ -30,6 +30,21 @@ class GraphedFunction:
     dtype, the device. The graphs share their inputs' and activations' memory: call it from one thread and one stream at
     a time.
 
+    Example::
+
+        def step(tensors, order):
+            loss = (network(tensors["x"], tensors["noise"], order) - tensors["target"]).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        parameters = StageParameters(network, flat_gradients=True)
+        graphed = GraphedFunction(step, adds_to=[parameters.flat_gradients])
+        ...
+        loss = graphed({"x": x, "noise": noise, "target": target}, order)
+        parameters.take_gradients(order.counts)
+        optimizer.step()
+        parameters.drop_gradients()
+
     Args:
         function: takes tensors by name and the order of the samples, and returns a tensor. All else that it reads or
             writes must stay where it is in memory, and it must not wait for the device.
@@ -55,7 +70,7 @@ class GraphedFunction:
             raise ValueError(f"{type(self).__name__}: max_graphs={max_graphs} must be at least 1")
         self.function, self.adds_to, self.max_graphs, self.replace = function, adds_to, max_graphs, replace
         self._graphs: OrderedDict[tuple, _Replay] = OrderedDict()
-        self._pools: dict[torch.device, object] = {}
+        self._places: dict[torch.device, _Place] = {}
 
     def __len__(self) -> int:
         """Graphs so far."""
@@ -88,7 +103,7 @@ class GraphedFunction:
             with torch.no_grad():
                 tensors = {name: value.clone() for name, value in tensors.items()}
                 order = order.clone()
-            graph, output, self._pools[device] = _capture(run, device, self._pools.get(device), self.adds_to)
+            graph, output = _capture(run, self._places.setdefault(device, _Place(device)), self.adds_to)
         return _Replay(graph, tensors, order, output)
 
 
@@ -180,25 +195,39 @@ class _Replay:
         return self.output.clone()
 
 
+@dataclass
+class _Place:
+    """Where the graphs of a device are captured. They share their memory, which a pool lends to one stream alone.
+
+    Attributes:
+        stream: on which the captured calls run; None, as the pool, until the first graph.
+    """
+
+    device: torch.device
+    stream: torch.cuda.Stream | None = None
+    pool: object = None
+
+
 def _capture(
-    run: Callable[[], Tensor], device: torch.device, pool, adds_to: Sequence[Tensor]
-) -> tuple[Callable[[], None], Tensor, object]:
-    """A graph of ``run``, its output, and the memory pool that the device's next graph may share."""
-    with torch.cuda.device(device), torch.random.fork_rng([device]):
+    run: Callable[[], Tensor], place: _Place, adds_to: Sequence[Tensor]
+) -> tuple[Callable[[], None], Tensor]:
+    """A graph of ``run``, and its output."""
+    with torch.cuda.device(place.device), torch.random.fork_rng([place.device]):
+        place.stream = place.stream or torch.cuda.Stream()
         before = [tensor.clone() for tensor in adds_to]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        place.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(place.stream):
             for _ in range(WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(place.stream)
         for tensor, value in zip(adds_to, before, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        # Its default stream is that of one device; NCCL's own thread may go on with calls that a capture forbids.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        # NCCL's own thread may go on with calls that a capture forbids.
+        with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"):
             output = run()
-    return graph.replay, output, pool or graph.pool()
+        place.pool = place.pool or graph.pool()
+    return graph.replay, output
 
 
 def serves(x: Tensor) -> bool:

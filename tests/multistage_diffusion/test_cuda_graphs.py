@@ -43,14 +43,15 @@ def captures(monkeypatch):
     """On the CPU: a "graph" runs again on the tensors that it was captured with, into the output that it had."""
     captured = []
 
-    def capture(run, device, pool, adds_to):
+    def capture(run, place, adds_to):
         before = [tensor.clone() for tensor in adds_to]
         with torch.random.fork_rng([]):
             output = run()
         for tensor, value in zip(adds_to, before, strict=True):
             tensor.copy_(value)
-        captured.append(pool)
-        return lambda: output.copy_(run()), output, pool or "pool"
+        captured.append(place.pool)
+        place.pool = "pool"
+        return lambda: output.copy_(run()), output
 
     monkeypatch.setattr(cuda_graphs, "_capture", capture)
     monkeypatch.setattr(cuda_graphs, "serves", lambda x: True)
