@@ -15,6 +15,8 @@ from torch import Tensor
 
 from msd_kernels import resample2d
 
+from .transfer import host_to_device
+
 __all__ = ["LABELS", "Augmentation"]
 
 LABELS = (
@@ -101,7 +103,7 @@ class Augmentation:
         matrices = self._inverse_matrices(draws, *images.shape[2:])
         moved = (matrices != torch.eye(3, dtype=matrices.dtype)).flatten(1).any(dim=1)
         images = _replace(images, moved, lambda part: transform(part, matrices[moved]))
-        return images, labels.to(torch.float32).to(images.device)
+        return images, host_to_device(labels, images.device, torch.float32)
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What is done to each of ``batch`` images, in units of the standard deviations; float64 on the host."""
@@ -170,7 +172,7 @@ def transform(images: Tensor, inverse: Tensor) -> Tensor:
     out_of = torch.tensor([width / 2 + MARGIN, height / 2 + MARGIN, 1], dtype=inverse.dtype)
     theta = (inverse * out_of / into[:, None])[:, :2]  # grid_sample counts from -1 to 1
     size = (images.shape[0], images.shape[1], 2 * (height + 2 * MARGIN), 2 * (width + 2 * MARGIN))
-    grid = F.affine_grid(theta.to(images.dtype).to(images.device), size, align_corners=False)
+    grid = F.affine_grid(host_to_device(theta, images.device, images.dtype), size, align_corners=False)
     moved = F.grid_sample(wide, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     moved = resample2d(moved, FILTER, down=2)
     return moved[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
@@ -181,7 +183,7 @@ def _replace(images: Tensor, selected: Tensor, change) -> Tensor:
     index = selected.nonzero()[:, 0]
     if not len(index):
         return images
-    index = index.to(images.device)
+    index = host_to_device(index, images.device)
     return images.index_copy(0, index, change(images.index_select(0, index)).to(images.dtype))
 
 

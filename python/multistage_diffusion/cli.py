@@ -74,11 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _exit_code(error: Exception) -> int:
     """2 if other input would help, 1 if not."""
     from .checkpoints import CheckpointError, CheckpointSaveError
+    from .data_parallel import ProcessError
     from .training import RunError
 
     if isinstance(error, CheckpointSaveError):
         return 1
-    return 2 if isinstance(error, (ValueError, FileNotFoundError, CheckpointError, RunError)) else 1
+    bad_input = (ValueError, FileNotFoundError, CheckpointError, ProcessError, RunError)
+    return 2 if isinstance(error, bad_input) else 1
 
 
 def _one_line(error: Exception) -> str:

@@ -27,8 +27,8 @@ class GraphedFunction:
     """Calls a function through CUDA graphs where its tensors are on a GPU.
 
     One graph is captured for every kind of call: shapes and dtypes of the tensors, samples of each stage, autocast's
-    dtype, the device. The graphs share their inputs' and activations' memory: call it from one thread and one stream at
-    a time.
+    dtype, whether gradients are enabled, the device. The graphs share their activations' memory: call it from one
+    thread and one stream at a time.
 
     Example::
 
@@ -77,15 +77,19 @@ class GraphedFunction:
         return len(self._graphs)
 
     def __call__(self, tensors: dict[str, Tensor], order: StageOrder) -> Tensor:
-        """As the function. The result is a tensor of its own, which the next call leaves alone."""
+        """As the function, but without a graph of autograd: the function itself must call ``backward``.
+
+        The result is a tensor of its own, which the next call leaves alone.
+        """
         x = next(iter(tensors.values()))
         kinds = ((name, value.shape, value.dtype) for name, value in tensors.items())
-        key = (x.device, order.counts, order.order is None, _autocast(x.device.type), *kinds)
+        modes = _autocast(x.device.type), torch.is_grad_enabled()
+        key = (x.device, order.counts, order.order is None, *modes, *kinds)
         replay = self._graphs.get(key)
         if replay is None:
             full = len(self._graphs) >= self.max_graphs
             if not serves(x) or (full and not self.replace):
-                return self.function(tensors, order)
+                return self.function(tensors, order).detach()
             replay = self._graphs[key] = self._captured(tensors, order)
             if full:
                 self._graphs.popitem(last=False)
@@ -94,17 +98,18 @@ class GraphedFunction:
 
     def _captured(self, tensors: dict[str, Tensor], order: StageOrder) -> _Replay:
         device = next(iter(tensors.values())).device
+        place = self._places.setdefault(device, _Place(device))
+        gradients = torch.is_grad_enabled()
 
         def run() -> Tensor:
             return self.function(tensors, order)
 
-        # Tensors made in inference mode could not be written to by calls outside of it.
-        with torch.inference_mode(False):
-            with torch.no_grad():
-                tensors = {name: value.clone() for name, value in tensors.items()}
-                order = order.clone()
-            graph, output = _capture(run, self._places.setdefault(device, _Place(device)), self.adds_to)
-        return _Replay(graph, tensors, order, output)
+        # Tensors made in inference mode could not be written to by calls outside of it, whose end enables gradients.
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            tensors = {name: value.detach().clone() for name, value in tensors.items()}
+            order = order.clone()
+            graph, output = _capture(run, place, self.adds_to)
+        return _Replay(graph, tensors, order, output.detach())
 
 
 class GraphedNetwork(nn.Module):

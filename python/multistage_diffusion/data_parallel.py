@@ -67,15 +67,17 @@ class Processes:
     @classmethod
     @contextmanager
     def of_launcher(cls) -> Iterator[Processes]:
-        """Those that the launcher has started, joined and left again; without one, this process alone."""
+        """Those that the launcher has started, joined and left again; without one, this process alone.
+
+        After an error they are not left: that waits for the others, which may be waiting for this process, and the
+        launcher ends them all as soon as one fails.
+        """
         if not cls.launched():
             yield cls()
             return
         processes = cls.join()
-        try:
-            yield processes
-        finally:
-            processes.leave()
+        yield processes
+        processes.leave()
 
     @property
     def is_first(self) -> bool:

@@ -175,6 +175,8 @@ class Trainer:
         if resume:
             self._restore()
         self.processes.require_same(step=self.step)
+        if resume:
+            self.processes.first_does(lambda: self.log.truncate(self.step))
         self.processes.share(self.network)
         self.processes.share(self.ema.network)
         self.processes.first_does(self._write_configuration)
@@ -198,8 +200,10 @@ class Trainer:
 
     def _stopped_by(self, stop: StopRequest) -> bool:
         """Whether a signal has reached any of the processes, which then all stop after the same step."""
-        stop.signal = self.processes.largest(stop.signal or 0) or None
-        return stop.signal is not None
+        agreed = self.processes.largest(stop.signal or 0)
+        if agreed:  # else one that came in the meantime is for the next step
+            stop.signal = agreed
+        return bool(agreed)
 
     # ------------------------------------------------------------------ one step
 
@@ -312,8 +316,7 @@ class Trainer:
         bad = [name for (name, _), ok in zip(named, finite, strict=True) if not ok]
         if bad:
             raise TrainingDiverged(
-                f"{len(bad)} of {len(named)} weights are not finite after step {self.step}, first {bad[0]}. "
-                f"{self._advice()}"
+                f"{len(bad)} of {len(named)} weights are not finite after step {self.step}, first {bad[0]}"
             )
 
     def _advice(self) -> str:
@@ -387,7 +390,6 @@ class Trainer:
         path = checkpoints.latest_checkpoint(self.checkpoint_directory)
         if path is None:
             self._say(f"no checkpoint in {self.checkpoint_directory} yet; starting from step 0")
-            self.processes.first_does(lambda: self.log.truncate(0))
             return
         metadata = checkpoints.read_metadata(path)
         if metadata["data_fingerprint"] != self.data.fingerprint:
@@ -402,7 +404,6 @@ class Trainer:
             self.parameters.names, self.optimizer, optimizer_tensors, metadata["optimizer"]
         )
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        self.processes.first_does(lambda: self.log.truncate(self.step))
         self._say(f"resuming {self.directory} after step {self.step} of {self.config.steps}")
 
     def _say(self, text: str) -> None:

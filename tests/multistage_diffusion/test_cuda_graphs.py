@@ -203,6 +203,25 @@ def test_an_order_is_explicit_or_not_in_graphs_of_their_own(captures):
     assert len(graphed) == 2
 
 
+def test_results_hold_no_graph_of_autograd(captures):
+    """It would keep all activations alive."""
+    weight = torch.ones(3, requires_grad=True)
+    enabled = []
+
+    def function(tensors, order):
+        enabled.append(torch.is_grad_enabled())
+        return weight * tensors["x"]
+
+    graphed = GraphedFunction(function, max_graphs=2, replace=False)
+    order = StageOrder((3,), None, None)
+    for size in (3, 1):  # the second one goes without a graph where gradients are enabled
+        for mode in (torch.no_grad, torch.enable_grad, torch.no_grad):
+            with mode():
+                assert not graphed({"x": torch.ones(size)}, order).requires_grad
+                assert enabled[-1] == (mode is torch.enable_grad)
+    assert len(graphed) == len(captures) == 2
+
+
 @pytest.mark.parametrize("sampling", ["mixed", "systematic"])
 def test_training_from_graphs_gives_the_bits_of_training_without(captures, tmp_path, sampling):
     changes = {

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from multistage_diffusion import checkpoints, cli
-from multistage_diffusion.data_parallel import Processes
+from multistage_diffusion.data_parallel import ProcessError, Processes
 from multistage_diffusion.run_log import RunLog
 from multistage_diffusion.training import Trainer
 from stand_ins import (
     SMALL_UNET,
+    TinyNetwork,
     assert_same_run,
     config_of,
     no_plots,  # noqa: F401
@@ -59,6 +60,19 @@ def train_until_stopped(processes, directory, victim):
         time.sleep(0.05 * processes.rank)  # the processes are at different places when the signal comes
     run._train_step = step
     result = run.run()
+    return [result.step, result.stopped_by, result.checkpoint.name]
+
+def train_until_stopped_while_waiting(processes, directory):
+    run = trainer(processes, directory, 0.0, steps=20)
+    original, calls = processes.largest, []
+    def largest(number):
+        calls.append(original(number))
+        if len(calls) == 3 and processes.rank == 0:  # before the others' answer is looked at
+            os.kill(os.getpid(), signal.SIGTERM)
+        return calls[-1]
+    processes.largest = largest
+    result = run.run()
+    processes.largest = original
     return [result.step, result.stopped_by, result.checkpoint.name]
 
 def errors(processes, directory):
@@ -167,6 +181,7 @@ def outcomes(folder) -> list[dict]:
             "resumed": ("train", {**parts, "resume": True}),
             "stopped 0": ("train_until_stopped", {"directory": str(folder / "stopped 0"), "victim": 0}),
             "stopped 1": ("train_until_stopped", {"directory": str(folder / "stopped 1"), "victim": 1}),
+            "waiting": ("train_until_stopped_while_waiting", {"directory": str(folder / "waiting")}),
             "weights": ("weights_apart", {"directory": str(folder / "weights")}),
             "errors": ("errors", {"directory": str(folder / "errors")}),
         }
@@ -222,6 +237,28 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(outcomes, folder,
     name = f"stopped {victim}"
     assert [outcome[name] for outcome in outcomes] == [[3, signal.SIGTERM, "step-00000003"]] * 2
     assert checkpoints.damage(folder / name / "checkpoints" / "step-00000003") is None
+
+
+def test_a_signal_while_a_process_waits_for_the_others_is_not_lost(outcomes):
+    assert [outcome["waiting"] for outcome in outcomes] == [[3, signal.SIGTERM, "step-00000003"]] * 2
+
+
+def test_a_log_stays_as_it_is_where_processes_resume_from_other_steps(tmp_path):
+    class Apart(Processes):
+        def require_same(self, **facts):
+            if "step" in facts:
+                raise ProcessError("the processes differ in step")
+
+    config = config_of(steps=7)
+    Trainer(config, tmp_path, data=tiny_images(), network=TinyNetwork(), quiet=True).run()
+    (tmp_path / "log.jsonl").open("a").write('{"step": 8}\n')
+    before = (tmp_path / "log.jsonl").read_text()
+    trainer = Trainer(
+        config, tmp_path, data=tiny_images(), network=TinyNetwork(), processes=Apart(), quiet=True
+    )
+    with pytest.raises(ProcessError):
+        trainer.run(resume=True)
+    assert (tmp_path / "log.jsonl").read_text() == before
 
 
 def test_processes_begin_with_the_first_ones_weights(outcomes):

@@ -390,7 +390,8 @@ DEVICE = "cuda"
 
 def gpu_trainer(directory, **changes):
     graphs = changes.pop("cuda_graphs", False)
-    network = networks.build({**SMALL_UNET, "dropout": changes.pop("dropout", 0.1)})
+    told = 9 if changes.get("augment") else 0
+    network = networks.build({**SMALL_UNET, "dropout": changes.pop("dropout", 0.1), "augment_dim": told})
     config = config_of(network=network.config, stage_sampling="systematic", **changes)
     where = {"device": DEVICE, "cuda_graphs": graphs}
     return Trainer(config, directory, data=tiny_images(), network=network, quiet=True, **where)
@@ -400,7 +401,7 @@ def gpu_trainer(directory, **changes):
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["", "graphs"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_does_not_wait_for_the_device(tmp_path, precision, cuda_graphs):
-    trainer = gpu_trainer(tmp_path, precision=precision, cuda_graphs=cuda_graphs)
+    trainer = gpu_trainer(tmp_path, precision=precision, cuda_graphs=cuda_graphs, augment=0.5)
     for _ in range(12):  # compiles, allocates, and captures all mixes
         trainer._train_step()
     with waiting_is_an_error():

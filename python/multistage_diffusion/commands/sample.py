@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..presets import SAMPLERS
 from ._options import add_command, add_machine_options, number, set_up_machine, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLES = """\
   msd sample --run runs/digits --out digits.png
@@ -231,12 +236,12 @@ def _sample(args, processes) -> None:
             progress=_progress if processes.is_first and sys.stderr.isatty() else None,
             **conditioning,
         )
-    images = processes.collect(samples.images.float(), len(seeds))
+    written = processes.collect(written_form(args.out, samples.images, values), len(seeds))
     if not processes.is_first:
         return
     seconds = time.monotonic() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_samples(args.out, images, seeds, values)
+    write_samples(args.out, written, seeds, values)
     per_stage = " / ".join(map(str, samples.evaluations_per_stage))
     print(
         f"{args.out}: {len(seeds)} {values} of {model.path.name} ({args.weights}), {seconds:.1f} s, {sampler}, "
@@ -286,25 +291,29 @@ def check_output(path: Path, values: str, model: Path) -> None:
         )
 
 
-def write_samples(path: Path, images, seeds, values: str = "images") -> None:
-    """Writes samples ``[N, C, H, W]`` to a file.
+def written_form(path: Path, samples: Tensor, values: str = "images") -> Tensor:
+    """Samples ``[N, C, H, W]`` as ``write_samples`` takes them.
 
     Args:
-        path: .png for a grid of images, .npz for arrays: ``seeds``, and ``images`` [N, H, W, C] in eight bits or
-            ``latents`` [N, C, H, W] in float32, as they are.
-        images: images in [-1, 1], or latents.
-        seeds: one per sample.
+        path: where they go: .png for a grid of images, .npz for arrays.
+        samples: images in [-1, 1], or latents.
         values: "images" or "latents".
+
+    Returns:
+        For a grid and for latents float32 in the same shape, else eight bits, [N, H, W, C].
     """
+    if path.suffix == ".png" or values == "latents":
+        return samples.float()
+    return (samples * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+def write_samples(path: Path, written: Tensor, seeds: Sequence[int], values: str = "images") -> None:
+    """Writes what ``written_form`` makes of samples: a grid, or arrays ``seeds`` and ``images`` or ``latents``."""
     import numpy as np
 
     from ..plots import save_sample_grid
 
     if path.suffix == ".png":
-        save_sample_grid(images.float(), path)
-        return
-    if values == "latents":
-        array = images.float()
+        save_sample_grid(written, path)
     else:
-        array = (images * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
-    np.savez_compressed(path, **{values: array.numpy()}, seeds=np.asarray(list(seeds)))
+        np.savez_compressed(path, **{values: written.numpy()}, seeds=np.asarray(seeds))
