@@ -1,4 +1,6 @@
-"""The GPU benchmarks: ours beside eager PyTorch and ``torch.compile``, by CUDA events, with a cold and a warm L2.
+"""The GPU benchmarks: ours beside eager PyTorch and ``torch.compile``.
+
+Ops are timed by CUDA events with a cold and a warm L2, whole networks by the host's clock, launches included.
 
 ``python benchmarks/gpu_races.py NAME --seconds S --out FILE`` runs one benchmark and appends each result to FILE as a
 line of JSON as soon as it is there; what does not fit into the seconds is written as not run. ``gpu_check.py`` calls
@@ -11,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,10 @@ import bench_group_norm  # noqa: E402
 import bench_grouped_conv2d  # noqa: E402
 import bench_grouped_linear  # noqa: E402
 import bench_resample2d  # noqa: E402
+import bench_sampling_step  # noqa: E402
+import bench_training_step  # noqa: E402
 import torch  # noqa: E402
+from bench_training_step import COMPILED, GRAPH  # noqa: E402
 
 import harness  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
@@ -33,6 +38,10 @@ from msd_kernels.backends import use  # noqa: E402
 
 DTYPE = torch.bfloat16
 WIDTHS = bench_grouped_conv2d.WIDTHS
+# What the L2 holds before a call. A network finds there what the call before has left.
+L2_OF_OPS, L2_OF_NETWORKS = ("cold", "warm"), ("as found",)
+THIRDS, FEW = (32, 32, 32), (3, 3, 2)
+SECONDS_PER_RACE = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,29 @@ class Prepared:
         backend: what serves ours.
         least_bytes: what must move, forward and for forward + backward.
         operations: what must be computed in a forward; with the backward three times as much.
+        passes: what to time: the forward (False), forward and backward (True).
+        l2: states of the L2 to time it in.
+        weighed: cases whose peak memory on a GPU is of interest.
     """
 
     cases: Callable[[bool], dict[str, Function]]
     backend: str | None
     least_bytes: tuple[int, int]
     operations: int = 0
+    passes: Sequence[bool] = (False, True)
+    l2: Sequence[str] = L2_OF_OPS
+    weighed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Race:
     label: str
     prepare: Callable[[str], Prepared]  # takes the device
+
+
+def mix_text(counts: Sequence[int]) -> str:
+    """Samples per stage, as 92+3+1."""
+    return "+".join(map(str, counts))
 
 
 def group_norm_race(shape: tuple[int, int, int], groups: int, compiled: bool, device: str) -> Prepared:
@@ -112,7 +132,7 @@ def grouped_conv2d_race(counts: tuple[int, ...], side: int, device: str) -> Prep
 def grouped_conv2d() -> list[Race]:
     """The EDM decoders' 3x3 convolutions: thirds and EDM's own mix of stages, at batch 96 and 8."""
     return [
-        Race(f"{'+'.join(map(str, counts))} at {side}x{side}", partial(grouped_conv2d_race, counts, side))
+        Race(f"{mix_text(counts)} at {side}x{side}", partial(grouped_conv2d_race, counts, side))
         for side in (32, 16, 8)
         for counts in ((32, 32, 32), (92, 3, 1), (3, 3, 2), (7, 1, 0))
     ]
@@ -195,12 +215,68 @@ def resample2d() -> list[Race]:
     ]
 
 
+def sampling_step_race(batch: int, stage: int, compiled: bool, device: str) -> Prepared:
+    problem = bench_sampling_step.Problem.of(batch, stage, device)
+    cases = problem.checked_cases(compiled)
+    networks, counts = problem.networks, problem.counts
+    least = networks.weight_bytes(counts), 0
+    return Prepared(
+        lambda backward: cases, None, least, networks.operations(counts), passes=(False,), l2=L2_OF_NETWORKS
+    )
+
+
+def sampling_step() -> list[Race]:
+    """Evaluations of EDM's denoiser, all samples of one stage; goal G8."""
+    return [
+        Race(f"{batch} of stage {stage}", partial(sampling_step_race, batch, stage, False))
+        for batch in (1, 8)
+        for stage in (0, 1, 2)
+    ]
+
+
+def training_step_race(counts: tuple[int, ...], extra: str | None, device: str) -> Prepared:
+    problem = bench_training_step.Problem.of(counts, device)
+    cases = problem.checked_cases(extra)
+    weights = problem.networks.weight_bytes(counts)  # to be read, and as many gradients written
+    return Prepared(
+        lambda backward: cases,
+        None,
+        (weights, 2 * weights),
+        problem.networks.operations(counts),
+        passes=(True,),
+        l2=L2_OF_NETWORKS,
+        weighed=[name for name in cases if name != GRAPH],  # which has its memory for itself
+    )
+
+
+def training_step() -> list[Race]:
+    """EDM's network on mixed batches, goal G9: thirds, EDM's own mix of stages, few samples; then CUDA graphs."""
+    mixes = (THIRDS, (92, 3, 1), FEW)
+    eager = [Race(mix_text(counts), partial(training_step_race, counts, None)) for counts in mixes]
+    graphs = [
+        Race(f"{mix_text(counts)}, graph", partial(training_step_race, counts, GRAPH))
+        for counts in (FEW, THIRDS)
+    ]
+    return eager + graphs
+
+
+def compiled_steps() -> list[Race]:
+    """One case of each with the plain networks compiled as well, which takes long; goals G8 and G9."""
+    return [
+        Race("sampling, 8 of stage 0", partial(sampling_step_race, 8, 0, True)),
+        Race(f"training, {mix_text(THIRDS)}", partial(training_step_race, THIRDS, COMPILED)),
+    ]
+
+
 BENCHMARKS = {
     "group_norm": group_norm,
     "grouped_conv2d": grouped_conv2d,
     "attention": attention,
     "grouped_linear": grouped_linear,
     "resample2d": resample2d,
+    "sampling_step": sampling_step,
+    "training_step": training_step,
+    "compiled_steps": compiled_steps,
 }
 
 
@@ -229,17 +305,20 @@ def measure(name: str, device: str, timers: dict[str, Timer], seconds: float) ->
 
 def run(race: Race, device: str, timers: dict[str, Timer], bandwidth: float, rate: float) -> Iterator[dict]:
     prepared = race.prepare(device)
-    for backward in (False, True):
+    for backward in prepared.passes:
         operations = prepared.operations * (3 if backward else 1)
         floor = max(prepared.least_bytes[backward] / bandwidth, operations / rate)
         cases = prepared.cases(backward)
-        for temperature, timer in timers.items():
-            comparison = harness.compare(cases, seconds=0.5, timer=timer)
+        weighed = prepared.weighed if device == "cuda" else ()
+        memory = {name: harness.peak_bytes(cases[name]) for name in weighed}
+        for l2 in prepared.l2:
+            comparison = harness.compare(cases, seconds=SECONDS_PER_RACE, timer=timers[l2])
             yield {
                 "case": f"{race.label} {'step' if backward else 'forward'}",
                 "backend": prepared.backend,
-                "l2": temperature,
+                "l2": l2,
                 "share_of_floor": float(f"{floor / comparison.time().median:.3g}"),
+                **({"peak_bytes": memory} if memory else {}),
                 **comparison.as_dict(),
             }
 
@@ -254,6 +333,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     timers = {"cold": harness.cuda_timer(cold=True), "warm": harness.cuda_timer(cold=False)}
+    timers["as found"] = harness.synchronised_clock
     with arguments.out.open("a") as file:
         for result in measure(arguments.name, "cuda", timers, arguments.seconds):
             file.write(json.dumps({"benchmark": arguments.name, **result}) + "\n")

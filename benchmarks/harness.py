@@ -129,6 +129,23 @@ def cuda_timer(*, cold: bool) -> Timer:
     return seconds
 
 
+def synchronised_clock(function: Function) -> float:
+    """Seconds until the GPU has done all of it, the launches included, as the caller of a whole network sees them."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(function: Function) -> int:
+    """The most GPU memory that its tensors take at a time, beyond those that are there before."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def median_seconds(function: Function, timer: Timer, repetitions: int) -> float:
     """After one call to warm up."""
     function()

@@ -21,6 +21,7 @@ if not BENCHMARKS.is_dir():
 sys.path.append(str(BENCHMARKS))
 
 import gpu_check  # noqa: E402
+import gpu_races  # noqa: E402
 from gpu_check import Clock, Part, Record  # noqa: E402
 
 PASSING, STALLING = "def test_one(): pass\n", "import time\ndef test_two(): time.sleep(60)\n"
@@ -64,6 +65,7 @@ def test_gpu_check_suites_name_what_there_is():
         *gpu_check.BENCHMARKS,
         *gpu_check.SANITIZERS,
     }
+    assert set(gpu_check.BENCHMARKS) == set(gpu_races.BENCHMARKS)
 
 
 def test_gpu_check_shares_the_time_that_is_left(monkeypatch):
@@ -79,7 +81,7 @@ def test_gpu_check_shares_the_time_that_is_left(monkeypatch):
     clock = Clock(gpu_check.TOTAL_SECONDS)
     assert clock.share("build") == pytest.approx(gpu_check.SECONDS["build"])
     assert clock.share("tests cuda") > gpu_check.SECONDS["tests cuda"]
-    assert clock.share("racecheck") == pytest.approx(gpu_check.TOTAL_SECONDS)
+    assert clock.share("compiled_steps") == pytest.approx(gpu_check.TOTAL_SECONDS)
 
 
 def test_gpu_check_logs_everything_and_shows_the_end_of_what_fails(logs, capsys):
@@ -229,6 +231,39 @@ def test_gpu_check_writes_the_result_after_every_part(tmp_path, monkeypatch):
     record.parts[8].status = "stopped"
     assert record.parts[8].name == "tests rest"
     assert gpu_check.exit_status(record.parts) == 1
+
+
+def test_gpu_check_shows_ops_and_networks():
+    """Ops with a cold L2 only; networks, whose L2 is as the call before has left it, with their peak memory."""
+
+    def result(benchmark, case, l2, **more):
+        times = {"seconds": {"ours": [2e-3, 1e-3, 3e-3]}, "ratio": {"eager": [2.5, 2.4, 2.6]}}
+        return {
+            "benchmark": benchmark,
+            "case": case,
+            "backend": None,
+            "l2": l2,
+            "share_of_floor": 0.5,
+            **times,
+            **more,
+        }
+
+    printed = gpu_check.summary(
+        [Part("training_step", "passed", 12.3)],
+        [
+            result("group_norm", "small", "cold"),
+            result("group_norm", "small", "warm"),
+            result("training_step", "3+3+2 step", "as found", peak_bytes={"ours": 2**30, "loop": 3 * 2**29}),
+            {"benchmark": "training_step", "not_run": "large"},
+        ],
+    )
+    table = [line.split() for line in printed.splitlines()]
+    assert ["group_norm", "small", "cold", "2000.0", "0.50", "eager", "2.50x"] in table
+    assert ["training_step", "3+3+2", "step", "as", "found", "2000.0", "0.50", "eager", "2.50x"] in table
+    assert "warm" not in printed
+    assert (
+        "training_step, 3+3+2 step: peak memory beside the weights: ours 1.00 GiB  loop 1.50 GiB" in printed
+    )
 
 
 def test_a_worker_whose_device_is_lost_gives_way(request, monkeypatch):
