@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,14 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+def import_benchmarks() -> None:
+    """Lets a test module import the benchmarks, or skips it where there are none."""
+    benchmarks = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not benchmarks.is_dir():
+        pytest.skip("benchmarks are not part of an install", allow_module_level=True)
+    sys.path.append(str(benchmarks))
 
 
 @contextmanager

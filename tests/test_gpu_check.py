@@ -14,11 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import import_benchmarks
+
 TESTS = Path(__file__).resolve().parent
-BENCHMARKS = TESTS.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("benchmarks are not part of an install", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+import_benchmarks()
 
 import gpu_check  # noqa: E402
 import gpu_races  # noqa: E402

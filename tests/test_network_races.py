@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("benchmarks are not part of an install", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+from helpers import import_benchmarks
+
+import_benchmarks()
 
 import bench_sampling_step  # noqa: E402
 import bench_training_step  # noqa: E402

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("benchmarks are not part of an install", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+from helpers import import_benchmarks
+
+import_benchmarks()
 
 import plain_network  # noqa: E402
 import whole_networks  # noqa: E402

@@ -196,7 +196,8 @@ class Trainer:
         finally:
             progress.close()
         self.processes.first_does(self._plot)
-        return TrainingResult(self.step, path, stop.signal, self.seconds)
+        ended_early = self.step < self.config.steps
+        return TrainingResult(self.step, path, stop.signal if ended_early else None, self.seconds)
 
     def _stopped_by(self, stop: StopRequest) -> bool:
         """Whether a signal has reached any of the processes, which then all stop after the same step."""

@@ -397,6 +397,13 @@ def gpu_trainer(directory, **changes):
     return Trainer(config, directory, data=tiny_images(), network=network, quiet=True, **where)
 
 
+def test_a_signal_after_the_last_step_ends_nothing_early(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, steps=3)
+    original = trainer._save
+    monkeypatch.setattr(trainer, "_save", lambda: (os.kill(os.getpid(), signal.SIGTERM), original())[1])
+    assert trainer.run().stopped_by is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["", "graphs"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
