@@ -104,7 +104,7 @@ class SystematicNoise(_EvenlySpaced):
     """Evenly spaced quantiles with one random offset: sigma_i = F⁻¹((i + u)/B), i = 0 ... B − 1, u ~ U[0, 1).
 
     F is the distribution function of sigma. This is the low-discrepancy sampler of variational diffusion models (arXiv
-    2107.00630, appendix I.1), there for uniform times. A sample in a random place of the batch has exactly the
+    2107.00630), there for uniform times. A sample in a random place of the batch has exactly the
     distribution that ``MixedNoise`` draws from, and the expected loss is the same. But
 
     - a mean over the batch of what varies smoothly with sigma varies much less from batch to batch, and
