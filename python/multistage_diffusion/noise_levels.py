@@ -54,7 +54,7 @@ class MixedNoise(_Noise):
     def draw(self, batch_size: int, generator: torch.Generator) -> NoiseLevels:
         sigma = self.distribution.sample(batch_size, generator)
         stage = self.stages.assign(sigma)
-        return NoiseLevels(sigma, stage, torch.ones_like(sigma), _counts(stage, len(self.stages)))
+        return NoiseLevels(sigma, stage, torch.ones_like(sigma), stage_counts(stage, len(self.stages)))
 
 
 class _EvenlySpaced(_Noise):
@@ -83,7 +83,7 @@ class _EvenlySpaced(_Noise):
         probabilities: dict[tuple[int, ...], float] = {}
         for first, last in itertools.pairwise(drops):
             stage = self._stage_of[_segments(ends, first, batch_size)]
-            counts = _counts(stage, len(self.stages))
+            counts = stage_counts(stage, len(self.stages))
             probabilities[counts] = probabilities.get(counts, 0.0) + float(last - first)
         return probabilities
 
@@ -137,7 +137,7 @@ class SystematicNoise(_EvenlySpaced):
         quantile = (torch.arange(batch_size) + u - starts[segment]) / (ends - starts)[segment]
         sigma = self.distribution.inverse_cdf(quantile, self._low[segment], self._high[segment])
         stage = self._stage_of[segment]
-        return NoiseLevels(sigma, stage, torch.ones_like(sigma), _counts(stage, len(self.stages)))
+        return NoiseLevels(sigma, stage, torch.ones_like(sigma), stage_counts(stage, len(self.stages)))
 
 
 class StratifiedNoise(_EvenlySpaced):
@@ -216,12 +216,13 @@ class StratifiedNoise(_EvenlySpaced):
         mass = self._cumulative_mass[stage]
         piece = (u[:-1, :1] >= mass).sum(dim=1).clamp_max(mass.shape[1] - 1)
         sigma = self.distribution.inverse_cdf(u[:-1, 1], self._low[stage, piece], self._high[stage, piece])
-        return NoiseLevels(sigma, stage, self._weight[stage], _counts(stage, len(self.stages)))
+        return NoiseLevels(sigma, stage, self._weight[stage], stage_counts(stage, len(self.stages)))
 
 
 def _float64(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _counts(stage: torch.Tensor, num_stages: int) -> tuple[int, ...]:
+def stage_counts(stage: torch.Tensor, num_stages: int) -> tuple[int, ...]:
+    """Samples of each stage among ids on the host."""
     return tuple(torch.bincount(stage, minlength=num_stages).tolist())

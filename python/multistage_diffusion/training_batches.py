@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .losses import loss_scalars
-from .noise_levels import NoiseLevels
+from .noise_levels import NoiseLevels, stage_counts
 from .preconditioning import Preconditioner
 from .stage_order import StageOrder
 from .training_config import TrainingConfig
@@ -68,7 +68,6 @@ class MicroBatch:
     Attributes:
         positions: where its samples stand in the batch, int64 ``[b]`` on the device.
         stage: their stages; a ``StageOrder`` for a network that takes one, else ids ``[b]`` on the host.
-        counts: its samples per stage.
         tensors: what the loss is computed from, on the device: ``y`` and ``noise`` of the images' shape; ``scalars``
             ``[6, b]``, see ``losses.loss_scalars``; ``share`` ``[b]`` of each sample's loss in the objective; and the
             network's conditioning.
@@ -76,7 +75,6 @@ class MicroBatch:
 
     positions: torch.Tensor
     stage: torch.Tensor | StageOrder
-    counts: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
 
 
@@ -144,7 +142,7 @@ class TrainingBatches:
         return levels, [
             MicroBatch(
                 places[i],
-                *self._stage(levels.stage[part]),
+                self._stage(levels.stage[part]),
                 {name: values[i] for name, values in pieces.items()},
             )
             for i, part in enumerate(parts)
@@ -178,10 +176,10 @@ class TrainingBatches:
         one_hot = nn.functional.one_hot(self.data.labels[indices], label_dim)
         return {"class_labels": host_to_device(one_hot, self.device, torch.float32)}
 
-    def _stage(self, stage: torch.Tensor) -> tuple[torch.Tensor | StageOrder, tuple[int, ...]]:
-        counts = tuple(torch.bincount(stage, minlength=len(self.denoiser.stages)).tolist())
-        takes_order = getattr(self.network, "takes_stage_order", False)
-        return (StageOrder(counts, None, None) if takes_order else stage), counts
+    def _stage(self, stage: torch.Tensor) -> torch.Tensor | StageOrder:
+        if not getattr(self.network, "takes_stage_order", False):
+            return stage
+        return StageOrder(stage_counts(stage, len(self.denoiser.stages)), None, None)
 
     def _host_generator(self, purpose: str, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, step))

@@ -9,21 +9,9 @@ from multistage_diffusion.networks import build
 from multistage_diffusion.stage_order import StageOrder
 from multistage_diffusion.training_batches import DataOrder, TrainingBatches, deal, derive_seed
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import TinyNetwork, one_thread, tiny_images  # noqa: F401
+from stand_ins import SMALL_UNET, TinyNetwork, one_thread, tiny_images  # noqa: F401
 
-UNET = {
-    "family": "edm",
-    "image_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "encoder_widths": (8,),
-    "decoder_widths": (8, 8, 4),
-    "channel_mult": (1,),
-    "num_blocks": 1,
-    "attn_resolutions": (),
-    "augment_dim": 9,
-    "label_dim": 3,
-}
+UNET = {**SMALL_UNET, "channel_mult": (1,), "attn_resolutions": (), "augment_dim": 9, "label_dim": 3}
 
 
 def batches(rank=0, size=1, network=None, data=None, **changes) -> TrainingBatches:
@@ -78,7 +66,9 @@ def test_however_a_batch_is_shared_out_each_sample_is_the_same(accumulate, size)
         assert len(parts) == accumulate
         for part in parts:
             seen += part.positions.tolist()
-            assert part.counts == tuple(torch.bincount(levels.stage[part.positions], minlength=3).tolist())
+            assert part.stage.counts == tuple(
+                torch.bincount(levels.stage[part.positions], minlength=3).tolist()
+            )
             assert part.tensors.keys() == {
                 "y",
                 "noise",
