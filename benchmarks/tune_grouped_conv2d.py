@@ -2,8 +2,9 @@
 
     python benchmarks/tune_grouped_conv2d.py [--seconds 240] [--arithmetics half,tf32,float32] [--write]
 
-For every arithmetic and pass it times the tile shapes below on one of EDM's decoder layers and keeps the fastest, then
-measures from how much work per stage on the library's loop over the stages is faster. With ``--write`` the result
+For every arithmetic and pass it times the tile shapes below on one of EDM's decoder layers and keeps the fastest, and
+the fastest larger one for launches that fill the GPU; then it measures from how much work per stage on the library's
+loop over the stages is faster. With ``--write`` the result
 replaces ``msd_kernels/tuned/sm_XX.json``; without, it is printed. ``python -m msd_kernels.aot`` must pass afterwards.
 """
 
@@ -14,7 +15,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,6 +36,8 @@ from msd_kernels.triton.problems import Layout  # noqa: E402
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 # One third of the samples each, at the middle resolution: every tile kind has work.
 MIX = Layout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none")
+# As many samples as fill every GPU several times over, for the tile that serves only such launches.
+FULL = replace(MIX, counts=(64, 64, 64), height=32, width=32)
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64), (64, 64))
 DEPTHS, STAGES, WARPS = (16, 32, 64), (2, 3, 4, 5), (4, 8)
 REPETITIONS = 10
@@ -52,50 +55,100 @@ def make_tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]
     return tuple(torch.randn(size, device="cuda").to(dtype) for size in sizes)
 
 
-def candidates(current: tuned.Tile) -> Iterator[tuple[tuned.Tile, int]]:
-    """The present tile first, then all others with every number of warps; early ones are unlike each other."""
+def tiles_unlike(current: tuned.Tile) -> list[tuned.Tile]:
+    """All other tile shapes, early ones unlike each other."""
     shapes = [tuned.Tile(m, n, k, s) for (m, n), k, s in product(SHAPES, DEPTHS, STAGES)]
-    others = list(product([tile for tile in shapes if tile != current], WARPS))
+    others = [tile for tile in shapes if tile != current]
     random.Random(0).shuffle(others)
-    yield from [*product([current], WARPS), *others]
+    return others
 
 
-def fastest(parameters, run: Callable[[], object], timer: harness.Timer, deadline: float):
-    """The parameters with the wide tile and the warps that serve ``run(parameters)`` best."""
-    best, best_time = parameters, float("inf")
-    for tile, warps in candidates(parameters.wide):
-        if time.monotonic() > deadline:
+def seconds_of(parameters, run: Callable[[object], object], timer: harness.Timer) -> float:
+    """The time of ``run(parameters)``, infinite where it cannot run."""
+    shown = f"{parameters.wide} x {parameters.warps} warps"
+    try:
+        taken = harness.median_seconds(lambda: run(parameters), timer, REPETITIONS)
+    except Exception as error:  # too much shared memory, too many registers: not a candidate
+        print(f"  {shown}: {type(error).__name__}", file=sys.stderr)
+        return float("inf")
+    print(f"  {shown}: {harness.milliseconds(taken)} ms", file=sys.stderr)
+    return taken
+
+
+def fastest(
+    trials: Iterable, run: Callable[[object], object], timer: harness.Timer, deadline: float
+) -> tuple:
+    """The parameters of ``trials`` that serve ``run(parameters)`` best, and their time; the first is always tried."""
+    best, best_time = None, float("inf")
+    for trial in trials:
+        if best is not None and time.monotonic() > deadline:
             break
-        trial = replace(parameters, wide=tile, warps=warps)
-        try:
-            taken = harness.median_seconds(lambda trial=trial: run(trial), timer, REPETITIONS)
-        except Exception as error:  # too much shared memory, too many registers: not a candidate
-            print(f"  {tile} x {warps} warps: {type(error).__name__}", file=sys.stderr)
-            continue
-        if taken < best_time:
+        taken = seconds_of(trial, run, timer)
+        if best is None or taken < best_time:
             best, best_time = trial, taken
-            print(f"  {tile} x {warps} warps: {harness.milliseconds(taken)} ms", file=sys.stderr)
-    return best
+    return best, best_time
+
+
+def wide_trials(parameters) -> Iterator:
+    """The parameters with every wide tile and number of warps, the present tile first."""
+    tiles = [parameters.wide, *tiles_unlike(parameters.wide)]
+    return (replace(parameters, wide=tile, warps=warps) for tile in tiles for warps in WARPS)
+
+
+def with_large(
+    parameters: tuned.ProductParameters,
+    present: tuned.Tile | None,
+    run: Callable[[object], object],
+    timer: harness.Timer,
+    deadline: float,
+) -> tuned.ProductParameters:
+    """The parameters with the tile that serves ``run(parameters)``, a launch that fills the GPU, faster than the wide
+    one does, and with its speed; without one if there is none. ``present`` is tried first.
+    """
+    area = parameters.wide.m * parameters.wide.n
+    tiles = ([present] if present else []) + [t for t in tiles_unlike(present) if t.m * t.n > area]
+    taken = seconds_of(parameters, run, timer)
+    best, best_time = fastest((replace(parameters, wide=tile) for tile in tiles), run, timer, deadline)
+    if best is None or best_time >= taken:
+        return parameters
+    return replace(parameters, large=best.wide, large_speed=round(taken / best_time, 3))
+
+
+def forward_of(layout: Layout, arithmetic: str) -> Callable[[tuned.ProductParameters], None]:
+    """A forward pass of a layout with given parameters."""
+    x, skip, weight, y = make_tensors(layout, DTYPES[arithmetic])
+
+    def run(parameters):
+        triton.grouped_conv2d_forward(
+            x, skip, weight, None, None, None, y, layout, 1.0, arithmetic, parameters
+        )
+
+    return run
 
 
 def tune(architecture: int, arithmetics: Sequence[str], timer: harness.Timer, seconds: float) -> dict:
     """The committed table with other parameters for these arithmetics."""
     table = deepcopy(tuned.table(architecture))
-    share = seconds / (2 * len(arithmetics))
+    share = seconds / (3 * len(arithmetics))
     for arithmetic in arithmetics:
         x, skip, weight, dy = make_tensors(MIX, DTYPES[arithmetic])
-        y, dweight = torch.empty_like(dy), torch.empty_like(weight)
-
-        def forward(trial, inputs=(x, skip, weight, None, None, None, y), arithmetic=arithmetic):
-            triton.grouped_conv2d_forward(*inputs, MIX, 1.0, arithmetic, trial)
+        dweight = torch.empty_like(weight)
 
         def wgrad(trial, inputs=(dy, x, skip, dweight, None, None), arithmetic=arithmetic):
             triton.grouped_conv2d_wgrad(*inputs, MIX, arithmetic, trial)
 
-        for name, run, read in (("product", forward, tuned.product), ("wgrad", wgrad, tuned.wgrad)):
-            print(f"{name}, {arithmetic}", file=sys.stderr)
-            best = fastest(read(architecture, arithmetic), run, timer, time.monotonic() + share)
-            table["grouped"][name][arithmetic] = asdict(best)
+        forward, full = (forward_of(layout, arithmetic) for layout in (MIX, FULL))
+        committed = tuned.product(architecture, arithmetic)
+        print(f"product, {arithmetic}", file=sys.stderr)
+        trials = wide_trials(replace(committed, large=None, large_speed=1.0))
+        best, _ = fastest(trials, forward, timer, time.monotonic() + share)
+        print(f"large, {arithmetic}", file=sys.stderr)
+        best = with_large(best, committed.large, full, timer, time.monotonic() + share)
+        table["grouped"]["product"][arithmetic] = asdict(best)
+        print(f"wgrad, {arithmetic}", file=sys.stderr)
+        trials = wide_trials(tuned.wgrad(architecture, arithmetic))
+        best, _ = fastest(trials, wgrad, timer, time.monotonic() + share)
+        table["grouped"]["wgrad"][arithmetic] = asdict(best)
     return table
 
 

@@ -158,9 +158,11 @@ def test_registers_are_all_for_one_program_or_left_to_the_compiler():
 def test_pooled_launches_on_sm_90_finish_a_slice_before_the_next(arithmetic, vector):
     product = tuned.product(90, arithmetic).for_vectors(vector)
     wgrad = tuned.wgrad(90, arithmetic).for_vectors(vector)
-    for launched in (product.launch(1024, 64, pooled=True), wgrad.launch(pooled=True)):
+    ((pooled, _),) = product.launches(1024, 64, pooled=True, resampled=True)
+    for launched in (pooled, wgrad.launch(pooled=True)):
         assert (launched.wide.stages, launched.narrow.stages) == (1, 1)
-    assert product.launch(1024, 64, pooled=False).wide.stages > 1
+    for launched, _ in product.launches(1024, 64, pooled=False, resampled=False):
+        assert launched.wide.stages > 1
 
 
 def test_innermost_loops_are_those_that_work():

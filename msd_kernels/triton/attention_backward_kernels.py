@@ -32,7 +32,7 @@ from msd_kernels.triton.attention_parts import (
     store,
 )
 from msd_kernels.triton.compilation import Compilation
-from msd_kernels.triton.grouped_conv2d_product_kernels import read
+from msd_kernels.triton.table import read_number
 
 
 @triton.jit(do_not_specialize=["tokens", "context"])
@@ -200,7 +200,7 @@ def _attention_stream_dq_kernel(
     """
     tokens, context = lengths(tokens, context, PLANAR, ALIGN)
     problem, sample, head, block, rows = find_tile(table, tokens, PROBLEMS)
-    kind = read(problem, KIND, PROBLEMS)
+    kind = read_number(problem, KIND, PROBLEMS)
     for i in tl.static_range(len(KINDS)):
         if kind == i:
             _stream_dq_tile(
@@ -284,7 +284,7 @@ def _attention_stream_dkv_kernel(
     """
     tokens, context = lengths(tokens, context, PLANAR, ALIGN)
     problem, sample, head, block, rows = find_tile(table, tokens, PROBLEMS)
-    kind = read(problem, KIND, PROBLEMS)
+    kind = read_number(problem, KIND, PROBLEMS)
     for i in tl.static_range(len(KINDS)):
         if kind == i:
             _stream_dkv_tile(

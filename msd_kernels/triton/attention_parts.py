@@ -11,7 +11,7 @@ import triton.language as tl
 from msd_kernels import tuned
 from msd_kernels.triton.attention_plans import FIELDS, Layout, plan
 from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation
-from msd_kernels.triton.grouped_conv2d_product_kernels import find_problem, read
+from msd_kernels.triton.table import find_problem, read_number, read_offset
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -31,13 +31,11 @@ _ROWS: tl.constexpr = tl.constexpr(FIELDS.index("rows"))
 @triton.jit
 def find_tile(table, tokens, PROBLEMS: tl.constexpr):
     """The stage, sample, head and block of this program, and its head's first entry in log_sum."""
-    program = tl.program_id(0)
-    problem = find_problem(table, program, PROBLEMS)
-    number = program - tl.load(problem)
-    blocks, heads = read(problem, _BLOCKS, PROBLEMS), read(problem, _HEADS, PROBLEMS)
-    head = number // blocks
-    rows = read(problem, _ROWS, PROBLEMS) + head * tokens
-    return problem, head // heads, head % heads, (number % blocks).to(tl.int32), rows
+    problem, tile = find_problem(table, tl.program_id(0), PROBLEMS)
+    blocks, heads = read_number(problem, _BLOCKS, PROBLEMS), read_number(problem, _HEADS, PROBLEMS)
+    head = tile // blocks
+    rows = read_offset(problem, _ROWS, PROBLEMS) + head.to(tl.int64) * tokens
+    return problem, head // heads, head % heads, tile % blocks, rows
 
 
 @triton.jit
@@ -50,8 +48,9 @@ def lengths(tokens, context, PLANAR: tl.constexpr, ALIGN: tl.constexpr):
 @triton.jit
 def find_size(problem, PROBLEMS: tl.constexpr, PLANAR: tl.constexpr, ALIGN: tl.constexpr):
     """The head dimension of a stage, and the factor on its scores."""
-    head_dim = read(problem, _HEAD_DIM, PROBLEMS, 1 if PLANAR else ALIGN).to(tl.int32)
-    return head_dim, read(problem, _SCALE, PROBLEMS).to(tl.float64, bitcast=True).to(tl.float32)
+    head_dim = read_number(problem, _HEAD_DIM, PROBLEMS, 1 if PLANAR else ALIGN)
+    scale = tl.load(problem + _SCALE * PROBLEMS).to(tl.float64, bitcast=True).to(tl.float32)
+    return head_dim, scale
 
 
 @triton.jit
@@ -63,10 +62,10 @@ def find_head(
 
     ``FIRST`` is the field of the tensor's first element, ``LIKE`` that of the tensor whose distances are its own.
     """
-    start = read(problem, FIRST, PROBLEMS, ALIGN)
-    start += sample * read(problem, LIKE + 1, PROBLEMS, ALIGN)
-    start += head * read(problem, LIKE + 2, PROBLEMS, ALIGN)
-    return tensor + start, read(problem, LIKE + 3, PROBLEMS, ALIGN).to(tl.int32)
+    start = read_offset(problem, FIRST, PROBLEMS, ALIGN)
+    start += sample * read_offset(problem, LIKE + 1, PROBLEMS, ALIGN)
+    start += head * read_offset(problem, LIKE + 2, PROBLEMS, ALIGN)
+    return tensor + start, read_number(problem, LIKE + 3, PROBLEMS, ALIGN)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from msd_kernels.triton.compilation import Compilation
 from msd_kernels.triton.group_norm import FIELDS, WARPS, tile_constants
+from msd_kernels.triton.table import find_problem
 
 CHANNELS = tl.constexpr(FIELDS.index("channels"))
 GROUPS = tl.constexpr(FIELDS.index("groups"))
@@ -23,15 +24,6 @@ STATS_OFFSET = tl.constexpr(FIELDS.index("stats"))
 
 
 @triton.jit
-def _problem(table, PROBLEMS: tl.constexpr):
-    """The stage that this program belongs to, and the program's number within it."""
-    program = tl.program_id(0)
-    first = tl.load(table + tl.arange(0, PROBLEMS))
-    stage = tl.sum((first <= program).to(tl.int32), axis=0) - 1
-    return stage, program - tl.load(table + stage)
-
-
-@triton.jit
 def _columns(
     table, pixels,
     CHANNELS_LAST: tl.constexpr, PROBLEMS: tl.constexpr, BC: tl.constexpr, GB: tl.constexpr, ALIGN: tl.constexpr,
@@ -40,14 +32,13 @@ def _columns(
 
     Every channel count and every block's first channel is a multiple of ALIGN, which lets NHWC loads be wide.
     """
-    stage, number = _problem(table, PROBLEMS)
-    field = table + stage
+    field, tile = find_problem(table, tl.program_id(0), PROBLEMS)
     channels = tl.multiple_of(tl.load(field + CHANNELS * PROBLEMS), ALIGN)
     groups = tl.load(field + GROUPS * PROBLEMS)
     groups_per_block = tl.load(field + GROUPS_PER_BLOCK * PROBLEMS)
     blocks = tl.cdiv(groups, groups_per_block)
-    sample = number // blocks
-    first_group = number % blocks * groups_per_block
+    sample = tile.to(tl.int64) // blocks
+    first_group = tile % blocks * groups_per_block
     num_groups = tl.minimum(groups_per_block, groups - first_group)
     per_group = channels // groups
     column = tl.arange(0, BC)
@@ -252,10 +243,9 @@ def _group_norm_parameters_kernel(
     dweight_parts, dbias_parts, dweight, dbias, table, PROBLEMS: tl.constexpr, BC: tl.constexpr
 ):
     """One program: BC channels of one stage. Sums the samples' parts in order; an empty stage gets zeros."""
-    stage, number = _problem(table, PROBLEMS)
-    field = table + stage
+    field, tile = find_problem(table, tl.program_id(0), PROBLEMS)
     channels = tl.load(field + CHANNELS * PROBLEMS)
-    channel = number * BC + tl.arange(0, BC)
+    channel = tile.to(tl.int64) * BC + tl.arange(0, BC)
     inside = channel < channels
     part = tl.load(field + SAMPLE_OFFSET * PROBLEMS) + channel
     weight_sum = tl.zeros([BC], tl.float32)

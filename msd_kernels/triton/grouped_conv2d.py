@@ -6,6 +6,7 @@ The kernels are imported with the first call, so that this module needs no Trito
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -17,6 +18,7 @@ from msd_kernels import allocate, tuned
 from msd_kernels.triton import launch as triton_launch
 from msd_kernels.triton.compilation import register_options
 from msd_kernels.triton.problems import (
+    MAX_KERNEL,
     MAX_LOCAL,
     Layout,
     arithmetic_constants,
@@ -40,6 +42,10 @@ def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) ->
             f"one stage's weight and one sample's feature map may have {MAX_LOCAL // 2} elements, "
             f"got {layout.largest_local_offset}"
         )
+    if layout.most_pixels > MAX_LOCAL:
+        return f"one stage's samples may have {MAX_LOCAL} pixels together, got {layout.most_pixels}"
+    if layout.kernel > MAX_KERNEL:
+        return f"takes kernels up to {MAX_KERNEL}, got {layout.kernel}"
     return triton_launch.cannot_run(device.type, dtype)
 
 
@@ -154,6 +160,8 @@ def grouped_conv2d_forward(
     constants = arithmetic_constants(layout, arithmetic, x.itemsize)
     parameters = parameters or tuned.product(tuned.architecture_of(x.device), arithmetic)
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    if sample_bias is not None:  # too many registers for the large tile
+        parameters = replace(parameters, large=None)
     plan = forward_plan(layout, parameters, x.device)
     if not plan.table.tiles:
         return
@@ -179,6 +187,7 @@ def grouped_conv2d_forward(
         **constants,
         **tile_constants(plan.wide, plan.narrow),
         num_warps=plan.warps,
+        **register_options(plan.warps, plan.programs_per_multiprocessor),
     )
 
 
@@ -210,6 +219,7 @@ def grouped_conv2d_dgrad(
         **constants,
         **tile_constants(plan.wide, plan.narrow),
         num_warps=plan.warps,
+        **register_options(plan.warps, plan.programs_per_multiprocessor),
     )
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from msd_kernels import tuned
-from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation
+from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation, register_options
 from msd_kernels.triton.problems import (
     HALF,
     MEAN,
@@ -30,8 +30,10 @@ from msd_kernels.triton.problems import (
     Layout,
     arithmetic_constants,
     is_pooled,
+    is_resampled,
     tile_constants,
 )
+from msd_kernels.triton.table import find_problem, read_number, read_offset
 
 GATHER_SAME: tl.constexpr = tl.constexpr(SAME)
 GATHER_HALF: tl.constexpr = tl.constexpr(HALF)
@@ -55,79 +57,101 @@ _SAMPLE_BIAS: tl.constexpr = tl.constexpr(PRODUCT_FIELDS.index("sample_bias"))
 
 
 @triton.jit
-def find_problem(table, tile, PROBLEMS: tl.constexpr):
-    """The pointer to the first field of the problem that owns a tile: the last one that starts at or before it."""
-    first_tiles = tl.load(table + tl.arange(0, PROBLEMS))
-    return table + tl.sum((first_tiles <= tile).to(tl.int32), axis=0) - 1
+def in_range(position, size):
+    """``0 <= position < size`` in one comparison: as unsigned numbers, negative positions are large."""
+    return position.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def read(problem, FIELD: tl.constexpr, PROBLEMS: tl.constexpr, MULTIPLE: tl.constexpr = 1):
-    """A field of a problem. The division and the product tell the compiler that it is a multiple."""
-    return tl.load(problem + FIELD * PROBLEMS) // MULTIPLE * MULTIPLE
+def taps_inside(row, column, height, width, KERNEL: tl.constexpr):
+    """The taps whose pixel lies in the image: bit ``i`` for row ``i`` of the taps, bit ``16 + j`` for column ``j``."""
+    bits = tl.zeros_like(row)
+    if KERNEL == 1:
+        bits |= 65537
+    else:
+        for i in tl.static_range(KERNEL):
+            bits |= in_range(row + (i - KERNEL // 2), height).to(tl.int32) << i
+            bits |= in_range(column + (i - KERNEL // 2), width).to(tl.int32) << 16 + i
+    return bits
+
+
+@triton.jit
+def both(absent_rows, absent_columns):
+    """``[rows, columns]``: where to load, from numbers that are 0 for what is there. Cheaper than a mask of each."""
+    return (absent_rows[:, None] | absent_columns[None, :]) == 0
 
 
 @triton.jit
 def gather(
     source,
+    start,
+    index,
     image,
     row,
     column,
+    absent_rows,
     shift_row,
     shift_column,
     k,
-    live_rows,
-    live_k,
+    absent_k,
     height,
     width,
     channels,
     GATHER: tl.constexpr,
 ):
-    """``[rows, k]`` values of a source at pixels ``(image, row, column)`` of the result, shifted by one tap.
+    """``[rows, k]`` values of a source at pixels ``start + index = (image, row, column)``, shifted by one tap.
 
-    ``height`` and ``width`` are those of the result's grid. Zero outside of the image.
+    ``source`` comes from :func:`first_value`; ``height`` and ``width`` are those of the result's grid. ``absent_rows``
+    is 0 where the shifted pixel lies in it; with GATHER_SUM, whose shifts are on the finer grid, for all rows that
+    there are. Zero for what is absent.
     """
     if GATHER == GATHER_SUM:
-        total = tl.zeros([row.shape[0], k.shape[0]], tl.float32)
-        for corner in tl.static_range(4):
-            fine_row = 2 * row + corner // 2 + shift_row
-            fine_column = 2 * column + corner % 2 + shift_column
-            inside = (
-                (fine_row >= 0) & (fine_row < 2 * height) & (fine_column >= 0) & (fine_column < 2 * width)
-            )
-            pixel = (image * 2 * height + fine_row) * 2 * width + fine_column
-            mask = (inside & live_rows)[:, None] & live_k[None, :]
-            total += tl.load(source + ((pixel * channels)[:, None] + k[None, :]), mask=mask, other=0.0)
-        value = total.to(source.dtype.element_ty)
-    else:
-        row += shift_row
-        column += shift_column
-        inside = live_rows & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        mask = inside[:, None] & live_k[None, :]
-        if GATHER == GATHER_MEAN:
-            total = tl.zeros([row.shape[0], k.shape[0]], tl.float32)
-            for corner in tl.static_range(4):
-                pixel = (image * 2 * height + 2 * row + corner // 2) * 2 * width + 2 * column + corner % 2
-                total += tl.load(source + ((pixel * channels)[:, None] + k[None, :]), mask=mask, other=0.0)
-            value = (total * 0.25).to(source.dtype.element_ty)
-        else:
-            if GATHER == GATHER_HALF:
-                pixel = (image * (height // 2) + row // 2) * (width // 2) + column // 2
-            else:
-                pixel = (image * height + row) * width + column
-            value = tl.load(source + ((pixel * channels)[:, None] + k[None, :]), mask=mask, other=0.0)
-    return value
+        row, column = 2 * row + shift_row, 2 * column + shift_column
+        value = _pooled(
+            source, image, row, column, absent_rows, k, absent_k, 2 * height, 2 * width, channels, True
+        )
+    elif GATHER == GATHER_MEAN:
+        row, column = 2 * (row + shift_row), 2 * (column + shift_column)
+        value = _pooled(
+            source, image, row, column, absent_rows, k, absent_k, 2 * height, 2 * width, channels, False
+        )
+        value *= 0.25
+    elif GATHER == GATHER_HALF:
+        height, width, row, column = height // 2, width // 2, row + shift_row >> 1, column + shift_column >> 1
+        offsets = (((image * height + row) * width + column) * channels)[:, None] + k[None, :]
+        value = tl.load(source + offsets, mask=both(absent_rows, absent_k), other=0.0)
+    else:  # the shift is the same for all pixels, so it goes into the pointer
+        source += (start + shift_row * width + shift_column) * channels
+        offsets = (index * channels)[:, None] + k[None, :]
+        value = tl.load(source + offsets, mask=both(absent_rows, absent_k), other=0.0)
+    return value.to(source.dtype.element_ty)
 
 
 @triton.jit
-def image_size(height, width, channels, GATHER: tl.constexpr):
-    """Elements of one source image behind a result's grid of ``height × width``, in 64 bits."""
-    pixels = height.to(tl.int64) * width
-    if GATHER == GATHER_HALF:
-        pixels = pixels // 4
-    elif GATHER != GATHER_SAME:
-        pixels = pixels * 4
-    return pixels * channels
+def _pooled(
+    source, image, row, column, absent_rows, k, absent_k, height, width, channels, EDGES: tl.constexpr
+):
+    """The float32 sum of the 2×2 pixels from ``(row, column)`` on; with EDGES of those that lie in the image."""
+    total = tl.zeros([row.shape[0], k.shape[0]], tl.float32)
+    for corner in tl.static_range(4):
+        fine_row, fine_column = row + corner // 2, column + corner % 2
+        absent = absent_rows
+        if EDGES:
+            absent = tl.where(in_range(fine_row, height) & in_range(fine_column, width), absent_rows, 1)
+        offsets = (((image * height + fine_row) * width + fine_column) * channels)[:, None] + k[None, :]
+        total += tl.load(source + offsets, mask=both(absent, absent_k), other=0.0)
+    return total
+
+
+@triton.jit
+def first_value(source, first_row, height, width, channels, GATHER: tl.constexpr):
+    """What :func:`gather` counts from: a source at pixel ``first_row`` of the result, or at the image that holds it."""
+    if GATHER == GATHER_SAME:
+        first = first_row.to(tl.int64)
+    else:
+        pixels = height * width
+        first = (first_row // pixels).to(tl.int64) * (pixels // 4 if GATHER == GATHER_HALF else pixels * 4)
+    return source + first * channels
 
 
 @triton.jit
@@ -159,34 +183,41 @@ def _product(
     Reads each slice of ``BLOCK_K`` channels of its rows and of its columns' weights once per tap. All slices and taps
     are one loop, so that loads stay in flight from the first to the last.
     """
-    channels = read(problem, _CHANNELS, PROBLEMS, VECTOR_K).to(tl.int32)
-    columns = read(problem, _COLUMNS, PROBLEMS, VECTOR_N).to(tl.int32)
+    channels = read_number(problem, _CHANNELS, PROBLEMS, VECTOR_K)
+    columns = read_number(problem, _COLUMNS, PROBLEMS, VECTOR_N)
     if ADJOINT:
-        in_channels = read(problem, _IN_CHANNELS, PROBLEMS, VECTOR_N).to(tl.int32)
-        weight += read(problem, _WEIGHT, PROBLEMS, VECTOR_N)
+        in_channels = read_number(problem, _IN_CHANNELS, PROBLEMS, VECTOR_N)
+        weight += read_offset(problem, _WEIGHT, PROBLEMS, VECTOR_N)
     else:
-        in_channels = read(problem, _IN_CHANNELS, PROBLEMS, VECTOR_K).to(tl.int32)
-        weight += read(problem, _WEIGHT, PROBLEMS, VECTOR_K)
-    rows = tl.load(problem + _ROWS * PROBLEMS)
-    pixels = height * width
-    first_image = first_row // pixels
-    local = (first_row % pixels).to(tl.int32) + tl.arange(0, BLOCK_M)
-    live_rows = tl.arange(0, BLOCK_M) < rows - first_row
-    image, row, column = local // pixels, local % pixels // width, local % width
-    source += read(problem, _SOURCE, PROBLEMS, VECTOR_K) + first_image * image_size(
-        height, width, channels, GATHER
-    )
+        in_channels = read_number(problem, _IN_CHANNELS, PROBLEMS, VECTOR_K)
+        weight += read_offset(problem, _WEIGHT, PROBLEMS, VECTOR_K)
+    rows = read_number(problem, _ROWS, PROBLEMS)
+    index = tl.arange(0, BLOCK_M)
+    live_rows = index < rows - first_row
+    pixel = first_row % (height * width) + index
+    image, row, column = pixel // (height * width), pixel // width % height, pixel % width
+    absent = tl.where(live_rows, 0, 1)
+    taps = tl.where(live_rows, taps_inside(row, column, height, width, KERNEL), 0)
+    source += read_offset(problem, _SOURCE, PROBLEMS, VECTOR_K)
+    source = first_value(source, first_row, height, width, channels, GATHER)
     slices = tl.cdiv(channels, BLOCK_K)
     all_slices = slices
     if HAS_SKIP:
-        skip_channels = read(problem, _SKIP_CHANNELS, PROBLEMS, VECTOR_K).to(tl.int32)
-        skip += read(problem, _SKIP, PROBLEMS, VECTOR_K)
-        skip += first_image * image_size(height, width, skip_channels, GATHER)
+        skip_channels = read_number(problem, _SKIP_CHANNELS, PROBLEMS, VECTOR_K)
+        skip += read_offset(problem, _SKIP, PROBLEMS, VECTOR_K)
+        skip = first_value(skip, first_row, height, width, skip_channels, GATHER)
         all_slices += tl.cdiv(skip_channels, BLOCK_K)
 
-    out = first_column + tl.arange(0, BLOCK_N)
-    live_columns = out < columns
+    out, k = first_column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    absent_out = tl.where(out < columns, 0, 1)
     TAPS: tl.constexpr = KERNEL * KERNEL
+    # What differs within a slice does not change from slice to slice; the rest is in the pointers.
+    if ADJOINT:
+        slice_stride = TAPS * in_channels
+        offsets = (k * slice_stride)[:, None] + out[None, :]
+    else:
+        slice_stride = 1
+        offsets = k[:, None] + (out * (TAPS * in_channels))[None, :]
     for step in tl.range(0, all_slices * TAPS, num_stages=STAGES):
         tap = step % TAPS
         first_k = step // TAPS * BLOCK_K
@@ -197,33 +228,35 @@ def _product(
             here_channels = tl.where(in_skip, skip_channels, channels)
             behind = tl.where(in_skip, channels, 0)
             first_k = tl.where(in_skip, first_k - slices * BLOCK_K, first_k)
-        shift_row, shift_column = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
+        absent_k = tl.where(k < here_channels - first_k, 0, 1)
+        place = tap
         if ADJOINT:
-            shift_row, shift_column = -shift_row, -shift_column
-        k = first_k + tl.arange(0, BLOCK_K)
-        live_k = k < here_channels
+            place = TAPS - 1 - tap
+        tap_row = place * (65536 // KERNEL + 1) >> 16
+        tap_column = place - tap_row * KERNEL
+        absent_rows = absent
+        if GATHER != GATHER_SUM:
+            absent_rows = ~taps & ((1 << tap_row) | (65536 << tap_column))
         a = gather(
-            here,
+            here + first_k,
+            0,
+            index,
             image,
             row,
             column,
-            shift_row,
-            shift_column,
+            absent_rows,
+            tap_row - KERNEL // 2,
+            tap_column - KERNEL // 2,
             k,
-            live_rows,
-            live_k,
+            absent_k,
             height,
             width,
             here_channels,
             GATHER,
         )
-        if ADJOINT:
-            offsets = (k * (TAPS * in_channels))[:, None] + out[None, :]
-        else:
-            offsets = k[:, None] + (out * (TAPS * in_channels))[None, :]
         b = tl.load(
-            weight + (tap * in_channels + behind) + offsets,
-            mask=live_k[:, None] & live_columns[None, :],
+            weight + (tap * in_channels + behind + first_k * slice_stride) + offsets,
+            mask=both(absent_k, absent_out),
             other=0.0,
         )
         total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -258,59 +291,90 @@ def _forward_tile(
 ):
     """``y = scale · (bias + sample_bias + residual + product)`` on one tile; with REPEAT on 2×2 pixels per row.
 
-    The sum starts from what is added to the product, so that the registers of those loads are free again in the loop.
+    The sum starts from the biases and ends with the residual: either alone fits the registers beside a tile's sums.
     """
-    column_tiles = tl.load(problem + _COLUMN_TILES * PROBLEMS)
-    first_row = tile // column_tiles * BLOCK_M
-    first_column = (tile % column_tiles).to(tl.int32) * BLOCK_N
-    columns = read(problem, _COLUMNS, PROBLEMS, VECTOR_OUT).to(tl.int32)
-    rows = tl.load(problem + _ROWS * PROBLEMS)
-    result = read(problem, _RESULT, PROBLEMS, VECTOR_OUT)
+    first_row, first_column = _first_of(problem, tile, PROBLEMS, BLOCK_M, BLOCK_N)
+    columns = read_number(problem, _COLUMNS, PROBLEMS, VECTOR_OUT)
     out = first_column + tl.arange(0, BLOCK_N)
-    live = (tl.arange(0, BLOCK_M) < rows - first_row)[:, None] & (out < columns)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if bias is not None:
-        bias += read(problem, _BIAS, PROBLEMS, VECTOR_OUT)
+        bias += read_offset(problem, _BIAS, PROBLEMS, VECTOR_OUT)
         total += tl.load(bias + out, mask=out < columns, other=0.0).to(tl.float32)[None, :]
     if sample_bias is not None:
-        pixels = height * width
-        sample = ((first_row % pixels).to(tl.int32) + tl.arange(0, BLOCK_M)) // pixels
-        sample_bias += read(problem, _SAMPLE_BIAS, PROBLEMS, VECTOR_OUT) + first_row // pixels * columns
+        pixels, row = height * width, tl.arange(0, BLOCK_M)
+        sample = (first_row % pixels + row) // pixels
+        sample_bias += read_offset(problem, _SAMPLE_BIAS, PROBLEMS, VECTOR_OUT)
+        sample_bias += (first_row // pixels).to(tl.int64) * columns
+        live = (row < read_number(problem, _ROWS, PROBLEMS) - first_row)[:, None] & (out < columns)[None, :]
         offsets = (sample * columns)[:, None] + out[None, :]
         total += tl.load(sample_bias + offsets, mask=live, other=0.0).to(tl.float32)
-    if residual is not None and not REPEAT:
-        offsets = (tl.arange(0, BLOCK_M) * columns)[:, None] + out[None, :]
-        total += tl.load(residual + (result + first_row * columns) + offsets, mask=live, other=0.0).to(
-            tl.float32
-        )
     total = _product(
         total, x, skip, weight, problem, first_row, first_column, height, width,
         PROBLEMS, KERNEL, GATHER, False, skip is not None, VECTOR_IN, VECTOR_OUT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
-    if REPEAT:
-        for corner in tl.static_range(4):
-            pixel, first = repeated(first_row, height, width, corner, BLOCK_M)
-            offsets = (pixel * columns)[:, None] + out[None, :]
-            start = result + first * columns
-            value = total
-            if residual is not None:
-                value += tl.load(residual + start + offsets, mask=live, other=0.0).to(tl.float32)
-            tl.store(y + start + offsets, (value * scale).to(y.dtype.element_ty), mask=live)
-    else:
-        offsets = (tl.arange(0, BLOCK_M) * columns)[:, None] + out[None, :]
-        tl.store(
-            y + (result + first_row * columns) + offsets, (total * scale).to(y.dtype.element_ty), mask=live
-        )
+    # Behind the loop, where the tile lies is read from the table again, so that the loop has the registers.
+    first_row, first_column = _first_of(problem, tile, PROBLEMS, BLOCK_M, BLOCK_N)
+    start, offsets, live = _tile_of_result(
+        problem, first_row, first_column, PROBLEMS, VECTOR_OUT, BLOCK_M, BLOCK_N
+    )
+    CORNERS: tl.constexpr = 4 if REPEAT else 1
+    for corner in tl.static_range(CORNERS):
+        if REPEAT:
+            start, offsets = _repeated(
+                problem,
+                first_row,
+                first_column,
+                height,
+                width,
+                corner,
+                PROBLEMS,
+                VECTOR_OUT,
+                BLOCK_M,
+                BLOCK_N,
+            )
+        value = total
+        if residual is not None:
+            value += tl.load(residual + start + offsets, mask=live, other=0.0).to(tl.float32)
+        tl.store(y + start + offsets, (value * scale).to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def repeated(first_row, height, width, corner, BLOCK_M: tl.constexpr):
-    """One of the 2×2 fine pixels of each coarse row, counted from its image's first fine pixel, and that pixel."""
-    pixels = height * width
-    local = (first_row % pixels).to(tl.int32) + tl.arange(0, BLOCK_M)
-    fine_row = 2 * (local // width) + corner // 2
-    return fine_row * (2 * width) + 2 * (local % width) + corner % 2, first_row // pixels * (4 * pixels)
+def _first_of(problem, tile, PROBLEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first row and column of a tile."""
+    column_tiles = read_number(problem, _COLUMN_TILES, PROBLEMS)
+    return tile // column_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
+
+
+@triton.jit
+def _tile_of_result(
+    problem, first_row, first_column,
+    PROBLEMS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The first element of a tile in the result, the others' distances from it, and which of them there are."""
+    columns, row, column = (
+        read_number(problem, _COLUMNS, PROBLEMS, VECTOR),
+        tl.arange(0, BLOCK_M),
+        tl.arange(0, BLOCK_N),
+    )
+    rows = read_number(problem, _ROWS, PROBLEMS) - first_row
+    start = read_offset(problem, _RESULT, PROBLEMS, VECTOR) + first_row.to(tl.int64) * columns + first_column
+    live = (row < rows)[:, None] & (column < columns - first_column)[None, :]
+    return start, (row * columns)[:, None] + column[None, :], live
+
+
+@triton.jit
+def _repeated(
+    problem, first_row, first_column, height, width, corner,
+    PROBLEMS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_tile_of_result` the elements of one of the 2×2 fine pixels of each row, which is a coarse pixel."""
+    columns, pixels = read_number(problem, _COLUMNS, PROBLEMS, VECTOR), height * width
+    row = first_row % pixels + tl.arange(0, BLOCK_M)
+    pixel = (2 * (row // width) + corner // 2) * (2 * width) + 2 * (row % width) + corner % 2
+    start = read_offset(problem, _RESULT, PROBLEMS, VECTOR) + first_column
+    start += (first_row // pixels).to(tl.int64) * (4 * pixels) * columns
+    return start, (pixel * columns)[:, None] + tl.arange(0, BLOCK_N)[None, :]
 
 
 @triton.jit(do_not_specialize=["tiles", "height", "width"])
@@ -349,11 +413,10 @@ def _grouped_conv2d_forward_kernel(
     A tile belongs to one stage; stages with few out channels are served in narrow tiles.
     """
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(table, index, PROBLEMS)
-        tile = index - tl.load(problem)
+        problem, tile = find_problem(table, index, PROBLEMS)
         narrow = WIDE_M == 0
         if (WIDE_M > 0) & (NARROW_M > 0):
-            narrow = tl.load(problem + _NARROW * PROBLEMS) == 1
+            narrow = read_number(problem, _NARROW, PROBLEMS) == 1
         if narrow:
             if NARROW_M > 0:
                 _forward_tile(
@@ -393,31 +456,28 @@ def _dgrad_tile(
     STAGES: tl.constexpr,
 ):
     """One tile of one source's gradient; with REPEAT a quarter of it on 2×2 pixels per row."""
-    column_tiles = tl.load(problem + _COLUMN_TILES * PROBLEMS)
-    first_row = tile // column_tiles * BLOCK_M
-    first_column = (tile % column_tiles).to(tl.int32) * BLOCK_N
+    first_row, first_column = _first_of(problem, tile, PROBLEMS, BLOCK_M, BLOCK_N)
     total = _product(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy, None, weight, problem, first_row, first_column, height, width,
         PROBLEMS, KERNEL, GATHER, True, False, VECTOR_OUT, VECTOR_IN, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
-    columns = read(problem, _COLUMNS, PROBLEMS, VECTOR_IN).to(tl.int32)
-    rows = tl.load(problem + _ROWS * PROBLEMS)
     result = dx
     if dskip is not None:
-        if tl.load(problem + _TARGET * PROBLEMS) == 1:
+        if read_number(problem, _TARGET, PROBLEMS) == 1:
             result = dskip
-    result += read(problem, _RESULT, PROBLEMS, VECTOR_IN)
-    out = first_column + tl.arange(0, BLOCK_N)
-    live = (tl.arange(0, BLOCK_M) < rows - first_row)[:, None] & (out < columns)[None, :]
-    if REPEAT:
-        value = (total * 0.25).to(dx.dtype.element_ty)
-        for corner in tl.static_range(4):
-            pixel, first = repeated(first_row, height, width, corner, BLOCK_M)
-            tl.store(result + first * columns + (pixel * columns)[:, None] + out[None, :], value, mask=live)
-    else:
-        offsets = (tl.arange(0, BLOCK_M) * columns)[:, None] + out[None, :]
-        tl.store(result + first_row * columns + offsets, total.to(dx.dtype.element_ty), mask=live)
+    first_row, first_column = _first_of(problem, tile, PROBLEMS, BLOCK_M, BLOCK_N)
+    start, offsets, live = _tile_of_result(
+        problem, first_row, first_column, PROBLEMS, VECTOR_IN, BLOCK_M, BLOCK_N
+    )
+    value = (total * (0.25 if REPEAT else 1.0)).to(dx.dtype.element_ty)
+    CORNERS: tl.constexpr = 4 if REPEAT else 1
+    for corner in tl.static_range(CORNERS):
+        if REPEAT:
+            start, offsets = _repeated(
+                problem, first_row, first_column, height, width, corner, PROBLEMS, VECTOR_IN, BLOCK_M, BLOCK_N
+            )
+        tl.store(result + start + offsets, value, mask=live)
 
 
 @triton.jit(do_not_specialize=["tiles", "height", "width"])
@@ -451,11 +511,10 @@ def _grouped_conv2d_dgrad_kernel(
     Per tile it reads the gathered cotangents and the weights of its channels once per tap.
     """
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(table, index, PROBLEMS)
-        tile = index - tl.load(problem)
+        problem, tile = find_problem(table, index, PROBLEMS)
         narrow = WIDE_M == 0
         if (WIDE_M > 0) & (NARROW_M > 0):
-            narrow = tl.load(problem + _NARROW * PROBLEMS) == 1
+            narrow = read_number(problem, _NARROW, PROBLEMS) == 1
         if narrow:
             if NARROW_M > 0:
                 _dgrad_tile(
@@ -479,6 +538,8 @@ def compilations(architecture: int) -> Iterator[Compilation]:
         cases = [(3, "none", "wide+narrow"), (3, "none", "unaligned"), (1, "none", "short")]
         if arithmetic == "half":
             cases += [(3, "up", "wide+narrow"), (3, "down", "wide+narrow"), (1, "up", "wide+narrow")]
+        if parameters.large:
+            cases += [(3, "none", "large+narrow"), (1, "none", "large+narrow")]
         for kernel, resample, tiles in cases:
             for adjoint in (False, True):
                 yield _compilation(parameters, arithmetic, kernel, resample, tiles, adjoint)
@@ -498,12 +559,12 @@ def _compilation(
     constants = arithmetic_constants(layout, arithmetic, ITEMSIZES[ELEMENTS[arithmetic]])
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
     rows = parameters.short.m + (tiles != "short")
-    launch = parameters.launch(rows, channels[0], is_pooled(modes))
-    names = (
-        ("dy", "weight", "dx", "dskip")
-        if adjoint
-        else ("x", "skip", "weight", "bias", "sample_bias", "residual", "y")
-    )
+    launches = parameters.launches(rows, channels[0], is_pooled(modes), is_resampled(modes))
+    launch, _ = launches[-1 if tiles == "large+narrow" else 0]
+    names = ("dy", "weight", "dx", "dskip")
+    if not adjoint:
+        names = ("x", "skip", "weight", "bias", "residual", "y")
+        names += () if tiles == "large+narrow" else ("sample_bias",)
     scalars = {"tiles": "scalar i32", "height": "scalar i32", "width": "scalar i32", "scale": "scalar fp32"}
     if adjoint:
         scalars.pop("scale")
@@ -518,6 +579,6 @@ def _compilation(
             **constants,
             **tile_constants(launch.wide, launch.narrow),
         },
-        {"num_warps": launch.warps},
+        {"num_warps": launch.warps, **register_options(launch.warps, launch.programs_per_multiprocessor)},
         tensor_cores=arithmetic != "float32",
     )

@@ -22,12 +22,10 @@ import triton.language as tl
 from msd_kernels import tuned
 from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation, register_options
 from msd_kernels.triton.grouped_conv2d_product_kernels import (
-    GATHER_SAME,
-    GATHER_SUM,
-    find_problem,
+    both,
+    first_value,
     gather,
-    image_size,
-    read,
+    in_range,
 )
 from msd_kernels.triton.problems import (
     NARROW,
@@ -44,6 +42,7 @@ from msd_kernels.triton.problems import (
     sum_constants,
     tile_constants,
 )
+from msd_kernels.triton.table import find_problem, read_number, read_offset
 
 _KIND: tl.constexpr = tl.constexpr(WGRAD_FIELDS.index("kind"))
 _OUT_TILES: tl.constexpr = tl.constexpr(WGRAD_FIELDS.index("out_tiles"))
@@ -74,6 +73,19 @@ _TARGET: tl.constexpr = tl.constexpr(SUM_FIELDS.index("target"))
 
 
 @triton.jit
+def _advance(image, row, column, PIXELS: tl.constexpr, height, width):
+    """The pixels that lie PIXELS later, without a division per pixel."""
+    rows = PIXELS // width
+    column += PIXELS % width
+    wraps = column >= width
+    column = tl.where(wraps, column - width, column)
+    row += rows % height + wraps.to(tl.int32)
+    wraps = row >= height
+    row = tl.where(wraps, row - height, row)
+    return image + rows // height + wraps.to(tl.int32), row, column
+
+
+@triton.jit
 def _weight_tile(
     dy,
     x,
@@ -99,69 +111,96 @@ def _weight_tile(
 
     Reads the chunk's pixels of those channels once, ``BLOCK_K`` at a time.
     """
-    TAPS: tl.constexpr = KERNEL * KERNEL
-    channels = read(problem, _CHANNELS, PROBLEMS, VECTOR_IN).to(tl.int32)
-    in_channels = read(problem, _IN_CHANNELS, PROBLEMS, VECTOR_IN).to(tl.int32)
-    out_channels = read(problem, _OUT_CHANNELS, PROBLEMS, VECTOR_OUT).to(tl.int32)
+    channels = read_number(problem, _CHANNELS, PROBLEMS, VECTOR_IN)
+    out_channels = read_number(problem, _OUT_CHANNELS, PROBLEMS, VECTOR_OUT)
+    chunk, tap, channel, out, absent_channels, absent_out = _weights_of_tile(
+        problem, tile, PROBLEMS, KERNEL, VECTOR_IN, VECTOR_OUT, BLOCK_M, BLOCK_N
+    )
+    shift_row, shift_column = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
     source = x
     if skip is not None:
-        if tl.load(problem + _ORIGIN * PROBLEMS) == 1:
+        if read_number(problem, _ORIGIN, PROBLEMS) == 1:
             source = skip
-    out_tiles = tl.load(problem + _OUT_TILES * PROBLEMS)
-    channel_tiles = tl.load(problem + _CHANNEL_TILES * PROBLEMS)
-    out = (tile % out_tiles).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tile // out_tiles
-    channel = (tile % channel_tiles).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tile // channel_tiles
-    tap = (tile % TAPS).to(tl.int32)
-    chunk = tile // TAPS
-    shift_row, shift_column = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
-    live_channels, live_out = channel < channels, out < out_channels
-
-    chunk_rows = tl.load(problem + _CHUNK * PROBLEMS)
+    chunk_rows = read_number(problem, _CHUNK, PROBLEMS)
     first_row = chunk * chunk_rows
-    rows = tl.minimum(tl.load(problem + _ROWS * PROBLEMS) - first_row, chunk_rows).to(tl.int32)
-    pixels = height * width
-    first_image = first_row // pixels
-    first_pixel = (first_row % pixels).to(tl.int32)
-    source += read(problem, _SOURCE, PROBLEMS, VECTOR_IN) + first_image * image_size(
-        height, width, channels, GATHER
-    )
-    dy += read(problem, _COTANGENT, PROBLEMS, VECTOR_OUT)
-    dy += first_image * image_size(height, width, out_channels, COTANGENT_GATHER)
+    rows = tl.minimum(read_number(problem, _ROWS, PROBLEMS) - first_row, chunk_rows)
+    source += read_offset(problem, _SOURCE, PROBLEMS, VECTOR_IN)
+    source = first_value(source, first_row, height, width, channels, GATHER)
+    dy += read_offset(problem, _COTANGENT, PROBLEMS, VECTOR_OUT)
+    dy = first_value(dy, first_row, height, width, out_channels, COTANGENT_GATHER)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    pixel = first_row % (height * width) + k
+    image, row, column = pixel // (height * width), pixel // width % height, pixel % width
     for start in tl.range(0, rows, BLOCK_K, num_stages=STAGES):
-        index = start + tl.arange(0, BLOCK_K)
-        live = index < rows
-        pixel = first_pixel + index
-        image, row, column = pixel // pixels, pixel % pixels // width, pixel % width
+        live = k < rows - start
+        inside = live
+        if KERNEL > 1:
+            inside = live & in_range(row + shift_row, height) & in_range(column + shift_column, width)
+        absent, absent_inside = tl.where(live, 0, 1), tl.where(inside, 0, 1)
         a = gather(
             source,
+            start,
+            k,
             image,
             row,
             column,
+            absent_inside,
             shift_row,
             shift_column,
             channel,
-            live,
-            live_channels,
+            absent_channels,
             height,
             width,
             channels,
             GATHER,
         )
-        if COTANGENT_GATHER == GATHER_SAME:
-            offsets = (pixel * out_channels)[:, None] + out[None, :]
-            b = tl.load(dy + offsets, mask=live[:, None] & live_out[None, :], other=0.0)
-        else:
-            b = gather(
-                dy, image, row, column, 0, 0, out, live, live_out, height, width, out_channels, GATHER_SUM
-            )
+        b = gather(
+            dy,
+            start,
+            k,
+            image,
+            row,
+            column,
+            absent,
+            0,
+            0,
+            out,
+            absent_out,
+            height,
+            width,
+            out_channels,
+            COTANGENT_GATHER,
+        )
+        image, row, column = _advance(image, row, column, BLOCK_K, height, width)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
 
-    partial = tl.load(problem + _PARTIAL * PROBLEMS) + chunk * tl.load(problem + _PARTIAL_STRIDE * PROBLEMS)
-    offsets = (tap * in_channels + channel)[:, None] + (out * (TAPS * in_channels))[None, :]
-    tl.store(workspace + partial + offsets, total, mask=live_channels[:, None] & live_out[None, :])
+    # Behind the loop, all this is read from the table again, so that the loop has the registers.
+    chunk, tap, channel, out, absent_channels, absent_out = _weights_of_tile(
+        problem, tile, PROBLEMS, KERNEL, VECTOR_IN, VECTOR_OUT, BLOCK_M, BLOCK_N
+    )
+    in_channels = read_number(problem, _IN_CHANNELS, PROBLEMS, VECTOR_IN)
+    workspace += read_offset(problem, _PARTIAL, PROBLEMS)
+    workspace += chunk * read_offset(problem, _PARTIAL_STRIDE, PROBLEMS)
+    offsets = (tap * in_channels + channel)[:, None] + (out * (KERNEL * KERNEL * in_channels))[None, :]
+    tl.store(workspace + offsets, total, mask=both(absent_channels, absent_out))
+
+
+@triton.jit
+def _weights_of_tile(
+    problem, tile, PROBLEMS: tl.constexpr, KERNEL: tl.constexpr, VECTOR_IN: tl.constexpr, VECTOR_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The chunk, the tap, the channels and the out channels of a tile, and 0 for those of them that there are."""
+    out_tiles = read_number(problem, _OUT_TILES, PROBLEMS)
+    channel_tiles = read_number(problem, _CHANNEL_TILES, PROBLEMS)
+    out = tile % out_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = tile // out_tiles % channel_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    absent_channels = tl.where(channel < read_number(problem, _CHANNELS, PROBLEMS, VECTOR_IN), 0, 1)
+    absent_out = tl.where(out < read_number(problem, _OUT_CHANNELS, PROBLEMS, VECTOR_OUT), 0, 1)
+    chunk_and_tap = tile // out_tiles // channel_tiles
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    return chunk_and_tap // TAPS, chunk_and_tap % TAPS, channel, out, absent_channels, absent_out
 
 
 @triton.jit
@@ -176,13 +215,16 @@ def _pixel_sums_tile(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """The sums of the cotangent over one chunk of pixels, for BLOCK_CHANNELS out channels."""
-    out_channels = read(problem, _OUT_CHANNELS, PROBLEMS, VECTOR_OUT).to(tl.int32)
-    out_tiles = tl.load(problem + _OUT_TILES * PROBLEMS)
+    out_channels = read_number(problem, _OUT_CHANNELS, PROBLEMS, VECTOR_OUT)
+    out_tiles = read_number(problem, _OUT_TILES, PROBLEMS)
     chunk = tile // out_tiles
-    out = (tile % out_tiles).to(tl.int32) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    chunk_rows = tl.load(problem + _CHUNK * PROBLEMS)
-    rows = tl.minimum(tl.load(problem + _ROWS * PROBLEMS) - chunk * chunk_rows, chunk_rows).to(tl.int32)
-    dy += read(problem, _COTANGENT, PROBLEMS, VECTOR_OUT) + chunk * chunk_rows * out_channels
+    out = tile % out_tiles * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    chunk_rows = read_number(problem, _CHUNK, PROBLEMS)
+    rows = tl.minimum(read_number(problem, _ROWS, PROBLEMS) - chunk * chunk_rows, chunk_rows)
+    dy += (
+        read_offset(problem, _COTANGENT, PROBLEMS, VECTOR_OUT)
+        + (chunk * chunk_rows).to(tl.int64) * out_channels
+    )
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     for start in range(0, rows, BLOCK_ROWS):
         index = start + tl.arange(0, BLOCK_ROWS)
@@ -190,7 +232,9 @@ def _pixel_sums_tile(
         total += tl.load(dy + ((index * out_channels)[:, None] + out[None, :]), mask=mask, other=0.0).to(
             tl.float32
         )
-    partial = tl.load(problem + _PARTIAL * PROBLEMS) + chunk * tl.load(problem + _PARTIAL_STRIDE * PROBLEMS)
+    partial = read_offset(problem, _PARTIAL, PROBLEMS) + chunk * read_offset(
+        problem, _PARTIAL_STRIDE, PROBLEMS
+    )
     tl.store(workspace + partial + out, tl.sum(total, axis=0), mask=out < out_channels)
 
 
@@ -227,9 +271,8 @@ def _grouped_conv2d_wgrad_kernel(
     A tile is a chunk of pixels of one stage for one tap and a block of weights, or for a block of biases.
     """
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(table, index, PROBLEMS)
-        tile = index - tl.load(problem)
-        kind = tl.load(problem + _KIND * PROBLEMS)
+        problem, tile = find_problem(table, index, PROBLEMS)
+        kind = read_number(problem, _KIND, PROBLEMS)
         if WIDE_M > 0:
             if kind == _WIDE:
                 _weight_tile(
@@ -254,17 +297,17 @@ def _sum_tile(
     workspace, gradient, problem, tile, PROBLEMS: tl.constexpr, BLOCK_TERMS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """BLOCK elements of one gradient: the sum of their partial sums, BLOCK_TERMS at a time and then those together."""
-    element = tile * BLOCK + tl.arange(0, BLOCK)
-    live = element < tl.load(problem + _SIZE * PROBLEMS)
-    terms = tl.load(problem + _TERMS * PROBLEMS).to(tl.int32)
-    stride = tl.load(problem + _STRIDE * PROBLEMS)
-    workspace += tl.load(problem + _SUM_PARTIAL * PROBLEMS)
+    element = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = element < read_offset(problem, _SIZE, PROBLEMS)
+    terms = read_number(problem, _TERMS, PROBLEMS)
+    stride = read_offset(problem, _STRIDE, PROBLEMS)
+    workspace += read_offset(problem, _SUM_PARTIAL, PROBLEMS)
     total = tl.zeros([BLOCK_TERMS, BLOCK], tl.float32)
     for start in range(0, terms, BLOCK_TERMS):
         term = start + tl.arange(0, BLOCK_TERMS)
         mask = (term < terms)[:, None] & live[None, :]
         total += tl.load(workspace + ((term * stride)[:, None] + element[None, :]), mask=mask, other=0.0)
-    element += tl.load(problem + _RESULT * PROBLEMS)
+    element += read_offset(problem, _RESULT, PROBLEMS)
     tl.store(gradient + element, tl.sum(total, axis=0).to(gradient.dtype.element_ty), mask=live)
 
 
@@ -286,9 +329,8 @@ def _grouped_conv2d_sum_partials_kernel(
     Reads each partial sum once and writes each element once; zeros for a stage without samples, which has no sums.
     """
     index = tl.program_id(0)
-    problem = find_problem(table, index, PROBLEMS)
-    tile = index - tl.load(problem)
-    target = tl.load(problem + _TARGET * PROBLEMS)
+    problem, tile = find_problem(table, index, PROBLEMS)
+    target = read_number(problem, _TARGET, PROBLEMS)
     if dweight is not None:
         if target == _TO_WEIGHT:
             _sum_tile(workspace, dweight, problem, tile, PROBLEMS, BLOCK_TERMS, BLOCK)

@@ -16,8 +16,7 @@ from msd_kernels.triton.compilation import OPTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_ARCHITECTURE = 80
-# Programs of an interpreted launch: a few, so that the walk over tiles is exercised.
-INTERPRETED_PROGRAMS = 3
+INTERPRETED_MULTIPROCESSORS = 3
 
 
 @cache
@@ -63,15 +62,18 @@ def _has_compiler() -> bool:
     return bool(os.environ.get("CC") or which("gcc") or which("clang"))
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; for the interpreter a few, so that the walk over tiles is exercised."""
+    return _multiprocessors_of_gpu(device) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+
+
+@cache
+def _multiprocessors_of_gpu(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
     """The size of a grid that walks ``tiles`` tiles."""
-    if device.type != "cuda":
-        return min(tiles, INTERPRETED_PROGRAMS)
     return min(tiles, multiprocessors(device) * per_multiprocessor)
 
 

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 
 from msd_kernels.reference.grouped_conv2d import resampled_size
+from msd_kernels.triton.launch import multiprocessors
 from msd_kernels.triton.plan_cache import Table, cached_plan, make_table
 from msd_kernels.tuned import Launch, ProductParameters, Tile, WgradParameters
 
@@ -81,8 +82,10 @@ TO_WEIGHT, TO_BIAS, TO_SAMPLE_BIAS = range(3)
 # Tiles that a weight gradient is cut into at least, if there are pixels enough: several waves of any GPU.
 WGRAD_TILES = 1024
 WGRAD_MIN_CHUNK = 512
-# Offsets inside one stage's weight, one image and one chunk of pixels are 32-bit.
+# Offsets inside one stage's weight, one image and one chunk of pixels are 32-bit, and so are numbers of pixels.
 MAX_LOCAL = 2**31 - 2**24
+# The taps inside of an image are bits of one number.
+MAX_KERNEL = 15
 # A vector is 16 bytes; channel counts that it divides make every load of a slice 16 bytes wide.
 VECTOR_BYTES = 16
 NO_TILE = Tile(0, 0, 0, 0)
@@ -186,6 +189,11 @@ class Layout:
         pixels = max(self.in_pixels, self.out_pixels)
         widest = max(*self.channels, *self.skip_channels, *self.out_channels)
         return max(pixels * widest, *self.weight_sizes)
+
+    @cached_property
+    def most_pixels(self) -> int:
+        """Of a stage's samples together, in the larger of both maps."""
+        return max(self.counts, default=0) * max(self.in_pixels, self.out_pixels)
 
 
 @dataclass(frozen=True)
@@ -308,17 +316,24 @@ def is_pooled(modes: dict[str, int]) -> bool:
     return not {MEAN, SUM}.isdisjoint((modes["GATHER"], modes.get("COTANGENT_GATHER")))
 
 
+def is_resampled(modes: dict[str, int]) -> bool:
+    """Whether a product of these modes reads or writes at other positions than those of its grid."""
+    return modes["GATHER"] != SAME or bool(modes["REPEAT"])
+
+
 def _product_plan(
     problems: list[dict], parameters: ProductParameters, modes: dict[str, int], device: torch.device
 ) -> ProductPlan:
     depth = max((c for p in problems for c in (p["channels"], p.get("skip_channels", 0))), default=1)
-    launch = parameters.launch(max((p["rows"] for p in problems), default=1), depth, is_pooled(modes))
+    rows = max((p["rows"] for p in problems), default=1)
+    launches = parameters.launches(rows, depth, is_pooled(modes), is_resampled(modes))
+    launch, _ = min(launches, key=lambda choice: _time(problems, *choice, device))
     wide, narrow = launch.wide, launch.narrow
     for problem in problems:
-        problem["narrow"] = int(narrow is not None and problem["columns"] <= narrow.n)
+        problem["narrow"] = int(_is_narrow(problem, launch))
         tile = narrow if problem["narrow"] else wide
         problem["column_tiles"] = _ceil(problem["columns"], tile.n)
-        problem["tiles"] = _ceil(problem["rows"], tile.m) * problem["column_tiles"]
+        problem["tiles"] = _tiles(problem, tile)
     problems.sort(key=lambda p: (p["narrow"], -p["channels"] - p.get("skip_channels", 0)))
     return ProductPlan(
         make_table(problems, PRODUCT_FIELDS, device),
@@ -327,6 +342,23 @@ def _product_plan(
         launch.warps,
         launch.programs_per_multiprocessor,
     )
+
+
+def _is_narrow(problem: dict, launch: Launch) -> bool:
+    return launch.narrow is not None and problem["columns"] <= launch.narrow.n
+
+
+def _tiles(problem: dict, tile: Tile) -> int:
+    return _ceil(problem["rows"], tile.m) * _ceil(problem["columns"], tile.n)
+
+
+def _time(problems: list[dict], launch: Launch, speed: float, device: torch.device) -> float:
+    """How long the wide tiles of a launch take, to compare launches: the rounds that the busiest program walks, each
+    as long as its tile is large. That some problems are deeper than others changes all launches alike.
+    """
+    tiles = sum(_tiles(p, launch.wide) for p in problems if not _is_narrow(p, launch))
+    rounds = _ceil(tiles, multiprocessors(device) * launch.programs_per_multiprocessor)
+    return rounds * launch.wide.m * launch.wide.n / speed
 
 
 @cached_plan

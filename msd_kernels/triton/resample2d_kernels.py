@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from msd_kernels.triton.compilation import Compilation
-from msd_kernels.triton.grouped_conv2d_product_kernels import find_problem, read
 from msd_kernels.triton.resample2d import FIELDS, tile_constants
+from msd_kernels.triton.table import find_problem, read_number, read_offset
 
 CHANNELS = tl.constexpr(FIELDS.index("channels"))
 X_OFFSET = tl.constexpr(FIELDS.index("x"))
@@ -57,18 +57,17 @@ def _resample2d_kernel(
     COUNT: tl.constexpr = (len(TAPS) + STRIDE - 1) // STRIDE if UPWARD else len(TAPS)
     PADDING: tl.constexpr = (len(TAPS) - 1) // 2
     UNROLL: tl.constexpr = 2 if len(TAPS) <= 4 else 1
-    problem = find_problem(table, tl.program_id(0), PROBLEMS)
-    number = (tl.program_id(0) - tl.load(problem)).to(tl.int32)
-    channels = read(problem, CHANNELS, PROBLEMS, ALIGN_C).to(tl.int32)
+    problem, tile = find_problem(table, tl.program_id(0), PROBLEMS)
+    channels = read_number(problem, CHANNELS, PROBLEMS, ALIGN_C)
     channel_blocks = tl.cdiv(channels, BC)
     column_blocks = tl.cdiv(out_width, BX)
     row_blocks = tl.cdiv(out_height, rows)
-    channel = number % channel_blocks * BC + tl.arange(0, BC)
-    column = number // channel_blocks % column_blocks * BX + tl.arange(0, BX)
-    first_row = number // channel_blocks // column_blocks % row_blocks * rows
-    sample = (number // channel_blocks // column_blocks // row_blocks).to(tl.int64)
-    x += read(problem, X_OFFSET, PROBLEMS, ALIGN_C) + sample * height * width * channels
-    y += read(problem, Y_OFFSET, PROBLEMS, ALIGN_C) + sample * out_height * out_width * channels
+    channel = tile % channel_blocks * BC + tl.arange(0, BC)
+    column = tile // channel_blocks % column_blocks * BX + tl.arange(0, BX)
+    first_row = tile // channel_blocks // column_blocks % row_blocks * rows
+    sample = (tile // channel_blocks // column_blocks // row_blocks).to(tl.int64)
+    x += read_offset(problem, X_OFFSET, PROBLEMS, ALIGN_C) + sample * height * width * channels
+    y += read_offset(problem, Y_OFFSET, PROBLEMS, ALIGN_C) + sample * out_height * out_width * channels
     if CHANNELS_LAST:
         column, channel, pixel = column[:, None], channel[None, :], channels
         x_channel, y_channel = x + channel, y + channel

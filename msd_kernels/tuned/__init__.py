@@ -63,6 +63,8 @@ class Launch:
 class ProductParameters:
     """The forward pass and the input gradients.
 
+    ``large`` takes the place of the wide tile in launches with so many tiles that its coarser steps do not cost more
+    than it saves: a unit of work takes it ``1 / large_speed`` of the wide tile's time. None where there is none.
     ``pooled`` is the wide tile of a launch whose gather reads 2×2 pixels per value, ``unaligned`` that of one whose
     loads are single elements; ``short`` serves all results of a launch whose stages have at most ``short.m`` rows.
     ``pooled_stages`` bounds the slices in flight of a pooled launch. It is 1 on sm_90: with more, Triton 3.6 computes a
@@ -70,6 +72,8 @@ class ProductParameters:
     """
 
     wide: Tile
+    large: Tile | None
+    large_speed: float
     narrow: Tile
     pooled: Tile
     pooled_stages: int
@@ -82,16 +86,27 @@ class ProductParameters:
 
     def for_vectors(self, *vectors: int) -> ProductParameters:
         """The parameters for loads of that many elements: single ones take the registers of a larger tile."""
-        return replace(self, wide=self.unaligned, pooled=self.unaligned) if 1 in vectors else self
+        return _unaligned(replace(self, large=None)) if 1 in vectors else self
 
-    def launch(self, rows: int, depth: int, pooled: bool) -> Launch:
-        """The tiles for problems of at most ``rows`` rows and at most ``depth`` channels per source."""
+    def launches(self, rows: int, depth: int, pooled: bool, resampled: bool) -> list[tuple[Launch, float]]:
+        """What can serve problems of at most ``rows`` rows and at most ``depth`` channels per source.
+
+        ``resampled`` launches read or write at other positions than their grid's, ``pooled`` ones among them read 2×2
+        pixels per value. Each launch comes with its speed: work per time, where all multiprocessors are busy.
+        """
         if rows <= self.short.m and not pooled:
             short = _shallow(self.short, depth)
-            return Launch(short, None, self.short_warps, self.short_programs_per_multiprocessor)
-        tiles = _pooled(self) if pooled else (self.wide, self.narrow)
-        tiles = (_shallow(tile, depth) for tile in tiles)
-        return Launch(*tiles, self.warps, self.programs_per_multiprocessor)
+            return [(Launch(short, None, self.short_warps, self.short_programs_per_multiprocessor), 1.0)]
+        tiles = [(_pooled(self) if pooled else (self.wide, self.narrow), 1.0)]
+        if self.large and not resampled:
+            tiles.append(((self.large, self.narrow), self.large_speed))
+        return [
+            (
+                Launch(_shallow(w, depth), _shallow(n, depth), self.warps, self.programs_per_multiprocessor),
+                speed,
+            )
+            for (w, n), speed in tiles
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ class WgradParameters:
 
     def for_vectors(self, *vectors: int) -> WgradParameters:
         """As :meth:`ProductParameters.for_vectors`."""
-        return replace(self, wide=self.unaligned, pooled=self.unaligned) if 1 in vectors else self
+        return _unaligned(self) if 1 in vectors else self
 
     def launch(self, pooled: bool) -> Launch:
         """The tiles of a launch; ``pooled`` as in :class:`ProductParameters`."""
@@ -235,8 +250,19 @@ def parse(kind, entry: dict):
 
 def _pooled(parameters: ProductParameters | WgradParameters) -> tuple[Tile, Tile]:
     """The wide and the narrow tile of a pooled launch."""
-    tiles = (parameters.pooled, parameters.narrow)
+    tiles = (parameters.pooled, _small(parameters.narrow, parameters.pooled))
     return tuple(replace(tile, stages=min(tile.stages, parameters.pooled_stages)) for tile in tiles)
+
+
+def _unaligned(parameters):
+    """The parameters with tiles for loads of single elements."""
+    tile = parameters.unaligned
+    return replace(parameters, wide=tile, pooled=tile, narrow=_small(parameters.narrow, tile))
+
+
+def _small(narrow: Tile, tile: Tile) -> Tile:
+    """The narrow tile with no longer sides than another has."""
+    return replace(narrow, m=min(narrow.m, tile.m), k=min(narrow.k, tile.k))
 
 
 def _shallow(tile: Tile, depth: int) -> Tile:

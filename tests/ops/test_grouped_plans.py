@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import runpy
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import msd_kernels
+from helpers import import_benchmarks
 from msd_kernels import tuned
 from msd_kernels.triton import grouped_conv2d as triton
 from msd_kernels.triton import plan_cache, problems
@@ -119,9 +120,39 @@ def test_few_rows_take_the_short_tile():
     assert (plan.wide.m, plan.narrow, plan.warps) == (PRODUCT.short.m, None, PRODUCT.short_warps)
 
 
-def test_single_elements_take_the_unaligned_tile():
-    assert PRODUCT.for_vectors(8, 1).launch(1000, 64, False).wide == PRODUCT.unaligned
-    assert PRODUCT.for_vectors(8, 8) is PRODUCT
+@pytest.mark.parametrize("parameters", [PRODUCT, tuned.product(80, "float32")], ids=["large", "none"])
+def test_single_elements_take_the_unaligned_tile(parameters):
+    (launch, _), *others = parameters.for_vectors(8, 1).launches(1000, 64, False, False)
+    assert launch.wide == parameters.unaligned
+    assert launch.narrow.n == parameters.narrow.n
+    assert (launch.narrow.m, launch.narrow.k) <= (parameters.unaligned.m, parameters.unaligned.k)
+    assert not others
+    assert parameters.for_vectors(8, 8) is parameters
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "rows", "large"),
+    [
+        (1, 10, True),  # one large tile for two wide ones
+        (4, 2, False),  # two wide tiles at once are sooner there than a large one
+        (4, 8, True),
+        (4, 9, False),  # the ninth pair of wide tiles would need a large round of its own
+        (4, 100, True),
+    ],
+)
+def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large, monkeypatch):
+    """``rows`` are those of wide tiles."""
+    monkeypatch.setattr(problems, "multiprocessors", lambda _: multiprocessors)
+    layout = Layout((rows,), (64,), (0,), (128,), PRODUCT.wide.m, 1, 3, "none")
+    plan = problems.forward_plan.__wrapped__(layout, PRODUCT, CPU)
+    assert (plan.wide.m, plan.wide.n) == ((256, 128) if large else (128, 128))
+
+
+@pytest.mark.parametrize(("kernel", "resample"), [(3, "up"), (3, "down"), (1, "up")])
+def test_resampled_launches_take_no_large_tile(kernel, resample, monkeypatch):
+    monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
+    layout = Layout((99,), (64,), (0,), (128,), 16, 16, kernel, resample)
+    assert problems.forward_plan.__wrapped__(layout, PRODUCT, CPU).wide.m == 128
 
 
 @pytest.mark.parametrize(("unknown", "taken"), [(86, 80), (89, 80), (103, 100), (120, 80), (75, 80)])
@@ -133,7 +164,8 @@ def test_an_unknown_gpu_takes_the_nearest_table(unknown, taken):
 @pytest.mark.parametrize("arithmetic", tuned.ARITHMETICS)
 def test_tables_hold_powers_of_two(architecture, arithmetic):
     for parameters in (tuned.product(architecture, arithmetic), tuned.wgrad(architecture, arithmetic)):
-        for tile in (parameters.wide, parameters.narrow, parameters.pooled, parameters.unaligned):
+        tiles = [parameters.wide, parameters.narrow, parameters.pooled, parameters.unaligned]
+        for tile in [*tiles, getattr(parameters, "large", None) or parameters.wide]:
             assert all(
                 side >= tuned.SMALLEST_SIDE and side & (side - 1) == 0 for side in (tile.m, tile.n, tile.k)
             )
@@ -165,6 +197,20 @@ def test_too_large_an_image_is_refused():
     assert "2147483648" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
 
 
+def test_too_many_pixels_are_refused():
+    layout = Layout((2**21, 1), (4, 4), (0, 0), (4, 4), 32, 32, 1, "none")
+    assert f"got {2**31}" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
+    fewer = replace(layout, counts=(2**21 - 2**15, 2**20))
+    assert "pixels" not in (triton.cannot("grouped_conv2d", CPU, torch.float32, fewer) or "")
+
+
+def test_too_large_a_kernel_is_refused():
+    layout = Layout((1,), (4,), (0,), (4,), 32, 32, 17, "none")
+    assert "up to 15, got 17" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
+    fits = replace(layout, kernel=15)
+    assert "kernel" not in (triton.cannot("grouped_conv2d", CPU, torch.float32, fits) or "")
+
+
 def test_hot_path_never_waits_for_the_device():
     folder = Path(msd_kernels.__file__).parent / "triton"
     for name in HOT_PATH:
@@ -176,10 +222,31 @@ def test_hot_path_never_waits_for_the_device():
         assert not found, f"{name}: {found}"
 
 
+@pytest.fixture
+def tuning():
+    import_benchmarks()
+    return import_module("tune_grouped_conv2d")
+
+
 @pytest.mark.parametrize("architecture", tuned.architectures())
-def test_the_tuning_command_writes_tables_as_they_are_committed(architecture):
+def test_the_tuning_command_writes_tables_as_they_are_committed(architecture, tuning):
     """Whatever it does not tune, like attention's tiles, must survive."""
-    path = Path(__file__).parents[2] / "benchmarks" / "tune_grouped_conv2d.py"
-    tuning = runpy.run_path(str(path))
     committed = (Path(tuned.__file__).parent / f"sm_{architecture}.json").read_text()
-    assert tuning["format_table"](tuned.table(architecture)) == committed
+    assert tuning.format_table(tuned.table(architecture)) == committed
+
+
+@pytest.mark.parametrize(("gain", "large"), [(1.25, tuned.Tile(256, 128, 32, 3)), (1.0, None)])
+def test_tuning_keeps_a_large_tile_that_is_faster(gain, large, tuning, monkeypatch):
+    """All tiles take the same time per unit of work but one, which is faster or not."""
+    tried = []
+
+    def seconds_of(parameters, run, timer):
+        tried.append(parameters.wide)
+        return 1 / gain if parameters.wide == tuned.Tile(256, 128, 32, 3) else 1.0
+
+    monkeypatch.setattr(tuning, "seconds_of", seconds_of)
+    start = replace(PRODUCT, large=None, large_speed=1.0)
+    found = tuning.with_large(start, PRODUCT.large, None, None, float("inf"))
+    assert (found.large, found.large_speed) == (large, gain)
+    assert tried[:2] == [PRODUCT.wide, PRODUCT.large]
+    assert len(tried) == len(set(tried))

@@ -13,11 +13,11 @@ from torch import Tensor
 require_interpreter()
 
 from helpers import ROUNDING, assert_elements_close, poisoned_memory, stage_batch  # noqa: E402
-from msd_kernels import explain, grouped_conv2d, grouped_linear  # noqa: E402
+from msd_kernels import explain, grouped_conv2d, grouped_linear, tuned  # noqa: E402
 from msd_kernels.backends import use  # noqa: E402
 from msd_kernels.reference import grouped_conv2d as reference  # noqa: E402
 from msd_kernels.triton import grouped_conv2d as implementation  # noqa: E402
-from msd_kernels.triton import launch  # noqa: E402
+from msd_kernels.triton import launch, problems  # noqa: E402
 from msd_kernels.triton.problems import Layout  # noqa: E402
 from multistage_diffusion.networks import EDMUNet  # noqa: E402
 
@@ -101,6 +101,7 @@ CASES = {
         (1, 1, 1), (384, 256, 32), (32, 64, 32), skip_channels=(256, 256, 256), height=1, width=3, kernel=1
     ),
     "more than one tile": Case((3, 2), (8, 8), (40, 136), height=7, width=9, kernel=1),
+    "several sums over pixels": Case((10, 1), (4, 8), (8, 4), skip_channels=(4, 4), height=7, width=9),
     "image to features": Case((1, 1), (3, 3), (16, 40), height=5, width=3),
     "without the optional tensors": Case((2, 1), (12, 8), (4, 36), present=""),
     "five taps": Case((1, 1), (4, 4), (4, 8), kernel=5),
@@ -152,6 +153,27 @@ def test_backward_equals_float64(case, generator):
             assert_close(case, gradient, *rest)
 
 
+@pytest.mark.parametrize("present", ["bias residual", "bias sample_bias"])
+def test_large_tiles_equal_float64(present, generator, monkeypatch):
+    """Those of sm_90, ragged in both directions; biases of single samples need the registers of a smaller tile."""
+    monkeypatch.setattr(tuned, "architecture_of", lambda _: 90)
+    asked = []
+
+    def plan(layout, parameters, device):
+        asked.append(problems.forward_plan(layout, parameters, device))
+        return asked[-1]
+
+    monkeypatch.setattr(implementation, "forward_plan", plan)
+    case = Case(
+        (4, 4), (8, 16), (48, 136), (8, 8), height=7, width=9, present=present, dtype=torch.float16
+    )  # fmt: skip
+    test_forward_equals_float64(case, generator)
+    test_backward_equals_float64(case, generator)
+    parameters = tuned.product(90, "half")
+    expected = parameters.wide if "sample_bias" in present else parameters.large
+    assert [(p.wide.m, p.wide.n) for p in asked] == [(expected.m, expected.n)]
+
+
 @pytest.mark.parametrize("wanted", GRADIENTS)
 def test_backward_of_one_input_alone(wanted, generator):
     case = CASES["three stages, one empty"]
@@ -190,7 +212,7 @@ def test_results_do_not_depend_on_the_grid(generator, monkeypatch):
     x, skip, weight, *_, dy = tensors = case.tensors(generator)
     found = []
     for programs in (1, 5, 5):
-        monkeypatch.setattr(launch, "INTERPRETED_PROGRAMS", programs)
+        monkeypatch.setattr(launch, "INTERPRETED_MULTIPROCESSORS", programs)
         y = implementation.grouped_conv2d(*tensors[:6], *case.layout, 1.0)
         wanted = [True, False, True, True, True]
         found.append([y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, wanted)])
