@@ -6,8 +6,8 @@ The kernels are imported with the first call, so that this module needs no Trito
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from msd_kernels import allocate, tuned
 from msd_kernels.triton import launch as triton_launch
 from msd_kernels.triton.compilation import register_options
+from msd_kernels.triton.plan_cache import Table, cached_plan
 from msd_kernels.triton.problems import (
     MAX_KERNEL,
     MAX_LOCAL,
@@ -28,6 +29,34 @@ from msd_kernels.triton.problems import (
     tile_constants,
     wgrad_plan,
 )
+
+
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """One launch, but for its tensors.
+
+    Attributes:
+        kernel: what is launched.
+        table: its problems.
+        sizes: what the kernel takes besides, by value: the tiles and the map's height and width, where it walks them.
+        programs_per_multiprocessor: of a grid that walks the tiles; None for one program per tile.
+        options: the kernel's constants and the compiler's options.
+    """
+
+    kernel: object
+    table: Table
+    sizes: tuple[int, ...]
+    programs_per_multiprocessor: int | None
+    options: dict[str, object]
+
+    def launch(self, on: Tensor, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
+        """Runs the kernel on its tensors, the table, the sizes and other numbers, if there is anything to do."""
+        grid = self.table.tiles
+        if self.programs_per_multiprocessor:
+            grid = triton_launch.programs(on.device, grid, self.programs_per_multiprocessor)
+        if grid:
+            arguments = (*tensors, self.table.values, *self.sizes, *numbers)
+            triton_launch.launch(self.kernel, grid, on, *arguments, **self.options)
 
 
 def call_of(op: str, x: Tensor, layout: Layout) -> dict:
@@ -93,8 +122,7 @@ def grouped_conv2d(
 ) -> Tensor:
     """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
     layout = Layout.of(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    arithmetic = tuned.arithmetic(x.dtype, conv_allows_tf32())
-    return run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic)
+    return run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, _arithmetic(x))
 
 
 def grouped_conv2d_backward(
@@ -114,12 +142,13 @@ def grouped_conv2d_backward(
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
     layout = Layout.of(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    return run_backward(dy, x, skip, weight, layout, wanted, tuned.arithmetic(x.dtype, conv_allows_tf32()))
+    return run_backward(dy, x, skip, weight, layout, wanted, _arithmetic(x))
 
 
-def conv_allows_tf32() -> bool:
-    """PyTorch's own setting for float32 convolutions."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+def _arithmetic(x: Tensor) -> str:
+    """Float32 follows PyTorch's own setting for convolutions."""
+    allow_tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return tuned.arithmetic(x.dtype, allow_tf32)
 
 
 def run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic) -> Tensor:
@@ -157,70 +186,66 @@ def grouped_conv2d_forward(
     parameters: tuned.ProductParameters | None = None,
 ) -> None:
     """Writes ``y``: one launch, with the committed parameters unless others are given."""
-    constants = arithmetic_constants(layout, arithmetic, x.itemsize)
-    parameters = parameters or tuned.product(tuned.architecture_of(x.device), arithmetic)
-    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
-    if sample_bias is not None:  # too many registers for the large tile
+    planned = _plan_forward(layout, arithmetic, x.itemsize, sample_bias is not None, parameters, x.device)
+    planned.launch(x, x, skip, weight, bias, sample_bias, residual, y, numbers=(scale,))
+
+
+@cached_plan
+def _plan_forward(
+    layout: Layout,
+    arithmetic: str,
+    itemsize: int,
+    biased_samples: bool,
+    parameters: tuned.ProductParameters | None,
+    device: torch.device,
+) -> PlannedLaunch:
+    parameters = parameters or tuned.product(tuned.architecture_of(device), arithmetic)
+    if biased_samples:  # too many registers for the large tile
         parameters = replace(parameters, large=None)
-    plan = forward_plan(layout, parameters, x.device)
-    if not plan.table.tiles:
-        return
-    kernels = _product_kernels()
-    triton_launch.launch(
-        kernels._grouped_conv2d_forward_kernel,
-        triton_launch.programs(x.device, plan.table.tiles, plan.programs_per_multiprocessor),
-        x,
-        x,
-        skip,
-        weight,
-        bias,
-        sample_bias,
-        residual,
-        y,
-        plan.table.values,
-        plan.table.tiles,
-        *layout.grid,
-        scale,
-        PROBLEMS=plan.table.problems,
-        KERNEL=layout.kernel,
-        **layout.forward_modes,
+    return _planned_product(
+        _product_kernels()._grouped_conv2d_forward_kernel, forward_plan, layout.forward_modes, layout.grid,
+        layout, arithmetic, itemsize, parameters, device,
+    )  # fmt: skip
+
+
+def _planned_product(
+    kernel, plan_of, modes, grid, layout, arithmetic, itemsize, parameters, device
+) -> PlannedLaunch:
+    """A launch of a product kernel over the plan ``plan_of(layout, parameters, device)``."""
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = plan_of(layout, parameters, device)
+    options = {
+        "PROBLEMS": plan.table.problems,
+        "KERNEL": layout.kernel,
+        **modes,
         **constants,
         **tile_constants(plan.wide, plan.narrow),
-        num_warps=plan.warps,
+        "num_warps": plan.warps,
         **register_options(plan.warps, plan.programs_per_multiprocessor),
-    )
+    }
+    sizes = (plan.table.tiles, *grid)
+    return PlannedLaunch(kernel, plan.table, sizes, plan.programs_per_multiprocessor, options)
 
 
 def grouped_conv2d_dgrad(
     dy: Tensor, weight: Tensor, dx: Tensor | None, dskip: Tensor | None, layout: Layout, arithmetic: str
 ) -> None:
     """Writes the gradients of both sources, or of the one that is wanted: one launch."""
-    constants = arithmetic_constants(layout, arithmetic, dy.itemsize)
-    parameters = tuned.product(tuned.architecture_of(dy.device), arithmetic)
-    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
-    plan = dgrad_plan(layout, (dx is not None, dskip is not None), parameters, dy.device)
-    if not plan.table.tiles:
-        return
-    kernels = _product_kernels()
-    triton_launch.launch(
-        kernels._grouped_conv2d_dgrad_kernel,
-        triton_launch.programs(dy.device, plan.table.tiles, plan.programs_per_multiprocessor),
-        dy,
-        dy,
-        weight,
-        dskip if dx is None else dx,
-        dskip,
-        plan.table.values,
-        plan.table.tiles,
-        *layout.source_grid,
-        PROBLEMS=plan.table.problems,
-        KERNEL=layout.kernel,
-        **layout.dgrad_modes,
-        **constants,
-        **tile_constants(plan.wide, plan.narrow),
-        num_warps=plan.warps,
-        **register_options(plan.warps, plan.programs_per_multiprocessor),
-    )
+    wanted = (dx is not None, dskip is not None)
+    planned = _plan_dgrad(layout, wanted, arithmetic, dy.itemsize, dy.device)
+    planned.launch(dy, dy, weight, dskip if dx is None else dx, dskip)
+
+
+@cached_plan
+def _plan_dgrad(
+    layout: Layout, wanted: tuple[bool, bool], arithmetic: str, itemsize: int, device: torch.device
+) -> PlannedLaunch:
+    parameters = tuned.product(tuned.architecture_of(device), arithmetic)
+    return _planned_product(
+        _product_kernels()._grouped_conv2d_dgrad_kernel, partial(dgrad_plan, wanted=wanted), layout.dgrad_modes,
+        layout.source_grid, layout, arithmetic, itemsize, parameters, device,
+    )  # fmt: skip
 
 
 def grouped_conv2d_wgrad(
@@ -235,48 +260,45 @@ def grouped_conv2d_wgrad(
     parameters: tuned.WgradParameters | None = None,
 ) -> None:
     """Writes those gradients that are not None: one launch for partial sums, one to add them up."""
-    constants = arithmetic_constants(layout, arithmetic, x.itemsize)
-    parameters = parameters or tuned.wgrad(tuned.architecture_of(x.device), arithmetic)
-    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
     wanted = tuple(g is not None for g in (dweight, dbias, dsample_bias))
-    plan = wgrad_plan(layout, wanted, parameters, x.device)
-    workspace = x.new_empty(plan.workspace, dtype=torch.float32)
+    size, partials, sums = _plan_wgrad(layout, wanted, arithmetic, x.itemsize, parameters, x.device)
+    workspace = x.new_empty(size, dtype=torch.float32)
+    partials.launch(x, dy, x, skip, workspace)
+    sums.launch(x, workspace, dweight, dbias, dsample_bias)
+
+
+@cached_plan
+def _plan_wgrad(
+    layout: Layout,
+    wanted: tuple[bool, bool, bool],
+    arithmetic: str,
+    itemsize: int,
+    parameters: tuned.WgradParameters | None,
+    device: torch.device,
+) -> tuple[int, PlannedLaunch, PlannedLaunch]:
+    """The size of the workspace, the launch of the partial sums and that of their sums."""
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
+    parameters = parameters or tuned.wgrad(tuned.architecture_of(device), arithmetic)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = wgrad_plan(layout, wanted, parameters, device)
+    options = {
+        "PROBLEMS": plan.partials.problems,
+        "KERNEL": layout.kernel,
+        **layout.wgrad_modes,
+        **constants,
+        **tile_constants(plan.wide, plan.narrow),
+        "SUM_ROWS": parameters.sum_rows if plan.pixel_sums else 0,
+        "SUM_CHANNELS": parameters.sum_channels,
+        "num_warps": parameters.warps,
+        **register_options(parameters.warps, parameters.programs_per_multiprocessor),
+    }
     kernels = import_module("msd_kernels.triton.grouped_conv2d_wgrad_kernels")
-    if plan.partials.tiles:
-        triton_launch.launch(
-            kernels._grouped_conv2d_wgrad_kernel,
-            triton_launch.programs(x.device, plan.partials.tiles, parameters.programs_per_multiprocessor),
-            x,
-            dy,
-            x,
-            skip,
-            workspace,
-            plan.partials.values,
-            plan.partials.tiles,
-            *layout.grid,
-            PROBLEMS=plan.partials.problems,
-            KERNEL=layout.kernel,
-            **layout.wgrad_modes,
-            **constants,
-            **tile_constants(plan.wide, plan.narrow),
-            SUM_ROWS=parameters.sum_rows if plan.pixel_sums else 0,
-            SUM_CHANNELS=parameters.sum_channels,
-            num_warps=parameters.warps,
-            **register_options(parameters.warps, parameters.programs_per_multiprocessor),
-        )
-    if plan.sums.tiles:
-        triton_launch.launch(
-            kernels._grouped_conv2d_sum_partials_kernel,
-            plan.sums.tiles,
-            x,
-            workspace,
-            dweight,
-            dbias,
-            dsample_bias,
-            plan.sums.values,
-            PROBLEMS=plan.sums.problems,
-            **sum_constants(),
-        )
+    walk = parameters.programs_per_multiprocessor
+    sizes = (plan.partials.tiles, *layout.grid)
+    partials = PlannedLaunch(kernels._grouped_conv2d_wgrad_kernel, plan.partials, sizes, walk, options)
+    options = {"PROBLEMS": plan.sums.problems, **sum_constants()}
+    sums = PlannedLaunch(kernels._grouped_conv2d_sum_partials_kernel, plan.sums, (), None, options)
+    return plan.workspace, partials, sums
 
 
 @cache

@@ -57,4 +57,5 @@ def grouped_linear_backward(
 
 def _arithmetic(x: Tensor) -> str:
     """Float32 follows PyTorch's own setting for matrix products."""
-    return tuned.arithmetic(x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    allow_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return tuned.arithmetic(x.dtype, allow_tf32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
@@ -17,6 +18,12 @@ from msd_kernels.triton.compilation import OPTIONS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_ARCHITECTURE = 80
 INTERPRETED_MULTIPROCESSORS = 3
+# Triton compiles anew for tensors and integers that are not multiples of this.
+ALIGNMENT = 16
+MAX_COMPILED = 4096
+
+# By kernel, device, kinds of arguments and options: what Triton compiled, and the constants that it wants to see again.
+_compiled: dict[tuple, tuple] = {}
 
 
 @cache
@@ -78,7 +85,41 @@ def programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
 
 
 def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
-    """Runs ``grid`` programs of a kernel on the device of ``on``."""
+    """Runs ``grid`` programs of a kernel on the device of ``on``.
+
+    ``arguments`` are the kernel's first parameters, ``options`` its constants and the compiler's. Triton's own dispatch
+    binds and looks up all of them in every call, which takes the host longer than many of the kernels take the GPU.
+    Here it does so once for each kind of arguments; after that, what it compiled is launched directly.
+    """
     elsewhere = on.device.type == "cuda" and on.device.index != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else nullcontext():
-        kernel[(grid,)](*arguments, **OPTIONS, **options)
+        kinds = _kinds(arguments)
+        key = (id(kernel), on.device, kinds, tuple(options), tuple(options.values()))
+        found = _compiled.get(key) if kinds else None
+        if found is not None:
+            compiled, constants = found
+            compiled[grid, 1, 1](*arguments, *constants)
+            return
+        compiled = kernel[(grid,)](*arguments, **OPTIONS, **options)
+        if compiled is not None and kinds:
+            if len(_compiled) >= MAX_COMPILED:
+                _compiled.clear()
+            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+
+
+def _kinds(arguments: Sequence) -> tuple | None:
+    """What the compiled kernel depends on: types, and of integers whether they are 1, multiples of 16, or large.
+
+    None where a tensor is not aligned as all the others are.
+    """
+    kinds, addresses = [], 0
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            addresses |= argument.data_ptr()
+            kinds.append(argument.dtype)
+        elif type(argument) is int:
+            small = 0 <= argument < 2**31
+            kinds.append((argument == 1, argument % ALIGNMENT == 0) if small else argument)
+        else:
+            kinds.append(float if type(argument) is float else argument)
+    return None if addresses % ALIGNMENT else tuple(kinds)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
 
 from msd_kernels.reference.grouped_conv2d import resampled_size
 from msd_kernels.triton.launch import multiprocessors
-from msd_kernels.triton.plan_cache import Table, cached_plan, make_table
+from msd_kernels.triton.plan_cache import Table, make_table
 from msd_kernels.tuned import Launch, ProductParameters, Tile, WgradParameters
 
 # Columns of the tables. The kernels take their field numbers from here.
@@ -106,8 +106,9 @@ class Layout:
 
     @staticmethod
     def of(counts, channels, skip_channels, out_channels, height, width, kernel, resample) -> Layout:
+        """The same object for the same shapes, so that what follows from them is computed once."""
         lists = (counts, channels, skip_channels, out_channels)
-        return Layout(*map(tuple, lists), height, width, kernel, resample)
+        return _layout(*map(tuple, lists), height, width, kernel, resample)
 
     @property
     def stages(self) -> Iterator[int]:
@@ -196,6 +197,11 @@ class Layout:
         return max(self.counts, default=0) * max(self.in_pixels, self.out_pixels)
 
 
+@lru_cache(maxsize=4096)
+def _layout(*shapes) -> Layout:
+    return Layout(*shapes)
+
+
 @dataclass(frozen=True)
 class ProductPlan:
     """A launch of the forward or of the input gradients: its table, and the tiles that its kernel is compiled for."""
@@ -254,7 +260,6 @@ def tile_constants(wide: Tile | None, narrow: Tile | None) -> dict[str, int]:
     }
 
 
-@cached_plan
 def forward_plan(layout: Layout, parameters: ProductParameters, device: torch.device) -> ProductPlan:
     """Rows: pixels of the grid. Columns: out channels. Depth: taps × both sources' channels."""
     rows = math.prod(layout.grid)
@@ -284,9 +289,8 @@ def forward_plan(layout: Layout, parameters: ProductParameters, device: torch.de
     return _product_plan(problems, parameters, layout.forward_modes, device)
 
 
-@cached_plan
 def dgrad_plan(
-    layout: Layout, wanted: tuple[bool, bool], parameters: ProductParameters, device: torch.device
+    layout: Layout, parameters: ProductParameters, device: torch.device, wanted: tuple[bool, bool]
 ) -> ProductPlan:
     """Rows: pixels of the source grid. Columns: the source's channels. Depth: taps × out channels."""
     rows = math.prod(layout.source_grid)
@@ -361,7 +365,6 @@ def _time(problems: list[dict], launch: Launch, speed: float, device: torch.devi
     return rounds * launch.wide.m * launch.wide.n / speed
 
 
-@cached_plan
 def wgrad_plan(
     layout: Layout,
     wanted: tuple[bool, bool, bool],
