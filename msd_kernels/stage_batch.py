@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 __all__ = ["StageBatch", "StageWeights"]
+
+# Elements of batches and weights by their layout.
+_totals: dict[tuple, int] = {}
+MOST_TOTALS = 16384
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,15 @@ class StageBatch:
     width: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", tuple(self.counts))
-        object.__setattr__(self, "channels", tuple(self.channels))
+        if type(self.counts) is not tuple or type(self.channels) is not tuple:
+            object.__setattr__(self, "counts", tuple(self.counts))
+            object.__setattr__(self, "channels", tuple(self.channels))
         if not isinstance(self.values, Tensor):
             raise TypeError(f"StageBatch: values must be a tensor, got {type(self.values).__name__}")
-        if len(self.counts) != len(self.channels) or not self.counts:
+        total = _total(_elements_of_batch, *self.layout)
+        if self.values.dim() != 1 or self.values.numel() != total:
             raise ValueError(
-                f"StageBatch: counts and channels must name the same stages, at least one, "
-                f"got counts={self.counts} and channels={self.channels}"
-            )
-        if min(self.counts) < 0 or min(self.channels) < 1 or self.height < 1 or self.width < 1:
-            raise ValueError(
-                f"StageBatch: counts must be >= 0, channels, height and width >= 1, got counts={self.counts}, "
-                f"channels={self.channels}, height={self.height}, width={self.width}"
-            )
-        if self.values.dim() != 1 or self.values.numel() != sum(self.sizes):
-            raise ValueError(
-                f"StageBatch: values must be flat with {sum(self.sizes)} elements for counts={self.counts}, "
+                f"StageBatch: values must be flat with {total} elements for counts={self.counts}, "
                 f"channels={self.channels}, height={self.height}, width={self.width}, "
                 f"got shape {tuple(self.values.shape)}"
             )
@@ -123,6 +120,11 @@ class StageBatch:
         return StageBatch(values.reshape(-1), counts, (x.shape[1],) * len(counts), height, width)
 
     @property
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+        """All but the values: counts, channels, height and width."""
+        return self.counts, self.channels, self.height, self.width
+
+    @property
     def num_stages(self) -> int:
         return len(self.counts)
 
@@ -133,8 +135,7 @@ class StageBatch:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Elements per stage."""
-        pixels = self.height * self.width
-        return tuple(n * pixels * c for n, c in zip(self.counts, self.channels, strict=True))
+        return _sizes(*self.layout)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -224,12 +225,13 @@ class StageWeights:
     shapes: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
+        object.__setattr__(self, "shapes", tuple(map(tuple, self.shapes)))
         if not isinstance(self.values, Tensor):
             raise TypeError(f"StageWeights: values must be a tensor, got {type(self.values).__name__}")
-        if self.values.dim() != 1 or self.values.numel() != sum(self.sizes):
+        total = _total(_elements_of_weights, self.shapes)
+        if self.values.dim() != 1 or self.values.numel() != total:
             raise ValueError(
-                f"StageWeights: values must be flat with {sum(self.sizes)} elements for shapes={self.shapes}, "
+                f"StageWeights: values must be flat with {total} elements for shapes={self.shapes}, "
                 f"got shape {tuple(self.values.shape)}"
             )
 
@@ -257,6 +259,45 @@ class StageWeights:
     def with_values(self, values: Tensor) -> StageWeights:
         """The same shapes over another flat tensor of the same size."""
         return StageWeights(values, self.shapes)
+
+
+def _total(elements_of: Callable[..., int], *layout) -> int:
+    """``elements_of(*layout)``, remembered: networks make the same batches over and over."""
+    if torch.compiler.is_compiling():
+        return elements_of(*layout)
+    try:
+        return _totals[layout]
+    except (KeyError, TypeError):  # a new one, or one that cannot be hashed as its sizes are symbols
+        total = elements_of(*layout)
+    with suppress(TypeError):
+        if len(_totals) >= MOST_TOTALS:
+            _totals.clear()
+        _totals[layout] = total
+    return total
+
+
+def _elements_of_batch(counts: tuple[int, ...], channels: tuple[int, ...], height: int, width: int) -> int:
+    """The elements of a stage batch, whose layout is checked."""
+    if len(counts) != len(channels) or not counts:
+        raise ValueError(
+            f"StageBatch: counts and channels must name the same stages, at least one, "
+            f"got counts={counts} and channels={channels}"
+        )
+    if min(counts) < 0 or min(channels) < 1 or height < 1 or width < 1:
+        raise ValueError(
+            f"StageBatch: counts must be >= 0, channels, height and width >= 1, got counts={counts}, "
+            f"channels={channels}, height={height}, width={width}"
+        )
+    return sum(_sizes(counts, channels, height, width))
+
+
+def _sizes(counts: tuple[int, ...], channels: tuple[int, ...], height: int, width: int) -> tuple[int, ...]:
+    pixels = height * width
+    return tuple(n * pixels * c for n, c in zip(counts, channels, strict=True))
+
+
+def _elements_of_weights(shapes: tuple[tuple[int, ...], ...]) -> int:
+    return sum(_product(shape) for shape in shapes)
 
 
 def _product(shape: Sequence[int]) -> int:

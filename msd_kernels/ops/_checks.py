@@ -111,6 +111,11 @@ def pack_weights(
     return StageWeights.from_tensors(weights)
 
 
+def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:
+    if not isinstance(batch, StageBatch):
+        raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")
+
+
 def require_layout(
     op: str,
     name: str,
@@ -121,9 +126,8 @@ def require_layout(
     width: int,
 ) -> None:
     """``batch`` must be a StageBatch of exactly this layout."""
-    if not isinstance(batch, StageBatch):
-        raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")
-    got = (batch.counts, batch.channels, batch.height, batch.width)
+    require_stage_batch(op, name, batch)
+    got = batch.layout
     expected = (tuple(counts), tuple(channels), height, width)
     if got != expected:
         raise ValueError(

@@ -26,7 +26,7 @@ __all__ = ["group_norm"]
 
 OP = "group_norm"
 
-_DENSE_LAYOUTS = _checks.Remembered()
+_DENSE_LAYOUTS, _STAGE_LAYOUTS = _checks.Remembered(), _checks.Remembered()
 
 BACKENDS = OpBackends(
     OP,
@@ -107,19 +107,35 @@ def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shi
     return (*tensors, *layout)
 
 
-def _prepare_stage_batch(x, weight, bias, scale, shift, num_groups, eps, activation):
+def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
     _checks.require_floating(OP, "x", x.values)
     shapes = [(c,) for c in x.channels]
     weight, bias = (
-        None if w is None else _checks.pack_weights(OP, name, w, shapes).values
+        _checks.pack_weights(OP, name, w, shapes) if not (w is None or isinstance(w, StageWeights)) else w
         for name, w in (("weight", weight), ("bias", bias))
     )
     for name, batch in (("scale", scale), ("shift", shift)):
         if batch is not None:
+            _checks.require_stage_batch(OP, name, batch)
+    packed = (x, weight, bias, scale, shift)
+    tensors = tuple(None if t is None else t.values for t in packed)
+    key = (
+        x.layout,
+        *(w and w.shapes for w in (weight, bias)),
+        *(t and t.layout for t in (scale, shift)),
+        settings,
+    )
+    return tensors, _STAGE_LAYOUTS.find(lambda *_: _stage_layout(tensors, *packed, *settings), tensors, key)
+
+
+def _stage_layout(tensors, x, weight, bias, scale, shift, num_groups, eps, activation):
+    for name, w in (("weight", weight), ("bias", bias)):
+        if w is not None:
+            _checks.pack_weights(OP, name, w, [(c,) for c in x.channels])
+    for name, batch in (("scale", scale), ("shift", shift)):
+        if batch is not None:
             _checks.require_layout(OP, name, batch, x.counts, x.channels, 1, 1)
-    tensors = (x.values, weight, bias, *(None if t is None else t.values for t in (scale, shift)))
-    layout = _layout(tensors, x.counts, x.channels, x.height * x.width, True, num_groups, eps, activation)
-    return tensors, layout
+    return _layout(tensors, x.counts, x.channels, x.height * x.width, True, num_groups, eps, activation)
 
 
 def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):

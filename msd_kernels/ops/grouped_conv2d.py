@@ -23,6 +23,8 @@ __all__ = ["grouped_conv2d"]
 OP = "grouped_conv2d"
 RESAMPLE = (None, "up", "down")
 
+_LAYOUTS = _checks.Remembered()
+
 BACKENDS = OpBackends(
     OP,
     [
@@ -99,30 +101,82 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     if not isinstance(x, StageBatch):
         raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
     _checks.require_floating(OP, "x", x.values)
-    out_size = _resampled_size(x, resample)
     skip = _skip_batch(x, skip)
-    skip_channels = skip.channels if skip is not None else (0,) * x.num_stages
-    in_channels = [c + d for c, d in zip(x.channels, skip_channels, strict=True)]
-    weight = _checks.pack_weights(OP, "weight", weight, [(None, c, None, None) for c in in_channels])
+    weight, bias = _packed(x, skip, weight, bias)
+    for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
+        if batch is not None:
+            _checks.require_stage_batch(OP, name, batch)
+    batches = (x, skip, sample_bias, residual)
+    values, skip_values, sample_bias_values, residual_values = (
+        None if t is None else t.values for t in batches
+    )
+    tensors = _autocast.to_lower_precision(
+        x.device.type,
+        values,
+        skip_values,
+        weight.values,
+        bias and bias.values,
+        sample_bias_values,
+        residual_values,
+    )
+    settings = (
+        *(None if t is None else t.layout for t in batches),
+        weight.shapes,
+        bias and bias.shapes,
+        resample,
+    )
+    layout, out_size = _LAYOUTS.find(
+        lambda *_: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
+    )
+    return (*tensors, *layout, float(scale)), out_size
+
+
+def _packed(x, skip, weight, bias) -> tuple[StageWeights, StageWeights | None]:
+    """Weight and bias, which may be sequences of tensors, as StageWeights; checked where they were sequences."""
+    if not isinstance(weight, StageWeights):
+        weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(x, skip))
+    if bias is not None and not isinstance(bias, StageWeights):
+        bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
+    return weight, bias
+
+
+def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | None, ...]]:
+    skip_channels = (0,) * x.num_stages
+    if skip is not None:
+        _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
+        skip_channels = skip.channels
+    return [(None, c + d, None, None) for c, d in zip(x.channels, skip_channels, strict=True)]
+
+
+def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> tuple[tuple, tuple[int, int]]:
+    """Checks a call; returns the arguments of the dispatcher op between its tensors and the scale, and the output's
+    height and width.
+    """
+    out_size = _resampled_size(x, resample)
+    _checks.pack_weights(OP, "weight", weight, _weight_shapes(x, skip))
     kernel = _kernel_size(weight)
     out_channels = tuple(shape[0] for shape in weight.shapes)
     if bias is not None:
-        bias = _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_channels]).values
+        _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_channels])
     if sample_bias is not None:
         _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
     if residual is not None:
         _checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
-    batches = [None if batch is None else batch.values for batch in (skip, sample_bias, residual)]
-    values, skip, weight, bias, sample_bias, residual = _autocast.to_lower_precision(
-        x.device.type, x.values, batches[0], weight.values, bias, *batches[1:]
-    )
-    others = {"skip": skip, "weight": weight, "bias": bias, "sample_bias": sample_bias, "residual": residual}
-    for name, tensor in others.items():
+    for name, tensor in zip(("skip", "weight", "bias", "sample_bias", "residual"), tensors[1:], strict=True):
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, values)
-    layout = (x.counts, x.channels, skip_channels, out_channels, x.height, x.width, kernel)
-    call = (values, skip, weight, bias, sample_bias, residual, *layout, resample or "none", float(scale))
-    return call, out_size
+            _checks.require_like(OP, name, tensor, tensors[0])
+    skip_channels = skip.channels if skip is not None else (0,) * x.num_stages
+    layout = (
+        x.counts,
+        x.channels,
+        skip_channels,
+        out_channels,
+        x.height,
+        x.width,
+        kernel,
+        resample or "none",
+    )
+    return layout, out_size
 
 
 def _resampled_size(x: StageBatch, resample: str | None) -> tuple[int, int]:
@@ -144,7 +198,6 @@ def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch |
         skip = StageBatch.from_dense(skip, x.counts)
     if not isinstance(skip, StageBatch):
         raise TypeError(f"{OP}: skip must be a StageBatch or a dense tensor, got {type(skip).__name__}")
-    _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
     return skip
 
 

@@ -21,6 +21,8 @@ __all__ = ["grouped_linear"]
 
 OP = "grouped_linear"
 
+_LAYOUTS = _checks.Remembered()
+
 BACKENDS = OpBackends(
     OP,
     [
@@ -76,17 +78,33 @@ def _predicate_arguments(x: Tensor, *layout: Sequence[int]) -> dict:
 def _prepare(x, weight, bias=None, *, counts=None):
     """Checks a call; returns the input as a StageBatch and the arguments of the dispatcher op."""
     batch = _as_stage_batch(x, weight, counts)
-    weight = _checks.pack_weights(OP, "weight", weight, [(None, c) for c in batch.channels])
+    if not isinstance(weight, StageWeights):
+        weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(batch))
+    if bias is not None and not isinstance(bias, StageWeights):
+        bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
+    tensors = _autocast.to_lower_precision(
+        batch.device.type, batch.values, weight.values, bias and bias.values
+    )
+    settings = (batch.layout, weight.shapes, bias and bias.shapes)
+    layout = _LAYOUTS.find(lambda *_: _layout(tensors, batch, weight, bias), tensors, settings)
+    return batch, (*tensors, *layout)
+
+
+def _weight_shapes(batch: StageBatch) -> list[tuple[int | None, ...]]:
+    return [(None, c) for c in batch.channels]
+
+
+def _layout(tensors, batch, weight, bias) -> tuple[tuple[int, ...], ...]:
+    """Checks a call; returns the arguments of the dispatcher op behind its tensors."""
+    _checks.pack_weights(OP, "weight", weight, _weight_shapes(batch))
     out_features = tuple(shape[0] for shape in weight.shapes)
     if bias is not None:
-        bias = _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_features]).values
-    device_type = batch.device.type
-    values, weight, bias = _autocast.to_lower_precision(device_type, batch.values, weight.values, bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
+        _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_features])
+    for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, values)
+            _checks.require_like(OP, name, tensor, tensors[0])
     rows = tuple(n * batch.height * batch.width for n in batch.counts)
-    return batch, (values, weight, bias, rows, batch.channels, out_features)
+    return rows, batch.channels, out_features
 
 
 def _as_stage_batch(x, weight, counts) -> StageBatch:
