@@ -3,9 +3,10 @@
     python -m msd_kernels.aot --arch 80 --arch 90 --arch 100
 
 prints one line per kernel, configuration of the committed launch tables and architecture: registers per thread, bytes
-spilled, shared memory, the tensor-core instruction of the innermost loops, and which part of the bytes that they load
-comes in 16-byte loads. Exit status 1 if a kernel does not compile, spills, takes more shared memory than there is, or
-multiplies without tensor cores where it must use them.
+spilled, shared memory, the tensor-core instruction of the innermost loops, how many instructions are issued per cycle
+that the tensor cores need (they wait from 1 on), and which part of the bytes that the loops load comes in 16-byte
+loads. Exit status 1 if a kernel does not compile, spills, takes more shared memory than there is, or multiplies without
+tensor cores where it must use them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 
 import msd_kernels.triton
-from msd_kernels import tuned
+from msd_kernels import machine_code, tuned
 from msd_kernels.triton import launch
 from msd_kernels.triton.compilation import OPTIONS, Compilation
 
@@ -47,6 +45,7 @@ class Report:
         spilled: bytes of local memory per thread.
         shared: bytes of shared memory per program.
         multiplies: tensor-core instruction in the innermost loops: ``wgmma``, ``tcgen05``, ``mma``, or ``-``.
+        issue: issue slots per cycle of the tensor cores in the loop that multiplies most, where known, else 0.
         loaded: bytes loaded from global memory by the instructions of the innermost loops, per thread and pass.
         loaded_wide: those of them in loads of 16 bytes.
         error: why it did not compile, or what is wrong with the result; empty if all is well.
@@ -59,6 +58,7 @@ class Report:
     spilled: int = 0
     shared: int = 0
     multiplies: str = "-"
+    issue: float = 0.0
     loaded: int = 0
     loaded_wide: int = 0
     error: str = ""
@@ -135,6 +135,7 @@ def compile_one(compilation: Compilation, architecture: int) -> Report:
         spilled,
         compiled.metadata.shared,
         "+".join(multiplies) or "-",
+        machine_code.issue_share(compiled.asm["cubin"], architecture),
         loaded,
         loaded_wide,
         ", ".join(wrong),
@@ -173,15 +174,7 @@ def _loads(loops: list[list[str]]) -> tuple[int, int]:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of local memory (stack and spills)."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+    text = machine_code.run_on(cubin, "cuobjdump", "--dump-resource-usage")
     usage = [
         {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for line in text.splitlines()
     ]
@@ -199,6 +192,7 @@ def format_table(reports: Sequence[Report]) -> str:
         "spilled",
         "shared",
         "multiplies",
+        "issue",
         "16-byte loads",
         "",
     )
@@ -213,6 +207,7 @@ def format_table(reports: Sequence[Report]) -> str:
             r.spilled,
             r.shared,
             r.multiplies,
+            f"{r.issue:.2f}" if r.issue else "-",
             share,
         )
         rows.append((*map(str, cells), r.error or "ok"))

@@ -38,6 +38,13 @@ RELEASES_OF_THE_TABLES = ("3.6", "3.9")
 LAST_BYTES = 16
 
 
+# Loops on sm_90 whose addresses and masks must leave the tensor cores no time to wait.
+FED = {f"half {kernel} none {tiles}+narrow" for kernel in ("1x1", "3x3") for tiles in ("wide", "large")} | {
+    "half EDM"
+}
+MOST_ISSUE = 0.9
+
+
 def _allowed_spill(version):
     """Bytes per thread that a kernel may spill under a version of Triton."""
     return 0 if ".".join(version.split(".")[:2]) in RELEASES_OF_THE_TABLES else LAST_BYTES
@@ -59,6 +66,10 @@ def test_every_kernel_compiles_without_spills(module):
     wrong = _wrong(reports)
     assert reports
     assert not wrong, aot.format_table(wrong)
+    fed = [r for r in reports if r.architecture == 90 and r.configuration in FED]
+    slow = [r for r in fed if not 0 < r.issue <= MOST_ISSUE]
+    assert not slow, aot.format_table(slow)
+    assert fed or not any(name in module for name in ("grouped", "attention"))
 
 
 def test_few_spilled_bytes_pass_only_under_releases_that_the_tables_were_not_made_with():

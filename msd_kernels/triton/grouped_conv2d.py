@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -22,6 +22,7 @@ from msd_kernels.triton.problems import (
     MAX_KERNEL,
     MAX_LOCAL,
     Layout,
+    ProductPlan,
     arithmetic_constants,
     dgrad_plan,
     forward_plan,
@@ -199,26 +200,27 @@ def _plan_forward(
     parameters: tuned.ProductParameters | None,
     device: torch.device,
 ) -> PlannedLaunch:
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = parameters or tuned.product(tuned.architecture_of(device), arithmetic)
+    vectors = [constants["VECTOR_IN"]]
+    if (
+        max(layout.out_channels) > parameters.narrow.n
+    ):  # narrow tiles have the registers to store single elements
+        vectors.append(constants["VECTOR_OUT"])
+    parameters = parameters.for_vectors(*vectors)
     if biased_samples:  # too many registers for the large tile
         parameters = replace(parameters, large=None)
-    return _planned_product(
-        _product_kernels()._grouped_conv2d_forward_kernel, forward_plan, layout.forward_modes, layout.grid,
-        layout, arithmetic, itemsize, parameters, device,
-    )  # fmt: skip
+    plan = forward_plan(layout, parameters, device)
+    kernel = _product_kernels()._grouped_conv2d_forward_kernel
+    return _planned_product(kernel, plan, layout, layout.grid, layout.forward_modes | constants)
 
 
 def _planned_product(
-    kernel, plan_of, modes, grid, layout, arithmetic, itemsize, parameters, device
+    kernel, plan: ProductPlan, layout: Layout, grid: tuple[int, int], constants: dict
 ) -> PlannedLaunch:
-    """A launch of a product kernel over the plan ``plan_of(layout, parameters, device)``."""
-    constants = arithmetic_constants(layout, arithmetic, itemsize)
-    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
-    plan = plan_of(layout, parameters, device)
     options = {
         "PROBLEMS": plan.table.problems,
         "KERNEL": layout.kernel,
-        **modes,
         **constants,
         **tile_constants(plan.wide, plan.narrow),
         "num_warps": plan.warps,
@@ -241,11 +243,12 @@ def grouped_conv2d_dgrad(
 def _plan_dgrad(
     layout: Layout, wanted: tuple[bool, bool], arithmetic: str, itemsize: int, device: torch.device
 ) -> PlannedLaunch:
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = tuned.product(tuned.architecture_of(device), arithmetic)
-    return _planned_product(
-        _product_kernels()._grouped_conv2d_dgrad_kernel, partial(dgrad_plan, wanted=wanted), layout.dgrad_modes,
-        layout.source_grid, layout, arithmetic, itemsize, parameters, device,
-    )  # fmt: skip
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = dgrad_plan(layout, wanted, parameters, device)
+    kernel = _product_kernels()._grouped_conv2d_dgrad_kernel
+    return _planned_product(kernel, plan, layout, layout.source_grid, layout.dgrad_modes | constants)
 
 
 def grouped_conv2d_wgrad(

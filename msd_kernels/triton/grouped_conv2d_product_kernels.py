@@ -543,6 +543,7 @@ def compilations(architecture: int) -> Iterator[Compilation]:
         for kernel, resample, tiles in cases:
             for adjoint in (False, True):
                 yield _compilation(parameters, arithmetic, kernel, resample, tiles, adjoint)
+        yield _compilation(parameters, arithmetic, 3, "none", "to image", False)
 
 
 def _compilation(
@@ -554,10 +555,14 @@ def _compilation(
     adjoint: bool,
 ) -> Compilation:
     channels = (65 if tiles == "unaligned" else 64,)
-    layout = Layout.of((1,), channels, channels, channels, 2, 2, kernel, resample)
+    out_channels = (3,) if tiles == "to image" else channels
+    layout = Layout.of((1,), channels, channels, out_channels, 2, 2, kernel, resample)
     modes = layout.dgrad_modes if adjoint else layout.forward_modes
     constants = arithmetic_constants(layout, arithmetic, ITEMSIZES[ELEMENTS[arithmetic]])
-    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    vectors = (
+        [constants["VECTOR_IN"]] if tiles == "to image" else [constants["VECTOR_IN"], constants["VECTOR_OUT"]]
+    )
+    parameters = parameters.for_vectors(*vectors)
     rows = parameters.short.m + (tiles != "short")
     launches = parameters.launches(rows, channels[0], is_pooled(modes), is_resampled(modes))
     launch, _ = launches[-1 if tiles == "large+narrow" else 0]
@@ -577,7 +582,7 @@ def _compilation(
             "KERNEL": kernel,
             **modes,
             **constants,
-            **tile_constants(launch.wide, launch.narrow),
+            **tile_constants(None if tiles == "to image" else launch.wide, launch.narrow),
         },
         {"num_warps": launch.warps, **register_options(launch.warps, launch.programs_per_multiprocessor)},
         tensor_cores=arithmetic != "float32",

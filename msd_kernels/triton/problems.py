@@ -290,7 +290,7 @@ def forward_plan(layout: Layout, parameters: ProductParameters, device: torch.de
 
 
 def dgrad_plan(
-    layout: Layout, parameters: ProductParameters, device: torch.device, wanted: tuple[bool, bool]
+    layout: Layout, wanted: tuple[bool, bool], parameters: ProductParameters, device: torch.device
 ) -> ProductPlan:
     """Rows: pixels of the source grid. Columns: the source's channels. Depth: taps × out channels."""
     rows = math.prod(layout.source_grid)

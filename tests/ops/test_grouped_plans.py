@@ -102,11 +102,33 @@ def test_wgrad_cuts_long_sums_into_many_tiles():
     assert small.partials.tiles > 0
 
 
+def planned(layout: Layout, arithmetic: str = "half", itemsize: int = 2, biased_samples: bool = False):
+    return triton._plan_forward(layout, arithmetic, itemsize, biased_samples, PRODUCT, CPU)
+
+
 def test_plans_are_cached_per_shapes():
-    assert problems.forward_plan(EDM, PRODUCT, CPU) is problems.forward_plan(replace(EDM), PRODUCT, CPU)
-    assert problems.forward_plan(EDM, PRODUCT, CPU) is not problems.forward_plan(
-        replace(EDM, counts=(1, 1, 1)), PRODUCT, CPU
+    assert planned(EDM) is planned(replace(EDM))
+    assert planned(EDM) is not planned(replace(EDM, counts=(1, 1, 1)))
+    assert Layout.of([1, 2], *[[4, 4]] * 3, 8, 8, 3, "none") is Layout.of(
+        (1, 2), *[(4, 4)] * 3, 8, 8, 3, "none"
     )
+
+
+def test_biases_of_single_samples_take_no_large_tile(monkeypatch):
+    monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
+    layout = replace(EDM, counts=(3, 2, 1))
+    sides = [planned(layout, biased_samples=biased).options["WIDE_M"] for biased in (False, True)]
+    assert sides == [PRODUCT.large.m, PRODUCT.wide.m]
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "narrow_m"), [((3, 3, 3), PRODUCT.narrow.m), ((3, 3, 65), PRODUCT.unaligned.m)]
+)
+def test_few_out_channels_of_any_number_keep_the_wide_loads(out_channels, narrow_m):
+    """A network's last convolution has 3: what it loads is aligned all the same."""
+    options = planned(replace(EDM, out_channels=out_channels)).options
+    assert (options["VECTOR_IN"], options["VECTOR_OUT"]) == (8, 1)
+    assert options["NARROW_M"] == narrow_m
 
 
 def test_vector_needs_every_channel_count_divisible():
@@ -144,7 +166,7 @@ def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large,
     """``rows`` are those of wide tiles."""
     monkeypatch.setattr(problems, "multiprocessors", lambda _: multiprocessors)
     layout = Layout((rows,), (64,), (0,), (128,), PRODUCT.wide.m, 1, 3, "none")
-    plan = problems.forward_plan.__wrapped__(layout, PRODUCT, CPU)
+    plan = problems.forward_plan(layout, PRODUCT, CPU)
     assert (plan.wide.m, plan.wide.n) == ((256, 128) if large else (128, 128))
 
 
@@ -152,7 +174,7 @@ def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large,
 def test_resampled_launches_take_no_large_tile(kernel, resample, monkeypatch):
     monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
     layout = Layout((99,), (64,), (0,), (128,), 16, 16, kernel, resample)
-    assert problems.forward_plan.__wrapped__(layout, PRODUCT, CPU).wide.m == 128
+    assert problems.forward_plan(layout, PRODUCT, CPU).wide.m == 128
 
 
 @pytest.mark.parametrize(("unknown", "taken"), [(86, 80), (89, 80), (103, 100), (120, 80), (75, 80)])
