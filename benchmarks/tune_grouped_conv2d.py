@@ -36,8 +36,9 @@ from msd_kernels.triton.problems import Layout  # noqa: E402
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 # One third of the samples each, at the middle resolution: every tile kind has work.
 MIX = Layout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none")
-# As many samples as fill every GPU several times over, for the tile that serves only such launches.
-FULL = replace(MIX, counts=(64, 64, 64), height=32, width=32)
+# As many samples as fill every GPU several times over, none of them in narrow tiles, for the tile that serves only such
+# launches.
+FULL = replace(MIX, counts=(64, 64, 0), height=32, width=32)
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64), (64, 64))
 DEPTHS, STAGES, WARPS = (16, 32, 64), (2, 3, 4, 5), (4, 8)
 REPETITIONS = 10
@@ -106,7 +107,7 @@ def with_large(
     one does, and with its speed; without one if there is none. ``present`` is tried first.
     """
     area = parameters.wide.m * parameters.wide.n
-    tiles = ([present] if present else []) + [t for t in tiles_unlike(present) if t.m * t.n > area]
+    tiles = [t for t in (present, *tiles_unlike(present)) if t and t.m * t.n > area]
     taken = seconds_of(parameters, run, timer)
     best, best_time = fastest((replace(parameters, wide=tile) for tile in tiles), run, timer, deadline)
     if best is None or best_time >= taken:

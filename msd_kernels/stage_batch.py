@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import index
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = ["StageBatch", "StageWeights"]
 # Elements of batches and weights by their layout.
 _totals: dict[tuple, int] = {}
 MOST_TOTALS = 16384
+INTEGERS = frozenset((int,))
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StageBatch:
         height, width: spatial size, the same for all stages. Vectors per sample have ``height = width = 1``.
 
     Raises:
-        TypeError: ``values`` is not a tensor.
+        TypeError: ``values`` is not a tensor, or another field holds what is no integer.
         ValueError: ``values`` is not flat or its size does not follow from the other fields.
     """
 
@@ -48,6 +50,10 @@ class StageBatch:
         if type(self.counts) is not tuple or type(self.channels) is not tuple:
             object.__setattr__(self, "counts", tuple(self.counts))
             object.__setattr__(self, "channels", tuple(self.channels))
+        if not torch.compiler.is_compiling() and not INTEGERS.issuperset(
+            map(type, (*self.counts, *self.channels, self.height, self.width))
+        ):
+            self._make_integers()
         if not isinstance(self.values, Tensor):
             raise TypeError(f"StageBatch: values must be a tensor, got {type(self.values).__name__}")
         total = _total(_elements_of_batch, *self.layout)
@@ -57,6 +63,19 @@ class StageBatch:
                 f"channels={self.channels}, height={self.height}, width={self.width}, "
                 f"got shape {tuple(self.values.shape)}"
             )
+
+    def _make_integers(self) -> None:
+        """Turns what stands for integers, as NumPy's do, into those: remembered calls are told apart by equality."""
+        try:
+            counts, channels = (tuple(map(_integer, sizes)) for sizes in (self.counts, self.channels))
+            layout = (counts, channels, _integer(self.height), _integer(self.width))
+        except TypeError:
+            raise TypeError(
+                f"StageBatch: counts, channels, height and width must be integers, got counts={self.counts}, "
+                f"channels={self.channels}, height={self.height}, width={self.width}"
+            ) from None
+        for name, value in zip(("counts", "channels", "height", "width"), layout, strict=True):
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def from_segments(segments: Sequence[Tensor]) -> StageBatch:
@@ -265,15 +284,20 @@ def _total(elements_of: Callable[..., int], *layout) -> int:
     """``elements_of(*layout)``, remembered: networks make the same batches over and over."""
     if torch.compiler.is_compiling():
         return elements_of(*layout)
-    try:
-        return _totals[layout]
-    except (KeyError, TypeError):  # a new one, or one that cannot be hashed as its sizes are symbols
+    total = None
+    with suppress(TypeError):  # a layout that cannot be hashed, as its sizes are symbols
+        total = _totals.get(layout)
+    if total is None:
         total = elements_of(*layout)
-    with suppress(TypeError):
-        if len(_totals) >= MOST_TOTALS:
-            _totals.clear()
-        _totals[layout] = total
+        with suppress(TypeError):
+            if len(_totals) >= MOST_TOTALS:
+                _totals.clear()
+            _totals[layout] = total
     return total
+
+
+def _integer(value) -> int | torch.SymInt:
+    return value if isinstance(value, torch.SymInt) else index(value)
 
 
 def _elements_of_batch(counts: tuple[int, ...], channels: tuple[int, ...], height: int, width: int) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 
@@ -298,3 +299,25 @@ def test_stage_weights_are_frozen():
 def test_stage_weights_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=f"^StageWeights: {message}"):
         call()
+
+
+def test_integers_of_other_kinds_become_integers():
+    counts = np.bincount([0, 2, 2], minlength=3)
+    batch = StageBatch(torch.zeros(3 * 4 * 2), counts, (2, 2, 2), np.int64(2), 2)
+    assert batch.layout == ((1, 0, 2), (2, 2, 2), 2, 2)
+    assert {type(size) for size in (*batch.counts, *batch.channels, batch.height, batch.width)} == {int}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_no_integer_is_refused_although_an_equal_integer_was_seen(again):
+    if again:
+        StageBatch(torch.zeros(16), (1,), (2,), 4, 2)
+    with pytest.raises(TypeError, match=r"must be integers, got .*height=4.0") as caught:
+        StageBatch(torch.zeros(16), (1,), (2,), 4.0, 2)
+    assert caught.value.__suppress_context__
+
+
+def test_errors_come_without_another_one_before_them():
+    with pytest.raises(ValueError, match="same stages") as caught:
+        StageBatch(torch.zeros(5), (1,), (4, 4), 1, 1)
+    assert caught.value.__context__ is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from operator import index
 
 import torch
 from torch import Tensor
@@ -26,30 +27,32 @@ class Remembered:
     def __init__(self) -> None:
         self._layouts: dict[Hashable, tuple] = {}
 
-    def find(self, check: Callable[..., tuple], tensors: Sequence[Tensor | None], settings: tuple) -> tuple:
-        """``check(*tensors, *settings)``, or what it has returned for such a call."""
+    def find(self, check: Callable[[], tuple], tensors: Sequence[Tensor | None], settings: tuple) -> tuple:
+        """``check()``, which looks at ``tensors`` and ``settings``, or what it has returned for such a call.
+
+        Settings that are equal must mean the same: no integers that may be floats.
+        """
         if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or tensors[0] is None
             or not PLAIN.issuperset(map(type, tensors))
         ):
-            return check(*tensors, *settings)
+            return check()
         key = (
             tensors[0].stride(),
             settings,
             *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
         )
-        try:
-            return self._layouts[key]
-        except (KeyError, TypeError):
-            return self._remember(key, check(*tensors, *settings))
-
-    def _remember(self, key: tuple, layout: tuple) -> tuple:
-        if len(self._layouts) >= self.MOST:
-            self._layouts.clear()
+        layout = None
         with suppress(TypeError):  # settings that cannot be hashed, like lists
-            self._layouts[key] = layout
+            layout = self._layouts.get(key)
+        if layout is None:
+            layout = check()
+            with suppress(TypeError):
+                if len(self._layouts) >= self.MOST:
+                    self._layouts.clear()
+                self._layouts[key] = layout
         return layout
 
 
@@ -70,6 +73,16 @@ def require_like(
     if tensor.dtype != x.dtype and tensor.dtype not in also:
         allowed = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, *also)))
         raise TypeError(f"{op}: {name} must be {allowed} for x of {x.dtype}, got {tensor.dtype}")
+
+
+def integers(op: str, name: str, value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """One integer or several; what stands for integers, as NumPy's do, is turned into those."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return tuple(map(index, value)) if isinstance(value, Sequence) else index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be one integer or one per stage, got {value!r}") from None
 
 
 def per_stage(op: str, name: str, value: int | Sequence[int], num_stages: int) -> tuple[int, ...]:

@@ -96,12 +96,12 @@ def explain(*args, **kwargs) -> Explanation:
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
     """Checks a call and turns it into the arguments of the dispatcher op."""
-    settings = (num_groups, eps, activation)
+    settings = (_checks.integers(OP, "num_groups", num_groups), eps, activation)
     if isinstance(x, StageBatch):
         tensors, layout = _prepare_stage_batch(x, weight, bias, scale, shift, *settings)
     else:
         tensors = (x, weight, bias, scale, shift)
-        layout = _DENSE_LAYOUTS.find(_dense_layout, tensors, settings)
+        layout = _DENSE_LAYOUTS.find(lambda: _dense_layout(*tensors, *settings), tensors, settings)
     if tensors[0].is_cuda:
         tensors = _autocast.to_float32_on_cuda("cuda", *tensors)
     return (*tensors, *layout)
@@ -125,7 +125,7 @@ def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
         *(t and t.layout for t in (scale, shift)),
         settings,
     )
-    return tensors, _STAGE_LAYOUTS.find(lambda *_: _stage_layout(tensors, *packed, *settings), tensors, key)
+    return tensors, _STAGE_LAYOUTS.find(lambda: _stage_layout(tensors, *packed, *settings), tensors, key)
 
 
 def _stage_layout(tensors, x, weight, bias, scale, shift, num_groups, eps, activation):

@@ -126,16 +126,17 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
         resample,
     )
     layout, out_size = _LAYOUTS.find(
-        lambda *_: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
+        lambda: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
     )
     return (*tensors, *layout, float(scale)), out_size
 
 
 def _packed(x, skip, weight, bias) -> tuple[StageWeights, StageWeights | None]:
     """Weight and bias, which may be sequences of tensors, as StageWeights; checked where they were sequences."""
-    if not isinstance(weight, StageWeights):
-        weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(x, skip))
-    if bias is not None and not isinstance(bias, StageWeights):
+    if isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights)):
+        return weight, bias
+    weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(x, skip))
+    if bias is not None:
         bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
     return weight, bias
 

@@ -78,15 +78,15 @@ def _predicate_arguments(x: Tensor, *layout: Sequence[int]) -> dict:
 def _prepare(x, weight, bias=None, *, counts=None):
     """Checks a call; returns the input as a StageBatch and the arguments of the dispatcher op."""
     batch = _as_stage_batch(x, weight, counts)
-    if not isinstance(weight, StageWeights):
+    if not (isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights))):
         weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(batch))
-    if bias is not None and not isinstance(bias, StageWeights):
-        bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
+        if bias is not None:
+            bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
     tensors = _autocast.to_lower_precision(
         batch.device.type, batch.values, weight.values, bias and bias.values
     )
     settings = (batch.layout, weight.shapes, bias and bias.shapes)
-    layout = _LAYOUTS.find(lambda *_: _layout(tensors, batch, weight, bias), tensors, settings)
+    layout = _LAYOUTS.find(lambda: _layout(tensors, batch, weight, bias), tensors, settings)
     return batch, (*tensors, *layout)
 
 

@@ -203,9 +203,8 @@ def _plan_forward(
     constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = parameters or tuned.product(tuned.architecture_of(device), arithmetic)
     vectors = [constants["VECTOR_IN"]]
-    if (
-        max(layout.out_channels) > parameters.narrow.n
-    ):  # narrow tiles have the registers to store single elements
+    # Narrow tiles have the registers to store single elements.
+    if max(layout.out_channels) > parameters.narrow.n:
         vectors.append(constants["VECTOR_OUT"])
     parameters = parameters.for_vectors(*vectors)
     if biased_samples:  # too many registers for the large tile

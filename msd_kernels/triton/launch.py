@@ -89,7 +89,8 @@ def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
 
     ``arguments`` are the kernel's first parameters, ``options`` its constants and the compiler's. Triton's own dispatch
     binds and looks up all of them in every call, which takes the host longer than many of the kernels take the GPU.
-    Here it does so once for each kind of arguments; after that, what it compiled is launched directly.
+    Here it does so once for each kind of arguments; after that, what it compiled is launched directly, without the
+    hooks that run before Triton's dispatch and without regard to settings of its compiler that change later.
     """
     elsewhere = on.device.type == "cuda" and on.device.index != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else nullcontext():
@@ -110,7 +111,7 @@ def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
 def _kinds(arguments: Sequence) -> tuple | None:
     """What the compiled kernel depends on: types, and of integers whether they are 1, multiples of 16, or large.
 
-    None where a tensor is not aligned as all the others are.
+    None where a tensor is not aligned.
     """
     kinds, addresses = [], 0
     for argument in arguments:

@@ -84,6 +84,8 @@ WGRAD_TILES = 1024
 WGRAD_MIN_CHUNK = 512
 # Offsets inside one stage's weight, one image and one chunk of pixels are 32-bit, and so are numbers of pixels.
 MAX_LOCAL = 2**31 - 2**24
+# No tile reaches over more rows, those of a row that is written to 2×2 pixels counted each.
+MOST_ROWS = 1024
 # The taps inside of an image are bits of one number.
 MAX_KERNEL = 15
 # A vector is 16 bytes; channel counts that it divides make every load of a slice 16 bytes wide.
@@ -186,10 +188,10 @@ class Layout:
 
     @cached_property
     def largest_local_offset(self) -> int:
-        """The largest distance inside one image or one weight."""
+        """The largest distance inside one image, one weight or the rows of one tile."""
         pixels = max(self.in_pixels, self.out_pixels)
         widest = max(*self.channels, *self.skip_channels, *self.out_channels)
-        return max(pixels * widest, *self.weight_sizes)
+        return max(pixels * widest, MOST_ROWS * widest, *self.weight_sizes)
 
     @cached_property
     def most_pixels(self) -> int:

@@ -147,7 +147,8 @@ def test_single_elements_take_the_unaligned_tile(parameters):
     (launch, _), *others = parameters.for_vectors(8, 1).launches(1000, 64, False, False)
     assert launch.wide == parameters.unaligned
     assert launch.narrow.n == parameters.narrow.n
-    assert (launch.narrow.m, launch.narrow.k) <= (parameters.unaligned.m, parameters.unaligned.k)
+    assert launch.narrow.m <= parameters.unaligned.m
+    assert launch.narrow.k <= parameters.unaligned.k
     assert not others
     assert parameters.for_vectors(8, 8) is parameters
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msd_kernels import group_norm
+from helpers import stage_batch
+from msd_kernels import StageBatch, group_norm, grouped_conv2d
 from msd_kernels.ops._checks import Remembered
 from msd_kernels.ops._operators import _observed
+from msd_kernels.stage_batch import StageWeights
 
 
 class Recorder(TorchDispatchMode):
@@ -90,7 +95,8 @@ def test_checked_calls_are_checked_once_per_layout(generator):
     remembered = Remembered()
     x = torch.randn(2, 4, generator=generator)
     for tensor, setting in [(x, 1), (x + 1, 1), (x, 2), (x[:1], 1), (x.double(), 1), (x.t(), 1), (x, 1)]:
-        assert remembered.find(check, (tensor,), (setting,)) == (tensor.shape[0],)
+        found = remembered.find(partial(check, tensor, setting), (tensor,), (setting,))
+        assert found == (tensor.shape[0],)
     assert seen == [((2, 4), 1), ((2, 4), 2), ((1, 4), 1), ((2, 4), 1), ((4, 2), 1)]
 
 
@@ -102,3 +108,37 @@ def test_checked_calls_are_not_remembered_where_they_fail_or_cannot_be_hashed(ge
         assert group_norm(x, [2]).shape == x.shape
         with pytest.raises(ValueError, match="num_groups must be one integer or one per stage"):
             group_norm(x, [2, 2])
+
+
+def test_calls_with_errors_leave_others_alone(generator):
+    """Each valid call comes before and after one that differs from it in a single thing and is wrong."""
+    x = stage_batch(generator, (2, 1), (8, 4), 2, 2)
+    weights = [torch.randn(o, c, 3, 3, generator=generator) for o, c in ((4, 8), (8, 4))]
+    packed = StageWeights.from_tensors(weights)
+    bias = StageWeights.from_tensors([torch.zeros(4), torch.zeros(8)])
+    good = grouped_conv2d(x, packed, bias).values
+    one = weights[:1]
+    wrong = [
+        (TypeError, "bias must be torch.float32", {"bias": bias.with_values(bias.values.double())}),
+        (ValueError, "bias of stage 0", {"bias": StageWeights(bias.values, ((8,), (4,)))}),
+        (ValueError, "residual must have", {"residual": x}),
+        (ValueError, "resample must be", {"resample": "sideways"}),
+        (TypeError, "sample_bias must be a StageBatch", {"sample_bias": x.values}),
+        (ValueError, r"weight must hold one .* \(2\), got 1", {"bias": [torch.zeros(4)], "weight": one}),
+        (ValueError, "weight must hold", {"bias": bias.tensors(), "weight": StageWeights.from_tensors(one)}),
+    ]
+    for kind, message, change in wrong:
+        with pytest.raises(kind, match=message) as caught:
+            grouped_conv2d(x, **{"weight": packed, "bias": bias} | change)
+        assert caught.value.__context__ is None
+        assert torch.equal(grouped_conv2d(x, packed, bias).values, good)
+
+
+@pytest.mark.parametrize("pack", [lambda x: x, StageBatch.from_dense], ids=["dense", "stages"])
+def test_groups_are_integers(pack, generator):
+    x = pack(torch.randn(2, 8, 3, 3, generator=generator))
+    for groups in (2, np.int64(2), [np.int64(2)] if isinstance(x, StageBatch) else 2):
+        group_norm(x, groups)
+    with pytest.raises(TypeError, match=r"num_groups must be one integer or one per stage, got 2\.0"):
+        group_norm(x, 2.0)
+    group_norm(x, 2)
