@@ -135,7 +135,7 @@ def compile_one(compilation: Compilation, architecture: int) -> Report:
         spilled,
         compiled.metadata.shared,
         "+".join(multiplies) or "-",
-        machine_code.issue_share(compiled.asm["cubin"], architecture),
+        machine_code.issue_share(compiled.asm["cubin"], architecture) if multiplies else 0.0,
         loaded,
         loaded_wide,
         ", ".join(wrong),

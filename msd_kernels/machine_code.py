@@ -18,6 +18,7 @@ from pathlib import Path
 WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x\d+\.")
 MMA = re.compile(r"\bHMMA\.(16816|1688)\.")
 MMA_CYCLES = {80: 8}
+ARCHITECTURES = (80, 90)
 
 
 def tool(name: str) -> Path:
@@ -38,6 +39,8 @@ def run_on(cubin: bytes, name: str, *options: str) -> str:
 
 def issue_share(cubin: bytes, architecture: int) -> float:
     """Issue slots per cycle of the tensor cores in the loop that multiplies most, or 0 where that is not known."""
+    if architecture not in ARCHITECTURES:
+        return 0.0
     loops = innermost_loops(run_on(cubin, "nvdisasm", "--print-code"))
     cycles = [sum(tensor_cycles(line, architecture) for line in loop) for loop in loops]
     if not any(cycles):
