@@ -155,8 +155,7 @@ def innermost_loops(ptx: str) -> list[list[str]]:
         if branch and labels.get(branch[1], end) < end:
             last_branch[labels[branch[1]]] = end
     spans = [s for s in last_branch.items() if any(WORK.search(line) for line in lines[s[0] : s[1]])]
-    innermost = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [lines[start : end + 1] for start, end in innermost]
+    return [lines[start : end + 1] for start, end in machine_code.innermost(spans)]
 
 
 def _loads(loops: list[list[str]]) -> tuple[int, int]:

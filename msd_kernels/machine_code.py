@@ -68,11 +68,12 @@ def innermost_loops(disassembly: str) -> list[Sequence[str]]:
             if start <= end:
                 spans[start] = end
     working = [s for s in spans.items() if any("MMA" in line for line in instructions[s[0] : s[1] + 1])]
-    return [
-        instructions[start : end + 1]
-        for start, end in working
-        if not any((start, end) != (a, b) and start <= a and b <= end for a, b in working)
-    ]
+    return [instructions[start : end + 1] for start, end in innermost(working)]
+
+
+def innermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans, first and last line, that hold no other one."""
+    return [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
 
 
 def _parse(disassembly: str) -> tuple[list[str], dict[str, int]]:

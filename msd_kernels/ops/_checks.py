@@ -124,6 +124,24 @@ def pack_weights(
     return StageWeights.from_tensors(weights)
 
 
+def pack_layer(
+    op: str,
+    weight: StageWeights | Sequence[Tensor],
+    bias: StageWeights | Sequence[Tensor] | None,
+    shapes: Sequence[tuple[int | None, ...]],
+) -> tuple[StageWeights, StageWeights | None]:
+    """A layer's weight, whose ``shapes`` are known, and its bias of as many elements as the weight has rows."""
+    weight = pack_weights(op, "weight", weight, shapes)
+    if bias is not None:
+        bias = pack_weights(op, "bias", bias, [shape[:1] for shape in weight.shapes])
+    return weight, bias
+
+
+def is_packed(weight: StageWeights | Sequence[Tensor], bias: StageWeights | Sequence[Tensor] | None) -> bool:
+    """Whether there is nothing left to pack."""
+    return isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights))
+
+
 def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:
     if not isinstance(batch, StageBatch):
         raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")

@@ -102,7 +102,8 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
         raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
     _checks.require_floating(OP, "x", x.values)
     skip = _skip_batch(x, skip)
-    weight, bias = _packed(x, skip, weight, bias)
+    if not _checks.is_packed(weight, bias):
+        weight, bias = _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
     for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
         if batch is not None:
             _checks.require_stage_batch(OP, name, batch)
@@ -131,16 +132,6 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     return (*tensors, *layout, float(scale)), out_size
 
 
-def _packed(x, skip, weight, bias) -> tuple[StageWeights, StageWeights | None]:
-    """Weight and bias, which may be sequences of tensors, as StageWeights; checked where they were sequences."""
-    if isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights)):
-        return weight, bias
-    weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(x, skip))
-    if bias is not None:
-        bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
-    return weight, bias
-
-
 def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | None, ...]]:
     skip_channels = (0,) * x.num_stages
     if skip is not None:
@@ -154,11 +145,9 @@ def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> 
     height and width.
     """
     out_size = _resampled_size(x, resample)
-    _checks.pack_weights(OP, "weight", weight, _weight_shapes(x, skip))
+    _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
     kernel = _kernel_size(weight)
     out_channels = tuple(shape[0] for shape in weight.shapes)
-    if bias is not None:
-        _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_channels])
     if sample_bias is not None:
         _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
     if residual is not None:

@@ -78,10 +78,8 @@ def _predicate_arguments(x: Tensor, *layout: Sequence[int]) -> dict:
 def _prepare(x, weight, bias=None, *, counts=None):
     """Checks a call; returns the input as a StageBatch and the arguments of the dispatcher op."""
     batch = _as_stage_batch(x, weight, counts)
-    if not (isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights))):
-        weight = _checks.pack_weights(OP, "weight", weight, _weight_shapes(batch))
-        if bias is not None:
-            bias = _checks.pack_weights(OP, "bias", bias, [shape[:1] for shape in weight.shapes])
+    if not _checks.is_packed(weight, bias):
+        weight, bias = _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
     tensors = _autocast.to_lower_precision(
         batch.device.type, batch.values, weight.values, bias and bias.values
     )
@@ -96,10 +94,8 @@ def _weight_shapes(batch: StageBatch) -> list[tuple[int | None, ...]]:
 
 def _layout(tensors, batch, weight, bias) -> tuple[tuple[int, ...], ...]:
     """Checks a call; returns the arguments of the dispatcher op behind its tensors."""
-    _checks.pack_weights(OP, "weight", weight, _weight_shapes(batch))
+    _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
     out_features = tuple(shape[0] for shape in weight.shapes)
-    if bias is not None:
-        _checks.pack_weights(OP, "bias", bias, [(o,) for o in out_features])
     for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):
         if tensor is not None:
             _checks.require_like(OP, name, tensor, tensors[0])
