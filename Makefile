@@ -16,7 +16,7 @@ demo: install  ## train a three-stage model on handwritten digits and sample fro
 	$(BIN)/msd demo --out $(RUN)
 
 test: install lint cuda-check  ## style, CUDA compilation where there is nvcc, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,31 +17,17 @@ TESTS = Path(__file__).parent
 FILES = sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*_triton.py"))
 
 
-def run(file: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get(VARIABLE) == "1", reason="this is the interpreter's process")
+@pytest.mark.skipif(bool(unusable()), reason=unusable())
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_in_the_interpreter(file):
+    result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)],
         cwd=TESTS.parent,
         env=os.environ | {VARIABLE: "1"},
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture(scope="module")
-def runs(request) -> Iterator[dict[str, Future]]:
-    """The files that were asked for, as many at a time as there are cores: each needs one."""
-    if reason := unusable():
-        pytest.skip(reason)
-    asked = (item.callspec.params["file"] for item in request.session.items if item.path == request.path)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {file: pool.submit(run, file) for file in asked}
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get(VARIABLE) == "1", reason="this is the interpreter's process")
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_in_the_interpreter(file, runs):
-    result = runs[file].result()
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
     assert " passed" in result.stdout, result.stdout

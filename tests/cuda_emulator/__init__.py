@@ -6,6 +6,7 @@ What it cannot show: speed, the instructions in ptx.cuh, and memory ordering ins
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import sys
 from collections.abc import Iterator
@@ -79,7 +80,14 @@ class Emulator:
 
 
 def build(folder: Path) -> Path:
-    """Compiles what has changed since the last time; returns the library."""
+    """Compiles what has changed since the last time; returns the library. Other processes wait meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder)
+
+
+def _build(folder: Path) -> Path:
     from toolchain import Compilation, compile_changed, find_cxx, run
 
     torch_folder = Path(torch.__file__).parent
@@ -102,19 +110,10 @@ def build(folder: Path) -> Path:
     ]
     compile_changed(compilations)
     library = folder / "libcuda_emulator.so"
-    objects = (str(compilation.object) for compilation in compilations)
-    run(
-        (
-            *cxx[:1],
-            "-shared",
-            *checks,
-            *objects,
-            f"-L{torch_folder / 'lib'}",
-            "-ltorch_cpu",
-            "-o",
-            str(library),
-        )
-    )
+    objects = [compilation.object for compilation in compilations]
+    link = (*cxx[:1], "-shared", *checks, *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+    if not library.exists() or any(o.stat().st_mtime_ns > library.stat().st_mtime_ns for o in objects):
+        run((*link, "-o", str(library)))
     return library
 
 
