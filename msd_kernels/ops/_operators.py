@@ -6,13 +6,17 @@ maps, and behind kernels that leave nothing of Python in the caches, that time i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from msd_kernels.backends import FallbackWarning, use
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -44,6 +48,7 @@ class Operator:
         types = [str(argument.type) for argument in self._overload._schema.arguments]
         self._num_tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in types)
         self._function: type[torch.autograd.Function] | None = None
+        self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         if _observed(args[: self._num_tensors]):
@@ -81,9 +86,26 @@ class Operator:
 
     def _differentiable(self, keyset: DispatchKeySet | None, *args: Any) -> Any:
         """``keyset`` is the dispatcher's, None for a call around it."""
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[: self._num_tensors]):
+        tensors = args[: self._num_tensors]
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        transformed = differentiated and torch._C._are_functorch_transforms_active()
+        if transformed or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
+            return self._plain(*args)
+        if differentiated:
             return self._function.apply(*args, keyset)
         return self._below_autograd(keyset, *args)
+
+    def _plain(self, *args: Any) -> Any:
+        """By the reference, which is plain PyTorch and so has forward-mode derivatives and torch.func's."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._name}: served by 'reference', which alone has forward-mode and torch.func derivatives",
+                FallbackWarning,
+                stacklevel=4,
+            )
+        with use("reference"):
+            return self._kernel(*args)
 
     def _below_autograd(self, keyset: DispatchKeySet | None, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -104,6 +126,10 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
         if tensor is not None and tensor.is_neg():
             return True
     return False
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
