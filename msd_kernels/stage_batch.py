@@ -19,7 +19,7 @@ MOST_TOTALS = 16384
 INTEGERS = frozenset((int,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageBatch:
     """A feature map of a mixed batch, sorted by stage, without padding.
 
@@ -30,7 +30,7 @@ class StageBatch:
         y = x.with_values(x.values * 0.5)
 
     Args:
-        values: flat tensor of ``sum(counts[s] * height * width * channels[s])`` elements.
+        values: flat tensor of ``sum(counts[s] * height * width * channels[s])`` elements; one with gaps is copied.
         counts: samples per stage, known on the host.
         channels: channels per stage.
         height, width: spatial size, the same for all stages. Vectors per sample have ``height = width = 1``.
@@ -63,12 +63,13 @@ class StageBatch:
                 f"channels={self.channels}, height={self.height}, width={self.width}, "
                 f"got shape {tuple(self.values.shape)}"
             )
+        _close_gaps(self)
 
     def _make_integers(self) -> None:
         """Turns what stands for integers, as NumPy's do, into those: remembered calls are told apart by equality."""
         try:
-            counts, channels = (tuple(map(_integer, sizes)) for sizes in (self.counts, self.channels))
-            layout = (counts, channels, _integer(self.height), _integer(self.width))
+            counts, channels = (tuple(map(as_integer, sizes)) for sizes in (self.counts, self.channels))
+            layout = (counts, channels, as_integer(self.height), as_integer(self.width))
         except TypeError:
             raise TypeError(
                 f"StageBatch: counts, channels, height and width must be integers, got counts={self.counts}, "
@@ -123,8 +124,11 @@ class StageBatch:
         No copy where ``x`` is channels_last (or ``[B, C]``). ``counts`` defaults to one stage.
 
         Raises:
+            TypeError: ``x`` is not a tensor.
             ValueError: another rank, or counts that do not sum up to B.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"StageBatch: from_dense takes a tensor, got {type(x).__name__}")
         if x.dim() not in (2, 4):
             raise ValueError(
                 f"StageBatch: from_dense takes [B, C, H, W] or [B, C], got shape {tuple(x.shape)}"
@@ -211,8 +215,12 @@ class StageBatch:
         """Per stage the channels of ``first``, then those of ``second``: ``[n_s, C_s + D_s, H, W]``, a copy.
 
         Raises:
+            TypeError: another kind than a StageBatch.
             ValueError: counts or spatial sizes differ.
         """
+        for batch in (first, second):
+            if not isinstance(batch, StageBatch):
+                raise TypeError(f"StageBatch: concatenate takes two StageBatches, got {type(batch).__name__}")
         if (first.counts, first.height, first.width) != (second.counts, second.height, second.width):
             raise ValueError(
                 f"StageBatch: concatenate needs the same counts and size, got {first.counts} at "
@@ -222,7 +230,7 @@ class StageBatch:
         return StageBatch.from_segments([torch.cat(pair, dim=1) for pair in pairs])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageWeights:
     """The weights that one layer holds for all stages, packed in one flat tensor.
 
@@ -232,12 +240,12 @@ class StageWeights:
     ``torch.nn.Parameter`` can be the storage.
 
     Args:
-        values: flat tensor of ``sum(prod(shape) for shape in shapes)`` elements.
+        values: flat tensor of ``sum(prod(shape) for shape in shapes)`` elements; one with gaps is copied.
         shapes: per stage the weight's shape in PyTorch's own order.
 
     Raises:
-        TypeError: ``values`` is not a tensor.
-        ValueError: the size of ``values`` does not follow from ``shapes``.
+        TypeError: ``values`` is not a tensor, or a shape holds what is no integer.
+        ValueError: a size below 1, or the size of ``values`` does not follow from ``shapes``.
     """
 
     values: Tensor
@@ -253,13 +261,24 @@ class StageWeights:
                 f"StageWeights: values must be flat with {total} elements for shapes={self.shapes}, "
                 f"got shape {tuple(self.values.shape)}"
             )
+        _close_gaps(self)
 
     @staticmethod
     def from_tensors(tensors: Sequence[Tensor]) -> StageWeights:
-        """Packs one weight per stage, in a copy that autograd sees."""
+        """Packs one weight per stage, in a copy that autograd sees.
+
+        Raises:
+            TypeError: an entry is not a tensor.
+            ValueError: no weights.
+        """
         tensors = list(tensors)
         if not tensors:
             raise ValueError("StageWeights: from_tensors needs at least one weight, got none")
+        for stage, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"StageWeights: the weight of stage {stage} must be a tensor, got {type(tensor).__name__}"
+                )
         flat = [t.permute(0, 2, 3, 1).reshape(-1) if t.dim() == 4 else t.reshape(-1) for t in tensors]
         return StageWeights(
             flat[0] if len(flat) == 1 else torch.cat(flat), tuple(tuple(t.shape) for t in tensors)
@@ -280,6 +299,12 @@ class StageWeights:
         return StageWeights(values, self.shapes)
 
 
+def _close_gaps(packed: StageBatch | StageWeights) -> None:
+    """Kernels read the values as one dense piece of memory; a view of every second element, say, is none."""
+    if not packed.values.is_contiguous():
+        object.__setattr__(packed, "values", packed.values.contiguous())
+
+
 def _total(elements_of: Callable[..., int], *layout) -> int:
     """``elements_of(*layout)``, remembered: networks make the same batches over and over."""
     if torch.compiler.is_compiling():
@@ -296,7 +321,8 @@ def _total(elements_of: Callable[..., int], *layout) -> int:
     return total
 
 
-def _integer(value) -> int | torch.SymInt:
+def as_integer(value) -> int | torch.SymInt:
+    """What stands for an integer, as NumPy's do, as one; TypeError for the rest."""
     return value if isinstance(value, torch.SymInt) else index(value)
 
 
@@ -321,7 +347,14 @@ def _sizes(counts: tuple[int, ...], channels: tuple[int, ...], height: int, widt
 
 
 def _elements_of_weights(shapes: tuple[tuple[int, ...], ...]) -> int:
-    return sum(_product(shape) for shape in shapes)
+    """The elements of packed weights, whose shapes are checked."""
+    try:
+        sizes = [as_integer(size) for shape in shapes for size in shape]
+    except TypeError:
+        raise TypeError(f"StageWeights: shapes must hold integers, got {shapes}") from None
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"StageWeights: every size must be >= 1, got shapes={shapes}")
+    return sum(map(_product, shapes))
 
 
 def _product(shape: Sequence[int]) -> int:

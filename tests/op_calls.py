@@ -174,6 +174,14 @@ def packed_attention(side: int) -> Call:
     return Call([(2, 12, side, side)], function)
 
 
+def planar_attention(side: int) -> Call:
+    return Call([(2, 12, side, side)], lambda x: attention(x, num_heads=2, layout="blocked"))
+
+
+def dense_attention(side: int) -> Call:
+    return Call([(2, 2, side**2, 3), (2, 2, side, 3), (2, 2, side, 3)], attention)
+
+
 def stage_resampling(side: int) -> Call:
     counts, channels = (2, 0, 1), (6, 4, 2)
 
@@ -197,6 +205,8 @@ CALLS = {
     "grouped_conv2d of one stage": (grouped_conv2d_op.BACKENDS, plain_conv),
     "attention of stages": (attention_op.BACKENDS, stage_attention),
     "attention of a packed tensor": (attention_op.BACKENDS, packed_attention),
+    "attention of a planar packed tensor": (attention_op.BACKENDS, planar_attention),
+    "attention of dense tensors": (attention_op.BACKENDS, dense_attention),
     "resample2d of stages": (resample2d_op.BACKENDS, stage_resampling),
     "resample2d of a dense tensor": (resample2d_op.BACKENDS, dense_resampling),
 }

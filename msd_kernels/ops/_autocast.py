@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CAST = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def lower_precision_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the active autocast region, or None outside of one. The meta device has no autocast."""
@@ -14,10 +16,10 @@ def lower_precision_dtype(device_type: str) -> torch.dtype | None:
 
 
 def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts floating tensors, except float64, to ``dtype``; autocast leaves float64 alone too."""
+    """Casts what autocast casts to ``dtype``; float64, and what no op takes, stay as they are."""
     if dtype is None:
         return tensors
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if t is not None and t.dtype in CAST else t for t in tensors)
 
 
 def to_lower_precision(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from numbers import Real
 from operator import index
 
 import torch
 from torch import Tensor
 
 from msd_kernels.ops._operators import PLAIN
-from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.stage_batch import StageBatch, StageWeights, as_integer
 
+NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -61,6 +64,9 @@ def require_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
 def require_like(
@@ -75,14 +81,51 @@ def require_like(
         raise TypeError(f"{op}: {name} must be {allowed} for x of {x.dtype}, got {tensor.dtype}")
 
 
+def real(op: str, name: str, value: float) -> float:
+    """A number, also NaN or infinite. No tensor: its gradient would be lost, and a GPU waited for."""
+    if type(value) is float:
+        return value
+    if type(value) not in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def number(op: str, name: str, value: float) -> float:
+    """A finite number."""
+    found = real(op, name, value)
+    if not math.isfinite(found):
+        raise ValueError(f"{op}: {name} must be finite, got {found}")
+    return found
+
+
+def integer(op: str, name: str, value: int) -> int:
+    """What stands for an integer, as NumPy's do, is turned into one."""
+    if type(value) is int:
+        return value
+    try:
+        return as_integer(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+
+
 def integers(op: str, name: str, value: int | Sequence[int]) -> int | tuple[int, ...]:
-    """One integer or several; what stands for integers, as NumPy's do, is turned into those."""
+    """One integer or several."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
-        return tuple(map(index, value)) if isinstance(value, Sequence) else index(value)
+        return tuple(map(as_integer, value)) if isinstance(value, Sequence) else index(value)
     except TypeError:
         raise TypeError(f"{op}: {name} must be one integer or one per stage, got {value!r}") from None
+
+
+def stage_counts(op: str, counts: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(as_integer, counts))
+    except TypeError:
+        raise TypeError(f"{op}: counts must be integers, one per stage, got {counts!r}") from None
 
 
 def per_stage(op: str, name: str, value: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
@@ -96,12 +139,23 @@ def per_stage(op: str, name: str, value: int | Sequence[int], num_stages: int) -
     return (value,) * num_stages
 
 
+def require_weights(op: str, name: str, weights: StageWeights | Sequence[Tensor]) -> None:
+    """``weights`` must be a StageWeights or a sequence of tensors, of whatever shapes."""
+    if isinstance(weights, StageWeights):
+        return
+    if isinstance(weights, str | bytes) or not isinstance(weights, Sequence | torch.nn.ParameterList):
+        got = "a single tensor" if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"{op}: {name} must be a StageWeights or one tensor per stage, got {got}")
+    for stage, tensor in enumerate(weights):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} of stage {stage} must be a tensor, got {type(tensor).__name__}")
+
+
 def pack_weights(
     op: str, name: str, weights: StageWeights | Sequence[Tensor], shapes: Sequence[tuple[int | None, ...]]
 ) -> StageWeights:
     """One weight per stage, packed; ``shapes`` holds what each must be, with None where any size goes."""
-    if isinstance(weights, Tensor):
-        raise TypeError(f"{op}: {name} must be a StageWeights or one tensor per stage, got a single tensor")
+    require_weights(op, name, weights)
     given = weights.shapes if isinstance(weights, StageWeights) else tuple(tuple(w.shape) for w in weights)
     if len(given) != len(shapes):
         raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(shapes)}), got {len(given)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -113,8 +112,8 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
         raise ValueError(
             f"{OP}: k and v must be given both or neither, got {'v' if k is None else 'k'} alone"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{OP}: scale must be finite, got {scale}")
+    scale = None if scale is None else _checks.number(OP, "scale", scale)
+    num_heads = _checks.integers(OP, "num_heads", num_heads)
     if k is None:
         tensors, shape, order = _prepare_packed(q, num_heads, layout)
     else:
@@ -128,11 +127,11 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None:
             _checks.require_like(OP, name, tensor, q)
-    return (q, k, v, *shape, order, None if scale is None else float(scale))
+    return (q, k, v, *shape, order, scale)
 
 
 def _prepare_packed(q, num_heads, layout):
-    if layout not in PACKED_ORDERS:
+    if not isinstance(layout, str) or layout not in PACKED_ORDERS:
         raise ValueError(
             f"{OP}: layout must be one of {', '.join(PACKED_ORDERS)} for a packed q, got {layout!r}"
         )
@@ -149,8 +148,8 @@ def _prepare_packed(q, num_heads, layout):
     heads, head_dims = _split_channels((channels,), num_heads, 3)
     shape = ((batch,), heads, head_dims, height * width, height * width)
     if q.stride(1) == 1 and not q.is_contiguous():
-        return (q.permute(0, 2, 3, 1).reshape(-1), None, None), shape, channels_last
-    return (q.reshape(-1), None, None), shape, planar
+        return (q.permute(0, 2, 3, 1).reshape(-1).contiguous(), None, None), shape, channels_last
+    return (q.reshape(-1).contiguous(), None, None), shape, planar
 
 
 def _prepare_stage_batches(q, k, v, num_heads):

@@ -167,6 +167,7 @@ def _layout(tensors, counts, channels, spatial, channels_last, num_groups, eps, 
     """The arguments of the dispatcher op behind its tensors."""
     if activation not in (None, "silu"):
         raise ValueError(f"{OP}: activation must be None or 'silu', got {activation!r}")
+    eps = _checks.real(OP, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{OP}: eps must be >= 0, got {eps}")
     for name, tensor in zip(("weight", "bias", "scale", "shift"), tensors[1:], strict=True):
@@ -176,7 +177,7 @@ def _layout(tensors, counts, channels, spatial, channels_last, num_groups, eps, 
     for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
         if g < 1 or c % g:
             raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
-    return counts, channels, groups, spatial, channels_last, float(eps), activation == "silu"
+    return counts, channels, groups, spatial, channels_last, eps, activation == "silu"
 
 
 def _predicate_arguments(x: Tensor, channels: Sequence[int], groups: Sequence[int]) -> dict:
@@ -191,14 +192,17 @@ def _fits_as_it_is(implementation: ModuleType, x: Tensor, channels_last: bool) -
     """Whether a backend takes the tensors of a call in their own shapes; the others want them flat."""
     if not getattr(implementation, "TAKES_OWN_SHAPES", False):
         return False
-    return x.dim() == 1 or (x.dim() == 4 and x.is_contiguous(memory_format=_order(channels_last)))
+    order = _order(channels_last and x.dim() == 4)
+    return x.dim() in (1, 4) and x.is_contiguous(memory_format=order)
 
 
 def _flat(t: Tensor | None, channels_last: bool) -> Tensor | None:
-    """A tensor in the order of its memory. Stage batches are flat already."""
-    if t is None or t.dim() == 1:
-        return t
-    return (t.movedim(1, -1) if channels_last else t).reshape(-1)
+    """A tensor in the order of its memory, without gaps. Stage batches are flat already."""
+    if t is None:
+        return None
+    if channels_last and t.dim() > 1:
+        t = t.movedim(1, -1)
+    return t.reshape(-1).contiguous()  # reshape alone keeps a stride that all dimensions share, 0 among them
 
 
 def _like(t: Tensor, flat: Tensor, channels_last: bool) -> Tensor:
@@ -284,7 +288,7 @@ def _backward(
         return allocate.without_absent(gradients, x)
     flat = [_flat(t, False) for t in parameters]
     gradients = implementation.group_norm_backward(
-        _flat(dy, channels_last).contiguous(),  # reshape alone keeps a stride of 0
+        _flat(dy, channels_last),
         _flat(x, channels_last),
         mean,
         rstd,

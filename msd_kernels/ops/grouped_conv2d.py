@@ -129,7 +129,7 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     layout, out_size = _LAYOUTS.find(
         lambda: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
     )
-    return (*tensors, *layout, float(scale)), out_size
+    return (*tensors, *layout, _checks.number(OP, "scale", scale)), out_size
 
 
 def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | None, ...]]:

@@ -104,14 +104,16 @@ def _layout(tensors, batch, weight, bias) -> tuple[tuple[int, ...], ...]:
 
 
 def _as_stage_batch(x, weight, counts) -> StageBatch:
+    counts = None if counts is None else _checks.stage_counts(OP, counts)
     if isinstance(x, StageBatch):
         _checks.require_floating(OP, "x", x.values)
-        if counts is not None and tuple(counts) != x.counts:
-            raise ValueError(f"{OP}: counts={tuple(counts)} contradict those of the StageBatch, {x.counts}")
+        if counts not in (None, x.counts):
+            raise ValueError(f"{OP}: counts={counts} contradict those of the StageBatch, {x.counts}")
         return x
     _checks.require_floating(OP, "x", x)
     if x.dim() != 2:
         raise ValueError(f"{OP}: a dense x must be [B, I], got shape {tuple(x.shape)}")
+    _checks.require_weights(OP, "weight", weight)
     if counts is None:
         num_stages = len(weight.shapes) if isinstance(weight, StageWeights) else len(weight)
         if num_stages != 1:
@@ -120,7 +122,7 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
             )
         counts = (x.shape[0],)
     if sum(counts) != x.shape[0]:
-        raise ValueError(f"{OP}: counts must sum up to the batch size {x.shape[0]}, got {tuple(counts)}")
+        raise ValueError(f"{OP}: counts must sum up to the batch size {x.shape[0]}, got {counts}")
     return StageBatch.from_dense(x, counts)
 
 

@@ -30,6 +30,7 @@ OP = "optimal_denoiser"
 # 1 / sigma² and its product with squared distances stay finite in float64 between these.
 SIGMA_RANGE = (1e-100, 1e100)
 _CENTER_ROWS = 1024
+NO_CHUNKS = f"{OP}: data must hold at least one chunk, got an empty iterable"
 
 BACKENDS = OpBackends(
     OP,
@@ -122,10 +123,27 @@ def optimal_denoiser(
     return DenoiserPosterior(denoised, log_partition, effective)
 
 
-def explain(x: Tensor, sigma, data, **kwargs) -> Explanation:
-    """Which backend serves ``optimal_denoiser(x, sigma, data)``, and why the others do not."""
+def explain(
+    x: Tensor,
+    sigma: float | Tensor,
+    data: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
+    *,
+    data_range: tuple[float, float] = (-1.0, 1.0),
+    statistics: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Explanation:
+    """Which backend serves ``optimal_denoiser(x, sigma, data)``, by the first chunk, and why the others do not.
+
+    An iterator, of which the call would then miss that chunk, is an error.
+    """
     queries, _ = _prepare_queries(x, sigma)
-    rows = _rows(next(_chunks(data)), x)
+    if isinstance(data, Iterator):
+        raise TypeError(f"{OP}: explain would use up the first chunk of an iterator, pass that chunk alone")
+    chunk = next(_chunks(data), None)
+    if chunk is None:
+        raise ValueError(NO_CHUNKS)
+    rows = _rows(chunk, x)
+    _scale(rows, data_range)
     return BACKENDS.explain(queries.device, {"dtype": rows.dtype})
 
 
@@ -139,7 +157,8 @@ def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         )
     batch = x.shape[0]
     if not isinstance(sigma, Tensor):
-        sigma = torch.full((batch,), float(sigma), dtype=torch.float64, device=x.device)
+        sigma = _checks.number(OP, "sigma", sigma)
+        sigma = torch.full((batch,), sigma, dtype=torch.float64, device=x.device)
     _checks.require_floating(OP, "sigma", sigma)
     if sigma.device != x.device:
         raise ValueError(f"{OP}: sigma is on {sigma.device}, but x is on {x.device}")
@@ -165,7 +184,10 @@ def _rows(chunk: Tensor | np.ndarray, x: Tensor) -> Tensor:
     if isinstance(chunk, np.ndarray):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            chunk = torch.from_numpy(chunk)
+            try:
+                chunk = torch.from_numpy(chunk)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{OP}: data is an array that PyTorch does not take: {error}") from None
     if not isinstance(chunk, Tensor):
         raise TypeError(f"{OP}: data must hold tensors or arrays, got {type(chunk).__name__}")
     if chunk.dtype not in (*_checks.FLOATING, torch.uint8):
@@ -184,8 +206,12 @@ def _scale(data: Tensor, data_range: tuple[float, float]) -> tuple[float, float]
     """``(low, step)`` with y = low + step * data."""
     if data.dtype != torch.uint8:
         return 0.0, 1.0
-    low, high = map(float, data_range)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    try:
+        low, high = data_range
+    except (TypeError, ValueError):
+        raise TypeError(f"{OP}: data_range must be two numbers, (low, high), got {data_range!r}") from None
+    low, high = (_checks.number(OP, "data_range", end) for end in (low, high))
+    if low >= high:
         raise ValueError(f"{OP}: data_range must be (low, high) with low < high, got {data_range}")
     return low, (high - low) / 255
 
@@ -217,7 +243,7 @@ def _merged_posterior(queries, sigma, chunks, data_range, group):
         posterior = _forward(queries, sigma, rows, center, *scale)
         merged = posterior if merged is None else _merge(merged, posterior)
     if merged is None:
-        raise ValueError(f"{OP}: data must hold at least one chunk, got an empty iterable")
+        raise ValueError(NO_CHUNKS)
     return (merged if group is None else _merge_ranks(merged, group)), center
 
 

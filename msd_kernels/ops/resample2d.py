@@ -92,6 +92,7 @@ def explain(*args, **kwargs) -> Explanation:
 def _prepare(x, filter, up=1, down=1):
     """Checks a call and flattens it to the arguments of the dispatcher op."""
     taps = _normalised(filter)
+    up, down = _checks.integer(OP, "up", up), _checks.integer(OP, "down", down)
     if (up, down) not in ((1, 1), (2, 1), (1, 2)):
         raise ValueError(f"{OP}: up and down must be 1 or 2 and not both 2, got up={up} and down={down}")
     if isinstance(x, StageBatch):
@@ -105,7 +106,7 @@ def _prepare(x, filter, up=1, down=1):
         counts, channels = (x.shape[0],), (x.shape[1],)
         height, width = x.shape[2:]
         channels_last = x.stride(1) == 1 and not x.is_contiguous()
-        flat = (x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1)
+        flat = (x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1).contiguous()
     out_height, out_width = (_out_size(n, len(taps), up, down) for n in (height, width))
     if out_height < 1 or out_width < 1:
         raise ValueError(
@@ -119,14 +120,15 @@ def _prepare(x, filter, up=1, down=1):
 
 
 def _normalised(filter) -> list[float]:
-    if isinstance(filter, Tensor) or not isinstance(filter, Sequence):
+    if isinstance(filter, str | bytes | Tensor) or not isinstance(filter, Sequence):
         raise TypeError(f"{OP}: filter must be a sequence of numbers, got {type(filter).__name__}")
     if not 1 <= len(filter) <= MAX_TAPS:
         raise ValueError(f"{OP}: filter must have 1 to {MAX_TAPS} taps, got {len(filter)}")
-    total = math.fsum(filter)
+    taps = [_checks.real(OP, "filter", tap) for tap in filter]
+    total = sum(taps)
     if not math.isfinite(total) or total == 0:
         raise ValueError(f"{OP}: filter must have finite taps whose sum is not 0, got {list(filter)}")
-    return [float(tap) / total for tap in filter]
+    return [tap / total for tap in taps]
 
 
 def _out_size(size: int, taps: int, up: int, down: int) -> int:

@@ -98,9 +98,9 @@ def view_heads(flat: Tensor, n: int, tokens: int, heads: int, head_dim: int, ord
 
 
 def flatten_heads(x: Tensor, order: str) -> Tensor:
-    """The inverse of :func:`view_heads`: a view where ``x`` already lies in that order, a copy elsewhere."""
+    """The inverse of :func:`view_heads`: a view where ``x`` already lies in that order without gaps, else a copy."""
     axes = "pnhtd" if "p" in order else "nhtd"
-    return x.permute([axes.index(axis) for axis in order]).reshape(-1)
+    return x.permute([axes.index(axis) for axis in order]).reshape(-1).contiguous()
 
 
 def stage_heads(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
 from helpers import backend_names, dispatcher_calls, poisoned_memory
 from msd_kernels import StageBatch, StageWeights, group_norm, grouped_conv2d, grouped_linear
-from op_calls import CALLS, Call, assert_same_bits, forward_and_backward, packed_size
+from msd_kernels.backends import FallbackWarning
+from msd_kernels.ops import group_norm as group_norm_op
+from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward, packed_size
 
 PLAIN = ("library", "reference")
 
@@ -24,6 +28,16 @@ def on_backends(*names: str) -> pytest.MarkDecorator:
         if not names or name in names
     ]
     return pytest.mark.parametrize(("build", "backend"), parameters, indirect=["backend"])
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, every second element of twice the memory."""
+    return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
+
+
+def expanded(t: Tensor) -> Tensor:
+    """One value in all places."""
+    return t.flatten()[:1].expand(t.numel()).view(t.shape)
 
 
 @on_backends(*PLAIN)
@@ -99,6 +113,54 @@ def test_contract_takes_expanded_cotangents(build, backend, generator):
     y = call.function(*leaves)
     expanded = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
     assert_same_bits(expanded, torch.autograd.grad(y, leaves, torch.ones_like(y)))
+
+
+@on_backends()
+@pytest.mark.parametrize("gaps", [strided, expanded])
+def test_contract_takes_inputs_with_gaps(build, backend, gaps, generator):
+    """Views that ``reshape(-1)`` leaves views, since one stride fits all their dimensions."""
+    call = build(4)
+    views = [gaps(t.detach()) for t in call.leaves(generator)]
+    dense = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in views]
+    found = forward_and_backward(call, [t.requires_grad_() for t in views])
+    assert_same_bits(found, forward_and_backward(call, dense))
+
+
+@pytest.mark.filterwarnings("ignore::msd_kernels.backends.FallbackWarning")
+@every_call
+def test_contract_forward_mode_derivatives(build, generator):
+    call = build(2)
+    leaves = call.leaves(generator, torch.float64)
+    assert torch.autograd.gradcheck(call.function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call.function, leaves, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore::msd_kernels.backends.FallbackWarning")
+@every_call
+def test_contract_transforms_of_torch_func(build, generator):
+    call = build(4)
+    leaves = call.leaves(generator, torch.float64)
+    _, *expected = forward_and_backward(call, leaves)
+
+    def weighted(*tensors: Tensor) -> Tensor:
+        y = call.function(*tensors)
+        return (y * cotangent_of(y)).sum()
+
+    positions = tuple(range(len(leaves)))
+    found = torch.func.grad(weighted, positions)(*(t.detach() for t in leaves))
+    torch.testing.assert_close(list(found), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_contract_derivatives_that_the_reference_serves_warn_once(generator, monkeypatch):
+    x = torch.randn(1, 2, 3, 3, generator=generator)
+    monkeypatch.setattr(group_norm_op._forward, "_warned", False)
+    with pytest.warns(
+        FallbackWarning, match="group_norm: served by 'reference', which alone has forward-mode and"
+    ):
+        torch.func.jvp(lambda t: group_norm(t, 2), (x,), (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.jvp(lambda t: group_norm(t, 2), (x,), (x,))
 
 
 @every_call
