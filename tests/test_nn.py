@@ -81,6 +81,84 @@ def test_replace_group_norm_leaves_subclasses_alone():
     assert type(model[0]) is Own
 
 
+@pytest.mark.parametrize("activation", ["relu", "SiLU", 1, nn.SiLU()], ids=str)
+def test_group_norm_refuses_another_activation_when_it_is_built(activation):
+    with pytest.raises(ValueError, match="GroupNorm: activation must be None or 'silu', got"):
+        GroupNorm(2, 8, activation=activation)
+
+
+def doubles(*args) -> torch.Tensor:
+    """As a forward hook."""
+    return 2 * args[-1]
+
+
+def norm_and_silu() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+
+
+def test_replace_group_norm_leaves_a_norm_with_hooks_alone():
+    model, x = norm_and_silu(), torch.randn(2, 8, 3, 3)
+    norm = model[0]
+    norm.register_forward_hook(doubles)
+    expected = model(x)
+    assert replace_group_norm(model) == 0
+    assert model[0] is norm
+    assert torch.equal(model(x), expected)
+
+
+def test_replace_group_norm_leaves_an_activation_with_hooks_alone():
+    model, x = norm_and_silu(), torch.randn(2, 8, 3, 3)
+    model[1].register_forward_hook(doubles)
+    expected = model(x)
+    assert replace_group_norm(model) == 1
+    assert isinstance(model[0], GroupNorm)
+    assert isinstance(model[1], nn.SiLU)
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+
+
+def test_replace_group_norm_shows_hooks_of_ours_no_activation():
+    model, x = nn.Sequential(GroupNorm(2, 8), nn.SiLU()), torch.randn(2, 8, 3, 3)
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    replace_group_norm(model)
+    model(x)
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module: module.register_forward_pre_hook(lambda *args: None),
+        lambda module: module.register_forward_hook(lambda *args: None),
+        lambda module: module.register_full_backward_pre_hook(lambda *args: None),
+        lambda module: module.register_full_backward_hook(lambda *args: None),
+        lambda module: module.register_state_dict_pre_hook(lambda *args: None),
+        lambda module: module.register_state_dict_post_hook(lambda *args: None),
+        lambda module: module.register_load_state_dict_pre_hook(lambda *args: None),
+        lambda module: module.register_load_state_dict_post_hook(lambda *args: None),
+    ],
+    ids=[
+        "forward pre",
+        "forward",
+        "backward pre",
+        "backward",
+        "state_dict pre",
+        "state_dict",
+        "load_state_dict pre",
+        "load_state_dict post",
+    ],
+)
+def test_replace_group_norm_knows_every_kind_of_hook(register):
+    model = norm_and_silu()
+    handle = register(model[0])
+    assert replace_group_norm(model) == 0
+    if handle is not None:
+        handle.remove()
+        assert replace_group_norm(model) == 1
+
+
 def test_replace_group_norm_works_in_a_diffusers_unet():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers")
     torch.manual_seed(0)

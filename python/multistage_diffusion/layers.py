@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,13 @@ from torch import Tensor, nn
 
 from msd_kernels import (
     StageBatch,
-    StageWeights,
     attention,
     group_norm,
     grouped_conv2d,
     grouped_linear,
     resample2d,
 )
+from multistage_diffusion.stage_module import StageModule
 
 __all__ = [
     "OnStages",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 BOX = (1, 1)
+RESAMPLE = (None, "up", "down")
 
 Widths = tuple[int, ...]
 Initialiser = Callable[[Tensor, int, int], None]
@@ -77,75 +80,6 @@ def normal(std: float) -> Initialiser:
     return initialise
 
 
-class StageModule(nn.Module):
-    """A module whose parameters are packed over the stages but saved and loaded per stage.
-
-    Attributes:
-        num_stages: stages that the module holds weights of.
-        stage_ids: their numbers in the network, which name the parameters; see :class:`OnStages`.
-    """
-
-    def __init__(self, num_stages: int) -> None:
-        super().__init__()
-        self.num_stages = num_stages
-        self.stage_ids = tuple(range(num_stages))
-        self._stage_shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
-
-    def add_stage_parameter(self, name: str, shapes: Sequence[tuple[int, ...]]) -> StageWeights:
-        """Registers one flat parameter for tensors of ``shapes``, uninitialised."""
-        self._stage_shapes[name] = tuple(tuple(shape) for shape in shapes)
-        setattr(self, name, nn.Parameter(torch.empty(sum(math.prod(shape) for shape in shapes))))
-        return self.packed(name)
-
-    def packed(self, name: str, dtype: torch.dtype | None = None) -> StageWeights | None:
-        """The parameter as the ops take it, cast to ``dtype``; None for a parameter that the layer lacks."""
-        parameter = getattr(self, name)
-        if parameter is None:
-            return None
-        return StageWeights(parameter if dtype is None else parameter.to(dtype), self._stage_shapes[name])
-
-    def stage_tensors(self, name: str, values: Tensor | None = None) -> list[Tensor]:
-        """Each stage's part of a parameter, or of ``values`` (its gradient, say), as a view in its own shape."""
-        flat = getattr(self, name).detach() if values is None else values
-        return StageWeights(flat, self._stage_shapes[name]).tensors()
-
-    def stage_parameter_names(self) -> Iterator[str]:
-        """The names of the packed parameters."""
-        return iter(self._stage_shapes)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name in self._stage_shapes:
-            flat = getattr(self, name)
-            tensors = self.stage_tensors(name, flat if keep_vars else flat.detach())
-            for stage, tensor in zip(self.stage_ids, tensors, strict=True):
-                destination[f"{prefix}{name}.{stage}"] = tensor
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        known = set()
-        for name, shapes in self._stage_shapes.items():
-            keys = [f"{prefix}{name}.{stage}" for stage in self.stage_ids]
-            known.update(keys)
-            missing_keys.extend(key for key in keys if key not in state_dict)
-            for key, shape, view in zip(keys, shapes, self.stage_tensors(name), strict=True):
-                if key not in state_dict:
-                    continue
-                given = state_dict[key]
-                if tuple(given.shape) != shape:
-                    error_msgs.append(f"{key} has shape {list(given.shape)}, the network needs {list(shape)}")
-                else:
-                    view.copy_(given)
-        if strict:
-            unexpected_keys.extend(
-                key
-                for key in state_dict
-                if key.startswith(prefix)
-                and key not in known
-                and key[len(prefix) :].split(".")[0] in self._stage_shapes
-            )
-
-
 class StageLinear(StageModule):
     """:func:`msd_kernels.grouped_linear` with its weights. ``in_features`` and ``out_features`` are per stage."""
 
@@ -158,16 +92,19 @@ class StageLinear(StageModule):
         initialise: Initialiser | None = None,
     ) -> None:
         super().__init__(len(in_features))
-        self.in_features, self.out_features = tuple(in_features), tuple(out_features)
-        self.add_stage_parameter("weight", list(zip(out_features, in_features, strict=True)))
-        for weight in self.stage_tensors("weight"):
-            (initialise or xavier_uniform())(weight, weight.shape[1], weight.shape[0])
-        _add_bias(self, out_features, bias)
+        self.in_features = _sizes("StageLinear: in_features", in_features)
+        self.out_features = _sizes("StageLinear: out_features", out_features)
+        _add_weight_and_bias(self, self.in_features, self.out_features, (), initialise, bias)
 
     def forward(self, x: StageBatch, *, residual: StageBatch | None = None, scale: float = 1.0) -> StageBatch:
-        """``scale * (x @ weight.T + bias + residual)`` for every pixel."""
+        """``scale * (x @ weight.T + bias + residual)`` for every pixel.
+
+        Raises:
+            TypeError, ValueError: as the op; a residual of another layout, device or, but for autocast, dtype than y.
+        """
         y = grouped_linear(x, self.packed("weight", x.dtype), self.packed("bias", x.dtype))
         if residual is not None:
+            _require_like("StageLinear", "residual", residual, y)
             y = y.with_values(y.values + residual.values)
         return y if scale == 1.0 else y.with_values(y.values * scale)
 
@@ -183,6 +120,10 @@ class StageConv2d(StageModule):
         kernel: odd kernel size.
         resample: None, ``"up"`` or ``"down"``.
         filter: taps of the resampling filter. [1, 1] is fused into the convolution.
+
+    Raises:
+        TypeError: sizes that are no integers.
+        ValueError: sizes below 1, an even kernel, another ``resample``.
     """
 
     def __init__(
@@ -197,15 +138,15 @@ class StageConv2d(StageModule):
         initialise: Initialiser | None = None,
     ) -> None:
         super().__init__(len(in_channels))
-        self.in_channels, self.out_channels, self.kernel = tuple(in_channels), tuple(out_channels), kernel
+        self.in_channels = _sizes("StageConv2d: in_channels", in_channels)
+        self.out_channels = _sizes("StageConv2d: out_channels", out_channels)
+        self.kernel = kernel = _size("StageConv2d: kernel", kernel)
+        if kernel % 2 == 0:
+            raise ValueError(f"StageConv2d: kernel must be odd, got {kernel}")
+        if resample not in RESAMPLE:
+            raise ValueError(f"StageConv2d: resample must be None, 'up' or 'down', got {resample!r}")
         self.resample, self.filter = resample, tuple(filter)
-        self.add_stage_parameter(
-            "weight", [(o, i, kernel, kernel) for i, o in zip(in_channels, out_channels, strict=True)]
-        )
-        for weight in self.stage_tensors("weight"):
-            taps = kernel * kernel
-            (initialise or xavier_uniform())(weight, weight.shape[1] * taps, weight.shape[0] * taps)
-        _add_bias(self, out_channels, bias)
+        _add_weight_and_bias(self, self.in_channels, self.out_channels, (kernel, kernel), initialise, bias)
 
     def forward(
         self,
@@ -244,6 +185,10 @@ class StageStridedConv2d(StageModule):
         filter: an even number of taps of a FIR filter to apply first. Filter and convolution then act on the
             image as if it went on with zeros, nothing cut off between them: the fused downsampling of
             StyleGAN2, score SDE and EDM. None: no filter.
+
+    Raises:
+        TypeError: sizes that are no integers; input that is no StageBatch of a floating dtype.
+        ValueError: sizes out of range, a filter that does not go with them; input of other channels or too small.
     """
 
     def __init__(
@@ -258,8 +203,11 @@ class StageStridedConv2d(StageModule):
         initialise: Initialiser | None = None,
     ) -> None:
         super().__init__(len(in_channels))
-        self.in_channels, self.out_channels, self.kernel = tuple(in_channels), tuple(out_channels), kernel
-        self.stride, self.padding = stride, padding
+        self.in_channels = _sizes("StageStridedConv2d: in_channels", in_channels)
+        self.out_channels = _sizes("StageStridedConv2d: out_channels", out_channels)
+        self.kernel = kernel = _size("StageStridedConv2d: kernel", kernel)
+        self.stride = _size("StageStridedConv2d: stride", stride)
+        self.padding = _size("StageStridedConv2d: padding", padding, least=0)
         self.filter = None if filter is None else tuple(filter)
         if self.filter is not None and (len(self.filter) % 2 or (kernel, stride, padding) != (3, 2, 0)):
             raise ValueError(
@@ -267,15 +215,17 @@ class StageStridedConv2d(StageModule):
                 f"stride 2, padding 0, got {len(self.filter)} taps with kernel {kernel}, stride {stride}, "
                 f"padding {padding}"
             )
-        self.add_stage_parameter(
-            "weight", [(o, i, kernel, kernel) for i, o in zip(in_channels, out_channels, strict=True)]
-        )
-        for weight in self.stage_tensors("weight"):
-            taps = kernel * kernel
-            (initialise or xavier_uniform())(weight, weight.shape[1] * taps, weight.shape[0] * taps)
-        _add_bias(self, out_channels, True)
+        # The filter comes with a padding of 1 on each side and takes 1 off: an image grows by one pixel.
+        self._smallest = max(self.kernel - (2 * self.padding if self.filter is None else 1), 1)
+        _add_weight_and_bias(self, self.in_channels, self.out_channels, (kernel, kernel), initialise, True)
 
     def forward(self, x: StageBatch) -> StageBatch:
+        _require_channels("StageStridedConv2d", x, self.in_channels)
+        if min(x.height, x.width) < self._smallest:
+            raise ValueError(
+                f"StageStridedConv2d: x must be at least {self._smallest}x{self._smallest} for kernel {self.kernel} "
+                f"and padding {self.padding}, got {x.height}x{x.width}"
+            )
         if self.filter is not None:
             x = resample2d(
                 StageBatch.from_segments([F.pad(s, (1, 1, 1, 1)) for s in x.segments()]), self.filter
@@ -293,17 +243,26 @@ class StageStridedConv2d(StageModule):
 
 
 class StageTable(StageModule):
-    """One learned vector per row and stage, ``[rows, C_s]``: the position embedding of a transformer."""
+    """One learned vector per row and stage, ``[rows, C_s]``: the position embedding of a transformer.
+
+    Raises:
+        TypeError: sizes that are no integers; input that is no StageBatch of a floating dtype.
+        ValueError: sizes below 1; input of other channels or another number of pixels.
+    """
 
     def __init__(self, rows: int, channels: Sequence[int], *, initialise: Initialiser | None = None) -> None:
         super().__init__(len(channels))
-        self.rows, self.channels = rows, tuple(channels)
-        self.add_stage_parameter("weight", [(rows, c) for c in channels])
+        self.rows = _size("StageTable: rows", rows)
+        self.channels = _sizes("StageTable: channels", channels)
+        self.add_stage_parameter("weight", [(self.rows, c) for c in self.channels])
         for weight in self.stage_tensors("weight"):
             (initialise or normal(0.02))(weight, weight.shape[1], weight.shape[0])
 
     def forward(self, x: StageBatch) -> StageBatch:
         """Adds row i to pixel i of every sample; x has ``rows`` pixels."""
+        _require_channels("StageTable", x, self.channels)
+        if x.height * x.width != self.rows:
+            raise ValueError(f"StageTable: x must have {self.rows} pixels, got {x.height}x{x.width}")
         tables = self.packed("weight", x.dtype).tensors()
         rows = [t.t().view(1, c, x.height, x.width) for t, c in zip(tables, self.channels, strict=True)]
         return StageBatch.from_segments([s + r for s, r in zip(x.segments(), rows, strict=True)])
@@ -424,14 +383,25 @@ class OnStages(nn.Module):
 
     Args:
         module: built for ``stages`` alone, in this order. Its parameters are named by the network's stage ids.
-        stages: the stages that it serves, ascending.
+        stages: the stages that it serves, at least one, ascending.
+
+    Raises:
+        TypeError: stages that are no integers.
+        ValueError: no stages, or not ascending; a module built for another number of them; input without them.
     """
 
     def __init__(self, module: nn.Module, stages: Sequence[int]) -> None:
         super().__init__()
-        self.module, self.stages = module, tuple(stages)
+        self.module, self.stages = module, _sizes("OnStages: stages", stages, least=0)
+        if not self.stages or any(second <= first for first, second in pairwise(self.stages)):
+            raise ValueError(f"OnStages: stages must be ascending, at least one, got {self.stages}")
         for layer in module.modules():
             if isinstance(layer, StageModule):
+                if layer.num_stages != len(self.stages):
+                    got = f"a {type(layer).__name__} of {layer.num_stages} stages"
+                    raise ValueError(
+                        f"OnStages: module must be built for the stages {self.stages}, got {got}"
+                    )
                 layer.stage_ids = self.stages
 
     def forward(self, x: StageBatch, *others: StageBatch | None) -> StageBatch:
@@ -443,6 +413,8 @@ class OnStages(nn.Module):
         return StageBatch.from_segments(segments)
 
     def _take(self, batch: StageBatch) -> StageBatch:
+        if self.stages[-1] >= batch.num_stages:
+            raise ValueError(f"OnStages: x must have the stages {self.stages}, got {batch.num_stages} stages")
         segments = batch.segments()
         return StageBatch.from_segments([segments[stage] for stage in self.stages])
 
@@ -465,9 +437,54 @@ def shared_layers(network: nn.Module) -> Iterator[StageModule]:
             yield layer
 
 
-def _add_bias(layer: StageModule, sizes: Sequence[int], bias: bool) -> None:
-    if not bias:
+def _size(name: str, value: int, least: int = 1) -> int:
+    """``value`` as an integer that is at least ``least``."""
+    try:
+        value = index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value
+
+
+def _sizes(name: str, values: Sequence[int], least: int = 1) -> Widths:
+    return tuple(_size(name, value, least) for value in values)
+
+
+def _require_channels(layer: str, x: StageBatch, channels: Widths) -> None:
+    if not isinstance(x, StageBatch):
+        raise TypeError(f"{layer}: x must be a StageBatch, got {type(x).__name__}")
+    if not x.values.is_floating_point():
+        raise TypeError(f"{layer}: x must be of a floating dtype, got {x.dtype}")
+    if x.channels != channels:
+        raise ValueError(f"{layer}: x must have channels={channels}, one per stage, got {x.channels}")
+
+
+def _require_like(layer: str, name: str, batch: StageBatch, y: StageBatch) -> None:
+    """``batch`` must fit ``y`` element by element; dtypes may differ under autocast, as in PyTorch's own sums."""
+    if not isinstance(batch, StageBatch):
+        raise TypeError(f"{layer}: {name} must be a StageBatch, got {type(batch).__name__}")
+    if batch.layout != y.layout:
+        raise ValueError(
+            f"{layer}: {name} must have counts={y.counts}, channels={y.channels} at {y.height}x{y.width}, "
+            f"got counts={batch.counts}, channels={batch.channels} at {batch.height}x{batch.width}"
+        )
+    if batch.device != y.device:
+        raise ValueError(f"{layer}: {name} is on {batch.device}, but x is on {y.device}")
+    if batch.dtype != y.dtype and (y.values.is_meta or not torch.is_autocast_enabled(y.device.type)):
+        raise TypeError(f"{layer}: {name} must be {y.dtype} as x, got {batch.dtype}")
+
+
+def _add_weight_and_bias(
+    layer: StageModule, ins: Widths, outs: Widths, window: Widths, initialise: Initialiser | None, bias: bool
+) -> None:
+    layer.add_stage_parameter("weight", [(o, i, *window) for o, i in zip(outs, ins, strict=True)])
+    taps = math.prod(window)
+    for weight in layer.stage_tensors("weight"):
+        (initialise or xavier_uniform())(weight, weight.shape[1] * taps, weight.shape[0] * taps)
+    if bias:
+        layer.add_stage_parameter("bias", [(o,) for o in outs])
+        nn.init.zeros_(layer.bias)
+    else:
         layer.register_parameter("bias", None)
-        return
-    layer.add_stage_parameter("bias", [(size,) for size in sizes])
-    nn.init.zeros_(layer.bias)

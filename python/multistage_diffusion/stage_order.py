@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import index
 
 import torch
 from torch import Tensor
@@ -50,8 +52,9 @@ class StageOrder:
             explicit: give a sorted batch an order, too, for a graph that is to serve every order of its counts.
 
         Raises:
-            ValueError: ids that are out of range or not one per sample; an order of another batch.
-            TypeError: ids that are no integers.
+            ValueError: ids that are out of range or not one per sample; an order of another batch; what has no values,
+                as it is on the meta device.
+            TypeError: ids that are no integers, or what holds no ids.
         """
         device = torch.device(device)
         if isinstance(stage, StageOrder):
@@ -59,22 +62,19 @@ class StageOrder:
             if stage.order is not None or not explicit:
                 return stage
             stage = [k for k, count in enumerate(stage.counts) for _ in range(count)]
-        if isinstance(stage, Tensor):
-            if stage.is_floating_point():
-                raise TypeError(f"stage: ids must be integers, got a {stage.dtype} tensor")
-            stage = stage.reshape(-1).tolist() if stage.dim() <= 1 else _refuse_shape(stage)
-        ids = tuple(stage)
+        ids = _listed(stage) if isinstance(stage, Tensor) else _integers(stage)
         if len(ids) != batch_size:
             raise ValueError(
                 f"stage: one id per sample is needed, got {len(ids)} ids for {batch_size} samples"
             )
-        if any(isinstance(i, float) for i in ids):
-            raise TypeError(f"stage: ids must be integers, got {ids}")
         wrong = [i for i in ids if not 0 <= i < num_stages]
         if wrong:
             raise ValueError(f"stage: ids must lie in 0..{num_stages - 1}, got {wrong[0]}")
-        counts = tuple(ids.count(s) for s in range(num_stages))
-        order = sorted(range(batch_size), key=ids.__getitem__)
+        samples = [[] for _ in range(num_stages)]
+        for sample, i in enumerate(ids):
+            samples[i].append(sample)
+        counts = tuple(map(len, samples))
+        order = list(chain.from_iterable(samples))
         if order == list(range(batch_size)) and not explicit:
             return StageOrder(counts, None, None)
         inverse = sorted(range(batch_size), key=order.__getitem__)
@@ -82,10 +82,16 @@ class StageOrder:
         return StageOrder(counts, both[0], both[1])
 
     def to(self, device: torch.device | str) -> StageOrder:
-        """The same on ``device``; itself where it is there already."""
+        """The same on ``device``; itself where it is there already.
+
+        Raises:
+            ValueError: an order on the meta device, which has no values to copy.
+        """
         device = torch.device(device)
         if self.order is None or self.order.device == device:
             return self
+        if self.order.is_meta:
+            raise ValueError(f"stage: an order on the meta device has no values to copy to {device}")
         move = host_to_device if self.order.is_cpu else Tensor.to
         return StageOrder(self.counts, move(self.order, device), move(self.inverse, device))
 
@@ -131,5 +137,27 @@ class StageOrder:
         return self
 
 
-def _refuse_shape(stage: Tensor):
-    raise ValueError(f"stage: ids must be a vector, got shape {tuple(stage.shape)}")
+def _listed(stage: Tensor) -> list[int]:
+    if stage.is_floating_point() or stage.is_complex():
+        raise TypeError(f"stage: ids must be integers, got a {stage.dtype} tensor")
+    if stage.dim() > 1:
+        raise ValueError(f"stage: ids must be a vector, got shape {tuple(stage.shape)}")
+    if stage.is_meta:
+        raise ValueError("stage: ids must have values, got a tensor on the meta device")
+    return stage.reshape(-1).tolist()
+
+
+def _integers(stage: Sequence[int]) -> tuple[int, ...]:
+    """The ids; what stands for integers, as NumPy's do, is turned into those."""
+    try:
+        ids = tuple(stage)
+    except TypeError:
+        raise TypeError(f"stage: must hold one id per sample, got {stage!r}") from None
+    return tuple(i if type(i) is int else _integer(i, sample) for sample, i in enumerate(ids))
+
+
+def _integer(value, sample: int) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"stage: ids must be integers, got {value!r} for sample {sample}") from None

@@ -405,6 +405,28 @@ def test_impossible_sizes_are_refused(family, arguments, message):
         (lambda n, x, s: n(x, s, [3] * 6), ValueError, r"ids must lie in 0\.\.2, got 3"),
         (lambda n, x, s: n(x, s, torch.zeros(6)), TypeError, r"ids must be integers"),
         (lambda n, x, s: n(x, s, STAGES, class_labels=x), ValueError, r"built without class_labels"),
+        (
+            lambda n, x, s: n(x.long(), s, STAGES),
+            TypeError,
+            r"x must be of a floating dtype, got torch\.int64",
+        ),
+        (lambda n, x, s: n(x + 1j, s, STAGES), TypeError, r"x must be real, got torch\.complex128"),
+        (lambda n, x, s: n(x, s + 1j, STAGES), TypeError, r"noise must be real, got torch\.complex128"),
+        (lambda n, x, s: n(None, s, STAGES), TypeError, r"x must be a tensor, got NoneType"),
+        (lambda n, x, s: n(x, 0.5, STAGES), TypeError, r"noise must be a tensor, got float"),
+        (lambda n, x, s: n(x, None, STAGES), TypeError, r"noise must be a tensor, got NoneType"),
+        (lambda n, x, s: n(x.to("meta"), s, STAGES), ValueError, r"noise is on cpu, but x is on meta"),
+        (lambda n, x, s: n(x, s.to("meta"), STAGES), ValueError, r"noise is on meta, but x is on cpu"),
+        (
+            lambda n, x, s: n(x.to("meta"), s.to("meta"), STAGES),
+            ValueError,
+            r"weight is on cpu, but x is on meta",
+        ),
+        (
+            lambda n, x, s: n(x, s, StageOrder.of(STAGES, 3, BATCH, "meta")),
+            ValueError,
+            r"an order on the meta device has no values to copy to cpu",
+        ),
     ],
 )
 def test_bad_batches_are_refused(call, error, message):
@@ -420,7 +442,7 @@ def test_bad_batches_are_refused(call, error, message):
         ("ldm", {"context_dim": 6}, {}, r"context must be \[6, tokens, 6\], got none"),
         ("ldm", {"context_dim": 6}, {"context": torch.zeros(6, 1, 5)}, r"context must be .* got \[6, 1, 5\]"),
         ("ldm", {"label_dim": 3}, {}, r"class_labels \[6, 3\] are needed, got none"),
-        ("uvit", {"label_dim": 3}, {}, r"class_labels \[B, 3\] are needed, got none"),
+        ("uvit", {"label_dim": 3}, {}, r"class_labels \[6, 3\] are needed, got none"),
         ("uvit", {}, {"class_labels": torch.zeros(6, 3)}, r"built without class_labels"),
         (
             "edm",
@@ -442,6 +464,38 @@ def test_conditioning_that_does_not_fit_is_refused(family, changes, given, messa
         network(*inputs(), STAGES, **given)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("edm", {"label_dim": 3, "label_dropout": 0.5}, "class_labels"),
+        ("edm", {"augment_dim": 2}, "augment_labels"),
+        ("ldm", {"label_dim": 3}, "class_labels"),
+        ("ldm", {"context_dim": 6}, "context"),
+        ("uvit", {"label_dim": 3}, "class_labels"),
+    ],
+)
+def test_conditioning_that_is_no_real_tensor_where_the_images_are_is_refused(family, changes, key):
+    network = tiny(family, **changes).train()
+    given = labels_for(network)[key]
+    for value, error, message in (
+        (given.tolist(), TypeError, "must be a tensor, got list"),
+        (given + 1j, TypeError, r"must be real, got torch\.complex128"),
+        (given.to("meta"), ValueError, "is on meta, but x is on cpu"),
+    ):
+        with pytest.raises(error, match=f"{key} {message}"):
+            network(*inputs(), STAGES, **{key: value})
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_names_inputs_that_are_no_tensors(family):
+    network, (x, noise) = tiny(family), inputs()
+    name = type(network).__name__
+    with pytest.raises(TypeError, match=f"{name}: x must be a tensor, got ndarray"):
+        network(x.numpy(), noise, STAGES)
+    with pytest.raises(TypeError, match=f"{name}: x must be of a floating dtype, got torch.int64"):
+        network(x.long(), noise, STAGES)
+
+
 def test_build_names_an_unknown_family_and_argument():
     with pytest.raises(ValueError, match=r"family must be one of edm, ncsnpp, ldm, uvit, got 'gan'"):
         build({"family": "gan"})
@@ -458,35 +512,3 @@ def test_a_network_takes_an_order_in_place_of_the_stages():
         ValueError, match="got the order of 2 samples in 3 stages, needed is one of 6 samples"
     ):
         network(x, noise, StageOrder.of([0, 1], 3, 2))
-
-
-def test_an_explicit_order_takes_over_others_of_its_counts():
-    x = torch.arange(4.0)
-    assert StageOrder.of([0, 0, 1, 1], 2, 4).order is None
-    order = StageOrder.of([0, 0, 1, 1], 2, 4, explicit=True)
-    assert torch.equal(order.sort(x), x)
-    memory = order.order.data_ptr(), order.inverse.data_ptr()
-    assert order.copy_(StageOrder.of([1, 0, 1, 0], 2, 4)) is order
-    assert (order.order.data_ptr(), order.inverse.data_ptr()) == memory
-    assert order.sort(x).tolist() == [1, 3, 0, 2]
-    assert torch.equal(order.restore(order.sort(x)), x)
-    with pytest.raises(ValueError, match=r"two explicit orders of the same counts, got .*counts=\(2, 2\)"):
-        order.copy_(StageOrder.of([1, 0, 0, 0], 2, 4))
-    assert StageOrder.of(StageOrder.of([0, 0, 1, 1], 2, 4), 2, 4, explicit=True).order.tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
-    with pytest.raises(TypeError, match=r"ids must be integers, got \(0\.5, 1\)"):
-        StageOrder.of([0.5, 1], 2, 2)
-    with pytest.raises(ValueError, match=r"explicit=True\) makes one"):
-        order.copy_(StageOrder.of([0, 0, 1, 1], 2, 4))
-
-
-def test_stage_order_sorts_stably_and_restores():
-    order = StageOrder.of(torch.tensor([1, 0, 1, 0]), 3, 4)
-    assert order.counts == (2, 2, 0)
-    x = torch.arange(4.0)
-    assert order.sort(x).tolist() == [1, 3, 0, 2]
-    assert torch.equal(order.restore(order.sort(x)), x)

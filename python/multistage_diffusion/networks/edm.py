@@ -246,7 +246,7 @@ class EDMUNet(StageNetwork):
         """Runs a mixed batch.
 
         Args:
-            x: ``[B, in_channels, image_size, image_size]``.
+            x: ``[B, in_channels, image_size, image_size]``, in any floating dtype.
             noise: ``[B]``, c_noise = ln(σ) / 4.
             stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
             class_labels: ``[B, label_dim]``, one-hot or soft; None: no class, as labels of 0.
@@ -258,11 +258,18 @@ class EDMUNet(StageNetwork):
         Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
 
         Raises:
-            ValueError, TypeError: shapes or stage ids that do not fit.
+            ValueError: shapes, devices or stage ids that do not fit.
+            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
         """
+        return self.mixed(x, noise, stage, class_labels=class_labels, augment_labels=augment_labels)
+
+    def prepared(
+        self, batch: int, *, class_labels: Tensor | None, augment_labels: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """In training, drops some samples' class labels."""
         if self.training:
             class_labels = drop_labels(class_labels, self.label_dropout)
-        return self.mixed(x, noise, stage, class_labels=class_labels, augment_labels=augment_labels)
+        return {"class_labels": class_labels, "augment_labels": augment_labels}
 
     def run(
         self,

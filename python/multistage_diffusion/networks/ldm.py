@@ -257,7 +257,7 @@ class LDMUNet(StageNetwork):
         """Runs a mixed batch.
 
         Args:
-            x: ``[B, in_channels, image_size, image_size]``, noisy latents.
+            x: ``[B, in_channels, image_size, image_size]``, noisy latents, in any floating dtype.
             noise: ``[B]``, the integer steps 0 to 999.
             stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
             context: ``[B, tokens, context_dim]``; needed if there is a context and no classes.
@@ -269,10 +269,28 @@ class LDMUNet(StageNetwork):
         Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
 
         Raises:
-            ValueError, TypeError: shapes or stage ids that do not fit.
+            ValueError: shapes, devices or stage ids that do not fit.
+            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
         """
-        self._check_conditioning(x.shape[0], context, class_labels)
         return self.mixed(x, noise, stage, context=context, class_labels=class_labels)
+
+    def prepared(
+        self, batch: int, *, context: Tensor | None, class_labels: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        if self.label_dim and class_labels is None:
+            raise ValueError(f"LDMUNet: class_labels [{batch}, {self.label_dim}] are needed, got none")
+        takes_context = self.context_dim and not self.label_dim
+        if not takes_context and context is not None:
+            raise ValueError("LDMUNet: the network was built without context, but some was given")
+        if takes_context:
+            given = None if context is None else list(context.shape)
+            fits = given is not None and len(given) == 3 and given[2] == self.context_dim
+            if not fits or given[1] < 1:
+                raise ValueError(
+                    f"LDMUNet: context must be [{batch}, tokens, {self.context_dim}], "
+                    f"got {'none' if given is None else given}"
+                )
+        return {"context": context, "class_labels": class_labels}
 
     def run(
         self,
@@ -303,20 +321,3 @@ class LDMUNet(StageNetwork):
         for level in self.dec.values():
             h, image = level(h, projections, skips, image=image, context=tokens)
         return image.dense()
-
-    def _check_conditioning(self, batch: int, context: Tensor | None, class_labels: Tensor | None) -> None:
-        if self.label_dim and class_labels is None:
-            raise ValueError(f"LDMUNet: class_labels [{batch}, {self.label_dim}] are needed, got none")
-        takes_context = self.context_dim and not self.label_dim
-        if not takes_context and context is not None:
-            raise ValueError("LDMUNet: the network was built without context, but some was given")
-        if takes_context:
-            given = None if context is None else list(context.shape)
-            fits = (
-                given is not None and len(given) == 3 and given[0] == batch and given[2] == self.context_dim
-            )
-            if not fits or given[1] < 1:
-                raise ValueError(
-                    f"LDMUNet: context must be [{batch}, tokens, {self.context_dim}], "
-                    f"got {'none' if given is None else given}"
-                )

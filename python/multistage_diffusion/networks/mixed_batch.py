@@ -62,24 +62,22 @@ class StageNetwork(nn.Module):
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.num_stages, self.shared_encoder = len(decoder_widths), len(encoder_widths) == 1
 
+    def prepared(self, batch: int, **conditioning: Tensor | None) -> dict[str, Tensor | None]:
+        """The conditioning as :meth:`run` gets it, still in the caller's order; ``batch`` is the number of samples.
+
+        Raises:
+            ValueError: what the family needs and did not get, or cannot take.
+        """
+        return conditioning
+
     def run(self, x: Tensor, noise: Tensor, counts: Widths, dtype: torch.dtype, **conditioning) -> Tensor:
         """The network on samples in stage order, ``x`` in ``dtype``; returns the dense output."""
         raise NotImplementedError
 
     def mixed(self, x: Tensor, noise: Tensor, stage, **conditioning: Tensor | None) -> Tensor:
         """Checks and sorts a batch, runs it, and restores the caller's order and dtype."""
-        name, expected = type(self).__name__, (self.in_channels, self.image_size, self.image_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"{name}: x must be [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
-        if tuple(noise.shape) != (x.shape[0],):
-            raise ValueError(
-                f"{name}: noise must be [{x.shape[0]}], one value per sample, got {list(noise.shape)}"
-            )
-        for key, value in conditioning.items():
-            if value is not None and value.shape[:1] != x.shape[:1]:
-                raise ValueError(
-                    f"{name}: {key} must have one entry per sample ({x.shape[0]}), got {list(value.shape)}"
-                )
+        self._check(x, noise, conditioning)
+        conditioning = self.prepared(x.shape[0], **conditioning)
         order = StageOrder.of(stage, self.num_stages, x.shape[0], x.device)
         dtype = self._compute_dtype(x)
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
@@ -98,6 +96,30 @@ class StageNetwork(nn.Module):
     def per_decoder(self, channels: Widths) -> Widths:
         """Channels that left the encoder, one per decoder."""
         return channels * self.num_stages if self.shared_encoder else channels
+
+    def _check(self, x: Tensor, noise: Tensor, conditioning: dict[str, Tensor | None]) -> None:
+        name, expected = type(self).__name__, (self.in_channels, self.image_size, self.image_size)
+        labels = {key: value for key, value in conditioning.items() if value is not None}
+        for key, value in {"x": x, "noise": noise, **labels}.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: {key} must be a tensor, got {type(value).__name__}")
+            if value.is_complex():
+                raise TypeError(f"{name}: {key} must be real, got {value.dtype}")
+            if value.device != x.device:
+                raise ValueError(f"{name}: {key} is on {value.device}, but x is on {x.device}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: x must be of a floating dtype, got {x.dtype}")
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"{name}: x must be [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
+        if tuple(noise.shape) != (x.shape[0],):
+            raise ValueError(
+                f"{name}: noise must be [{x.shape[0]}], one value per sample, got {list(noise.shape)}"
+            )
+        for key, value in labels.items():
+            if value.shape[:1] != x.shape[:1]:
+                raise ValueError(
+                    f"{name}: {key} must have one entry per sample ({x.shape[0]}), got {list(value.shape)}"
+                )
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):

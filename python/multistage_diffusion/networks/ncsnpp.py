@@ -187,7 +187,7 @@ class NCSNpp(StageNetwork):
         """Runs a mixed batch.
 
         Args:
-            x: ``[B, in_channels, image_size, image_size]``.
+            x: ``[B, in_channels, image_size, image_size]``, in any floating dtype.
             noise: ``[B]``, 999 t with the SDE's time t in [0, 1].
             stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
 
@@ -197,7 +197,8 @@ class NCSNpp(StageNetwork):
         Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
 
         Raises:
-            ValueError, TypeError: shapes or stage ids that do not fit.
+            ValueError: shapes, devices or stage ids that do not fit.
+            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
         """
         return self.mixed(x, noise, stage)
 

@@ -145,7 +145,7 @@ class UViT(StageNetwork):
         """Runs a mixed batch.
 
         Args:
-            x: ``[B, in_channels, image_size, image_size]``.
+            x: ``[B, in_channels, image_size, image_size]``, in any floating dtype.
             noise: ``[B]``, 999 t with the SDE's time t in [0, 1].
             stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
             class_labels: ``[B, label_dim]``, one-hot; needed if and only if there are classes.
@@ -156,11 +156,15 @@ class UViT(StageNetwork):
         Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
 
         Raises:
-            ValueError, TypeError: shapes or stage ids that do not fit.
+            ValueError: shapes, devices or stage ids that do not fit.
+            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
         """
-        if self.label_dim and class_labels is None:
-            raise ValueError(f"UViT: class_labels [B, {self.label_dim}] are needed, got none")
         return self.mixed(x, noise, stage, class_labels=class_labels)
+
+    def prepared(self, batch: int, *, class_labels: Tensor | None) -> dict[str, Tensor | None]:
+        if self.label_dim and class_labels is None:
+            raise ValueError(f"UViT: class_labels [{batch}, {self.label_dim}] are needed, got none")
+        return {"class_labels": class_labels}
 
     def run(
         self, x: Tensor, noise: Tensor, counts: Widths, dtype: torch.dtype, *, class_labels: Tensor | None
