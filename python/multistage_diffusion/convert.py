@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import networks, official
+from .atomic_files import replacing
 from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors
 
 __all__ = ["CheckpointFileError", "ReferenceCheckpoint", "load_network", "network_of", "read", "save_network"]
@@ -83,10 +84,20 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
 
 
 def save_network(path: str | Path, network: nn.Module, notes: Mapping[str, str] | None = None) -> None:
-    """Writes weights and configuration of a network to one ``.safetensors`` file; see :func:`load_network`."""
+    """Writes weights and configuration of a network to one ``.safetensors`` file; see :func:`load_network`.
+
+    Missing folders are made. An error leaves a file that was there as it was.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be made or written.
+    """
     metadata = {"format": FORMAT, "config": json.dumps(network.config), **(notes or {})}
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()}
-    save_file(tensors, path, metadata)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # it wraps what the operating system said
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load_network(path: str | Path) -> nn.Module:

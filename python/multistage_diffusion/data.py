@@ -9,42 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-T = TypeVar("T")
+from .image_files import DataError, read_folder, read_zip, resized
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CHANNELS = (1, 3, 4)
 VALUES = ("images", "latents")
 DIGITS_IMAGE_SIZE = 16
 
 _SCAN_BYTES = 1 << 26  # a pass over a memory-mapped file holds this much of it at a time
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
 _ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
-
-
-class DataError(ValueError):
-    """The images given cannot be used; the message says which, why, and what would do."""
 
 
 class ImageData:
@@ -55,7 +37,7 @@ class ImageData:
             Images: uint8 in 0..255 or float32, C one of 1, 3, 4. Floats are in [-1, 1] or [0, 1], told apart
             as `load_images` says.
             Latents: float32, any finite values, any C.
-        labels: `[N]` integer class labels, or None.
+        labels: `[N]` integer class labels, none below 0, or None.
         name: what messages and logs call this set.
         values: `"images"` or `"latents"`.
 
@@ -209,10 +191,12 @@ def load_images(
         source: one of
             `"digits"`: the 1,797 handwritten digits inside scikit-learn (8x8, resized to 16x16 unless
                 `image_size` says otherwise), one channel, with labels. A folder of that name is `"./digits"`.
-            a folder: its png, jpg, jpeg, bmp and webp files, found recursively, sorted by path.
+            a folder: its png, jpg, jpeg, bmp and webp files, found recursively, sorted by path. Links are
+                followed, but for those back to a folder that they lie in.
             a `.zip` file: the same, read without unpacking.
             a `.npy` file: one array, memory-mapped.
-            a `.npz` file: the array `images`, or the only array; and optionally `labels`, `[N]` integers.
+            a `.npz` file: the array `images`, or the only array; and optionally `labels`, `[N]` integers,
+                none below 0.
         image_size: height and width in pixels. Images in folders and zip files are resized to it (Lanczos,
             image by image), and so are the digits (bicubic); arrays are not, and must have this size.
         values: `"images"`, or `"latents"`: what an autoencoder made of images, in a `.npy` or `.npz` file.
@@ -232,9 +216,10 @@ def load_images(
     as they are, so scale them before to the standard deviation that the network is made for.
 
     Raises:
-        DataError: the source is missing, empty, corrupt or of an unknown kind; images are not square or
-            differ in size; an array has another dtype, rank or range, is not finite, or holds Python objects
-            (pickles are never loaded).
+        DataError: the source is missing, empty, corrupt or of an unknown kind; a part of a folder cannot be
+            read, is a broken link or no regular file; images are not square or differ in size; labels are no
+            classes; an array has another dtype, rank or range, is not finite, or holds Python objects (pickles
+            are never loaded).
         TypeError: a source that is no path, or an `image_size` that is no integer.
         ImportError: `"digits"` without scikit-learn.
     """
@@ -256,7 +241,9 @@ def load_images(
             'allowed are "digits", a folder of images, and .zip, .npy and .npz files'
         )
     if path.is_dir():
-        return _load_folder(path, image_size)
+        return _of_files(path, read_folder(path, image_size))
+    if not path.is_file():
+        raise DataError(f"load_images: {path} is neither a folder nor a regular file")
     if array_loader is not None:
         return array_loader(path, image_size, values)
     if path.suffix.lower() != ".zip":
@@ -264,7 +251,11 @@ def load_images(
             f"load_images: {path} is a {path.suffix or 'suffix-less'} file; "
             'allowed are "digits", a folder of images, and .zip, .npy and .npz files'
         )
-    return _load_zip(path, image_size)
+    return _of_files(path, read_zip(path, image_size))
+
+
+def _of_files(path: Path, images: np.ndarray) -> ImageData:
+    return ImageData(torch.from_numpy(images), name=path.stem)
 
 
 def _load_digits(image_size: int) -> ImageData:
@@ -277,102 +268,10 @@ def _load_digits(image_size: int) -> ImageData:
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     # Lanczos would leave ripples around the strokes: the digits are usually enlarged.
-    resized = [_resized(Image.fromarray(image), image_size, Image.Resampling.BICUBIC) for image in pixels]
-    images = np.stack([np.asarray(image) for image in resized])
+    enlarged = [resized(Image.fromarray(image), image_size, Image.Resampling.BICUBIC) for image in pixels]
+    images = np.stack([np.asarray(image) for image in enlarged])
     labels = torch.from_numpy(digits.target.astype(np.int64))
     return ImageData(torch.from_numpy(images[:, None]), labels, name="digits")
-
-
-def _load_folder(folder: Path, image_size: int | None) -> ImageData:
-    names = [
-        (Path(parent) / file).relative_to(folder).as_posix()
-        for parent, _, files in os.walk(folder)
-        for file in files
-    ]
-    return _load_files(folder, names, lambda name: (folder / name).open("rb"), image_size)
-
-
-def _load_zip(path: Path, image_size: int | None) -> ImageData:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"load_images: {path} cannot be read as a zip file: {error}") from error
-    with archive:
-        return _load_files(path, archive.namelist(), archive.open, image_size)
-
-
-def _load_files(
-    source: Path,
-    names: list[str],
-    open_file: Callable[[str], AbstractContextManager[BinaryIO]],
-    image_size: int | None,
-) -> ImageData:
-    """Decode the image files among `names`: one pass over the headers, then one over the pixels."""
-    names = sorted(name for name in names if _is_image_name(name))
-    if not names:
-        raise DataError(
-            f"load_images: {source} holds no images; allowed are {', '.join(IMAGE_SUFFIXES)} files"
-        )
-    headers = [_read_image(source, name, open_file, lambda image: (image.mode, image.size)) for name in names]
-    size = _common_size(source, names, [size for _, size in headers], image_size)
-    for name, (mode, _) in zip(names, headers, strict=True):
-        if mode.startswith("I") or mode == "F":
-            raise DataError(
-                f"load_images: {name} in {source} has more than 8 bits per channel (mode {mode}); "
-                "convert it to 8 bits, or give the images as a float .npy array"
-            )
-    color = "L" if all(mode in ("1", "L", "LA") for mode, _ in headers) else "RGB"
-    images = np.empty((len(names), len(color), size, size), np.uint8)
-    for row, name in zip(images, names, strict=True):
-        pixels = _read_image(source, name, open_file, lambda image: _pixels(image, color, size))
-        row[:] = pixels.reshape(size, size, len(color)).transpose(2, 0, 1)
-    return ImageData(torch.from_numpy(images), name=source.stem)
-
-
-def _is_image_name(name: str) -> bool:
-    parts = name.split("/")
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _read_image(
-    source: Path,
-    name: str,
-    open_file: Callable[[str], AbstractContextManager[BinaryIO]],
-    read: Callable[[Image.Image], T],
-) -> T:
-    try:
-        with open_file(name) as file, Image.open(file) as image:
-            return read(image)
-    except UnidentifiedImageError as error:
-        raise DataError(f"load_images: {name} in {source} is corrupt or no image") from error
-    except (*_DECODE_ERRORS, RuntimeError) as error:  # zipfile reports an encrypted member as RuntimeError
-        raise DataError(f"load_images: {name} in {source} cannot be read: {error}") from error
-
-
-def _pixels(image: Image.Image, color: str, size: int) -> np.ndarray:
-    return np.asarray(_resized(ImageOps.exif_transpose(image).convert(color), size))
-
-
-def _resized(
-    image: Image.Image, size: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
-    return image if image.size == (size, size) else image.resize((size, size), resampling)
-
-
-def _common_size(source: Path, names: list[str], sizes: list[tuple[int, int]], image_size: int | None) -> int:
-    """The side in pixels that all images have, or are to be resized to."""
-    for name, (width, height) in zip(names, sizes, strict=True):
-        if width != height:
-            raise DataError(
-                f"load_images: {name} in {source} is {width}x{height}; images must be square, crop it first"
-            )
-        if image_size is None and width != sizes[0][0]:
-            raise DataError(
-                f"load_images: images in {source} differ in size: {names[0]} is {sizes[0][0]}x{sizes[0][1]}, "
-                f"{name} is {width}x{height}; give image_size to resize them all"
-            )
-    return sizes[0][0] if image_size is None else image_size
 
 
 def _load_npy(path: Path, image_size: int | None, values: str) -> ImageData:
@@ -432,7 +331,7 @@ def _image_data(
     if labels is not None:
         if labels.dtype.kind not in "iu":
             raise DataError(f"load_images: labels in {path} must be integers, given {labels.dtype}")
-        labels = torch.from_numpy(labels.astype(np.int64))
+        labels = torch.from_numpy(labels.astype(labels.dtype.newbyteorder("=")))
     return ImageData(torch.from_numpy(array), labels, name=path.stem, values=values)
 
 
@@ -519,7 +418,15 @@ def _checked_labels(labels: torch.Tensor | None, num_images: int, name: str) -> 
             f"ImageData: labels of {name} must be {num_images} integers, "
             f"given {labels.dtype} of shape {list(labels.shape)}"
         )
-    return labels.to(torch.int64)
+    classes = labels.to(torch.int64)
+    bad = (classes < 0).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise DataError(
+            f"ImageData: {len(bad)} of the labels of {name} are no classes, label {first} is {labels.numpy()[first]}; "
+            "allowed are 0 to 2^63 - 1, so leave unlabelled images out, or all labels"
+        )
+    return classes
 
 
 def _images_per_chunk(images: torch.Tensor) -> int:

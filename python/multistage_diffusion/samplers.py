@@ -44,15 +44,27 @@ class SamplerConfig:
     S_noise: float = 1.0
 
     def __post_init__(self):
-        edm_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)  # raises what is wrong with them
+        self._check_sigmas()
         if not self.S_churn >= 0:
             raise ValueError(f"SamplerConfig: S_churn={self.S_churn} must be at least 0")
         if not 0 <= self.S_min <= self.S_max:
             raise ValueError(
                 f"SamplerConfig: 0 <= S_min <= S_max is needed, got S_min={self.S_min}, S_max={self.S_max}"
             )
-        if not self.S_noise >= 0:
-            raise ValueError(f"SamplerConfig: S_noise={self.S_noise} must be at least 0")
+        if not 0 <= self.S_noise < math.inf:
+            raise ValueError(f"SamplerConfig: S_noise={self.S_noise} must be at least 0 and finite")
+
+    def _check_sigmas(self) -> None:
+        """Raises ValueError for noise levels that do not exist, or that the numbers of the host cannot hold."""
+        try:
+            finite = math.isfinite(self.rho) and bool(self.sigmas().isfinite().all())
+        except OverflowError:
+            finite = False
+        if not finite:
+            raise ValueError(
+                f"SamplerConfig: rho={self.rho} must be finite, and large enough that sigma_max^(1/rho) = "
+                f"{self.sigma_max}^(1/{self.rho}) is; 7 is usual"
+            )
 
     def sigmas(self) -> torch.Tensor:
         """float64 ``[num_steps + 1]``, ending in 0."""
@@ -186,6 +198,13 @@ class Samples:
     evaluations_per_stage: tuple[int, ...] = field(default=())
 
 
+def require_seeds(seeds: Sequence[int], user: str) -> None:
+    """Raises ValueError, in the name of ``user``, for seeds that PyTorch's generators do not take."""
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{user}: seed {seed} does not fit into 64 bits; allowed: -2^63 to 2^64 - 1")
+
+
 class SeededNoise:
     """Unit normal noise, where sample i depends on seeds[i] only.
 
@@ -193,11 +212,16 @@ class SeededNoise:
     any device.
 
     Args:
-        seeds: one integer per sample.
+        seeds: one integer per sample, of 64 bits: -2^63 to 2^64 - 1. PyTorch's generator for the CPU tells them
+            apart by their lowest 32 bits.
         shape: (C, H, W).
+
+    Raises:
+        ValueError: no seed, or one that does not fit into 64 bits.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device="cpu", dtype=torch.float64):
+        require_seeds(seeds, "SeededNoise")
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         if not self.generators:
             raise ValueError("SeededNoise: at least one seed is needed")
@@ -299,6 +323,7 @@ def generate(
     if batch_size < 1:
         raise ValueError(f"generate: batch_size={batch_size} must be at least 1")
     seeds = list(seeds)
+    require_seeds(seeds, "generate")
     device = device if device is not None else _device_of(denoiser)
     starts = range(0, len(seeds), batch_size)
     parts = []

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .atomic_files import replacing
+
 Interval = tuple[float, float]
 
 # What the stages of each named variable must cover together.
@@ -42,7 +44,10 @@ class Stages:
 
     def __init__(self, intervals: Sequence[Sequence[Interval]], variable: str = "sigma"):
         self.variable = str(variable)
-        self.intervals = tuple(_checked_intervals(k, stage) for k, stage in enumerate(intervals))
+        self.intervals = tuple(
+            _checked_intervals(k, stage)
+            for k, stage in enumerate(_items(intervals, "stages must be a list of stages"))
+        )
         if not self.intervals:
             raise StagesError("stages: at least one stage is needed, none was given")
         pieces = sorted((low, high, k) for k, stage in enumerate(self.intervals) for low, high in stage)
@@ -66,7 +71,7 @@ class Stages:
     @classmethod
     def from_boundaries(cls, boundaries: Iterable[float], variable: str = "sigma") -> Stages:
         """Stage k is (boundaries[k], boundaries[k + 1]]."""
-        edges = [_number(b) for b in boundaries]
+        edges = [_number(b) for b in _items(boundaries, "boundaries must be a list of numbers")]
         if len(edges) < 2:
             raise StagesError(f"stages: at least two boundaries are needed, got {edges}")
         return cls([[pair] for pair in itertools.pairwise(edges)], variable)
@@ -79,6 +84,8 @@ class Stages:
                 f'stages: expected an object with "stages" or "boundaries", got {description!r}'
             )
         variable = description.get("variable", "sigma")
+        if not isinstance(variable, str):
+            raise StagesError(f"stages: variable must be a name such as sigma, got {variable!r}")
         if "stages" in description:
             return cls(description["stages"], variable)
         return cls.from_boundaries(description["boundaries"], variable)
@@ -102,8 +109,9 @@ class Stages:
         return {"variable": self.variable, "stages": stages}
 
     def save(self, path: str | Path) -> None:
-        """Writes ``stages.json``."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        """Writes ``stages.json``; missing folders are made, and an error leaves a file that was there as it was."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n")
 
     # ------------------------------------------------------------------ use
 
@@ -188,10 +196,20 @@ def _json_number(value: float):
     return "inf" if math.isinf(value) else value
 
 
+def _items(values, rule: str) -> list:
+    """The items of a list, or of anything like one; raises StagesError with the rule for all else."""
+    try:
+        if not isinstance(values, str | bytes | dict):
+            return list(values)
+    except TypeError:
+        pass
+    raise StagesError(f"stages: {rule}, got {values!r}")
+
+
 def _number(value) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise StagesError(f"stages: {value!r} is not a number") from None
 
 
@@ -199,10 +217,12 @@ def _checked_intervals(stage: int, intervals: Sequence[Interval]) -> tuple[Inter
     """The intervals of one stage, sorted, neighbours merged."""
     merged: list[Interval] = []
     pairs = []
-    for interval in intervals:
-        if isinstance(interval, (str, float, int)) or len(interval) != 2:
-            raise StagesError(f"stages: stage {stage}: an interval is a pair (low, high), got {interval!r}")
-        low, high = map(_number, interval)
+    for interval in _items(intervals, f"stage {stage} must be a list of intervals (low, high)"):
+        rule = f"stage {stage}: an interval is a pair (low, high)"
+        ends = _items(interval, rule)
+        if len(ends) != 2:
+            raise StagesError(f"stages: {rule}, got {interval!r}")
+        low, high = map(_number, ends)
         if not low < high:
             raise StagesError(
                 f"stages: stage {stage} has the interval {_span(low, high)}; "

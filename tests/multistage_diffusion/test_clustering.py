@@ -394,6 +394,8 @@ def test_msd_cluster_of_floats_in_the_unit_range(tmp_path):
         (["--method", "ends", "--stages", "4"], "--method ends gives three stages, not --stages 4"),
         (["--method", "gradient"], "--method gradient and --run go together"),
         (["--method", "ends", "--level", "0.01"], "try a higher level"),
+        (["--budget", "inf"], "argument --budget: inf must be finite"),
+        (["--seed", str(2**64)], "18446744073709551616 must be at most 18446744073709551615"),
     ],
 )
 def test_msd_cluster_says_what_is_wrong(arguments, message, tmp_path, capsys):

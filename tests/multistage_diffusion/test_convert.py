@@ -279,6 +279,26 @@ def test_missing_weights_of_a_kind_are_named(tmp_path, persistence, edm_pickle):
         convert.read(tmp_path / "other.pth")
 
 
+def test_save_network_makes_folders_and_replaces_a_file_as_a_whole(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    path = tmp_path / "new" / "model.safetensors"
+    network = official.build("uvit", config("uvit"))
+    convert.save_network(path, network)
+    before = path.read_bytes()
+    assert convert.load_network(path).config == network.config
+
+    def fill_disk(tensors, path, metadata):
+        path.write_bytes(b"the first bytes")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(convert, "save_file", fill_disk)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left on device"):
+        convert.save_network(path, network)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_load_network_refuses_other_files(tmp_path):
     from safetensors.torch import save_file
 

@@ -272,6 +272,33 @@ def test_npz_with_wrong_arrays_is_refused(tmp_path, arrays, message):
         load_images(tmp_path / "images.npz")
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            np.array([0, -1, -1]),
+            r"2 of the labels of images are no classes, label 1 is -1; allowed are 0 to 2\^63 - 1",
+        ),
+        (np.array([0, 1, 2**64 - 5], np.uint64), "label 2 is 18446744073709551611"),
+        (np.array([-7, 0, 1], ">i2"), "label 0 is -7"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, message):
+    np.savez(tmp_path / "images.npz", images=random_pixels(3, 1, 8, 8), labels=labels)
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path / "images.npz")
+    native = torch.from_numpy(labels.astype(labels.dtype.newbyteorder("=")))
+    with pytest.raises(DataError, match=message):
+        ImageData(torch.zeros(3, 1, 8, 8), native)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i4", ">u4", "<u8"])
+def test_labels_of_any_integer_type_keep_their_values(tmp_path, dtype):
+    np.savez(tmp_path / "images.npz", images=random_pixels(3, 1, 8, 8), labels=np.array([3, 0, 200], dtype))
+    labels = load_images(tmp_path / "images.npz").labels
+    assert (labels.dtype, labels.tolist()) == (torch.int64, [3, 0, 200])
+
+
 def test_arrays_are_not_resized(tmp_path):
     np.save(tmp_path / "images.npy", random_pixels(2, 1, 8, 8))
     assert load_images(tmp_path / "images.npy", image_size=8).image_size == 8

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion import checkpoints, cli, networks
+from multistage_diffusion import checkpoints, cli, networks, plots
+from multistage_diffusion.commands.sample import check_output, write_samples, written_form
 from multistage_diffusion.data import load_images
 from multistage_diffusion.presets import find
 from multistage_diffusion.samplers import DDIMConfig, generate, sampler_config
@@ -135,6 +136,14 @@ def test_an_option_of_another_sampler_is_refused(runs, tmp_path, capsys, model, 
         ("--sampler ddim --rho 3", "--rho is for --sampler heun, not for ddim"),
         ("--eta 1 --rho 3", "--rho, --eta: no sampler takes all of these"),
         ("--s-min 3 --s-max 2", "S_min=3.0, S_max=2.0"),
+        ("--rho 1e-9", "rho=1e-09 must be finite, and large enough that sigma_max^(1/rho)"),
+        ("--rho 1e-320", "large enough that sigma_max^(1/rho) = 80.0^(1/1e-320) is; 7 is usual"),
+        ("--rho inf", "argument --rho: inf must be finite"),
+        ("--s-noise inf", "argument --s-noise: inf must be finite"),
+        ("--sigma-max nan", "argument --sigma-max: nan must be above 0"),
+        ("--seed 18446744073709551616", "18446744073709551616 must be at most 18446744073709551615"),
+        ("--seeds 3,18446744073709551616", "seed 18446744073709551616 does not fit into 64 bits; allowed"),
+        ("--seed 18446744073709551615 --num 2", "seed 18446744073709551616 does not fit into 64 bits"),
     ],
 )
 def test_wrong_options_show_before_the_model_is_loaded(tmp_path, capsys, options, message):
@@ -169,3 +178,88 @@ def test_images_of_a_vp_model_are_written_as_pictures(runs, tmp_path):
     assert msd_sample(runs / "vp", "--num", 4, "--steps", 2, "--out", tmp_path / "x.npz") == 0
     arrays = np.load(tmp_path / "x.npz")
     assert (arrays["images"].shape, arrays["images"].dtype) == ((4, 8, 8, 3), np.uint8)
+
+
+# ------------------------------------------------------------------ what is written
+
+
+def fill_disk(path, *arguments, **arrays):
+    """Stands in for a writer of files on a disk that is full after some bytes."""
+    path.write_bytes(b"the first bytes")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".png"])
+def test_samples_that_cannot_be_written_leave_the_old_ones(runs, tmp_path, capsys, monkeypatch, suffix):
+    out = tmp_path / f"keep{suffix}"
+    assert msd_sample(runs / "vp", "--num", 1, "--steps", 2, "--out", out) == 0
+    before = out.read_bytes()
+    monkeypatch.setattr(np, "savez_compressed", fill_disk)
+    monkeypatch.setattr(plots, "save_sample_grid", lambda images, path: fill_disk(path))
+    assert msd_sample(runs / "vp", "--num", 2, "--steps", 2, "--out", out) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_where_samples_cannot_go_shows_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "x.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, message in (("x.png", "is a folder"), ("file/x.npz", "is no folder")):
+        assert msd_sample(tmp_path / "nowhere", "--out", tmp_path / out) == 2
+        assert f"--out {tmp_path / out}: " in (errors := capsys.readouterr().err)
+        assert message in errors
+
+
+def test_channels_that_are_no_picture_are_refused_before_sampling(runs, tmp_path, capsys, monkeypatch):
+    for channels in (1, 3):
+        check_output(tmp_path / "x.png", "images", channels, tmp_path)
+    check_output(tmp_path / "x.npz", "images", 4, tmp_path)
+    load = checkpoints.load_model
+
+    def load_as_images(*arguments):
+        model = load(*arguments)
+        model.metadata["config"]["values"] = "images"
+        return model
+
+    monkeypatch.setattr(checkpoints, "load_model", load_as_images)
+    monkeypatch.setattr("multistage_diffusion.samplers.generate", lambda *a, **k: pytest.fail("sampled"))
+    assert msd_sample(runs / "ldm", "--out", tmp_path / "x.png") == 2
+    assert "makes images of 5 channels, a .png grid has 1 or 3; write them as .npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("name", "values"), [("x.png", "images"), ("x.npz", "images"), ("x.npz", "latents")])
+def test_samples_that_are_not_finite_are_refused(tmp_path, value, name, values):
+    samples = torch.zeros(3, 1, 2, 2, dtype=torch.float64)
+    samples[1:, 0, 1, 0] = value
+    with pytest.raises(
+        ValueError, match=f"2 of 3 {values} hold NaN or infinite values, so nothing is written"
+    ):
+        written_form(tmp_path / name, samples, values)
+    samples[1:, 0, 1, 0] = 1e39  # finite, but not in float32
+    with pytest.raises(ValueError, match="hold NaN or infinite"):
+        written_form(tmp_path / name, samples, values)
+
+
+def test_noise_that_overflows_is_no_black_image(runs, tmp_path, capsys):
+    out = tmp_path / "nan.npz"
+    assert msd_sample(runs / "edm", "--steps", 2, "--s-churn", "inf", "--s-noise", 1e300, "--out", out) == 2
+    assert "16 of 16 images hold NaN or infinite values" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "dtype"),
+    [([5, 2], np.int64), ([2**63 - 1, 2**63, 2**63 + 1], np.uint64), ([0, 2**64 - 1], np.uint64)],
+)
+def test_seeds_are_written_as_they_are(tmp_path, seeds, dtype):
+    write_samples(tmp_path / "x.npz", torch.zeros(len(seeds), 1, 1, 1, dtype=torch.uint8), seeds)
+    written = np.load(tmp_path / "x.npz")["seeds"]
+    assert (written.tolist(), written.dtype) == (seeds, dtype)
+
+
+def test_the_largest_seeds_are_sampled(runs, tmp_path):
+    out = tmp_path / "x.npz"
+    assert msd_sample(runs / "edm", "--seed", 2**64 - 2, "--num", 2, "--steps", 2, "--out", out) == 0
+    assert np.load(out)["seeds"].tolist() == [2**64 - 2, 2**64 - 1]

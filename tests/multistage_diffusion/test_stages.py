@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,14 @@ def test_assign_rejects_what_is_no_noise_level(value):
         ([[(0, math.nan)], [(2, INF)]], r"stage 0 has the interval \(0, nan\]"),
         ([[(0, "x")]], "'x' is not a number"),
         ([[0, 1]], "stage 0: an interval is a pair"),
+        ([[(0, 1, 2)]], r"stage 0: an interval is a pair \(low, high\), got \(0, 1, 2\)"),
+        ([["ab"]], "stage 0: an interval is a pair .*, got 'ab'"),
+        ([[None]], "stage 0: an interval is a pair .*, got None"),
+        ([5], "stage 0 must be a list of intervals .*, got 5"),
+        ([{"low": 0}], "stage 0 must be a list of intervals .*, got {'low': 0}"),
+        (None, "stages must be a list of stages, got None"),
+        (torch.tensor(1.0), "stages must be a list of stages"),
+        ([[(0, 10**400)]], "is not a number"),
     ],
 )
 def test_bad_stages_are_named(intervals, message):
@@ -102,6 +111,41 @@ def test_load_names_the_file(tmp_path):
         Stages.load(path)
     path.write_text('{"boundaries": [0, 2.5103, 7.6577, "inf"]}')
     assert Stages.load(path) == Stages.edm()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stages": null}', "stages must be a list of stages, got None"),
+        ('{"stages": [5]}', "stage 0 must be a list of intervals"),
+        ('{"stages": [[null]]}', "an interval is a pair"),
+        ('{"boundaries": 5}', "boundaries must be a list of numbers, got 5"),
+        ('{"boundaries": "0,1"}', "boundaries must be a list of numbers, got '0,1'"),
+        ('{"boundaries": [0, [1], "inf"]}', r"\[1\] is not a number"),
+        ('{"boundaries": [0, "inf"], "variable": null}', "variable must be a name such as sigma, got None"),
+        ("5", 'expected an object with "stages" or "boundaries", got 5'),
+    ],
+)
+def test_load_names_what_is_wrong_in_the_file(tmp_path, text, message):
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(StagesError, match=rf"stages\.json: stages: .*{message}"):
+        Stages.load(tmp_path / "stages.json")
+
+
+def test_save_replaces_a_file_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "stages.json"
+    Stages.edm().save(path)
+    before, write_text = path.read_text(), Path.write_text
+
+    def interrupted(self, text):
+        write_text(self, text[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(OSError, match="No space left"):
+        Stages.single().save(path)
+    assert path.read_text() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_probabilities_of_the_edm_stages():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 
@@ -60,8 +61,10 @@ def set_up_machine(args: argparse.Namespace):
     return device
 
 
-def number(low: float | None = None, above: float | None = None) -> Callable[[str], float]:
-    """A number that is at least ``low`` or greater than ``above``."""
+def number(
+    low: float | None = None, above: float | None = None, *, infinite: bool = False
+) -> Callable[[str], float]:
+    """A number that is at least ``low`` or greater than ``above``; finite, unless ``infinite`` allows infinity."""
 
     def parse(text: str) -> float:
         value = _parsed(float, text, "a number")
@@ -69,26 +72,33 @@ def number(low: float | None = None, above: float | None = None) -> Callable[[st
             raise argparse.ArgumentTypeError(
                 f"{text} must be {'at least' if low is not None else 'above'} {low or above or 0}"
             )
+        if math.isnan(value) or (math.isinf(value) and not infinite):
+            raise argparse.ArgumentTypeError(f"{text} must be finite")
         return value
 
     return parse
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """A whole number that is at least ``low``."""
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number that is at least ``low`` and at most ``high``."""
 
     def parse(text: str) -> int:
         value = _parsed(int, text, "a whole number")
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} must be at least {low}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{value} must be at most {high}")
         return value
 
     return parse
 
 
+seed = whole(0, 2**64 - 1)  # what PyTorch's generators take
+
+
 def numbers(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
-    return tuple(_parsed(float, part, "a number") for part in text.split(","))
+    """Finite numbers separated by commas."""
+    return tuple(map(number(), text.split(",")))
 
 
 def wholes(text: str) -> tuple[int, ...]:

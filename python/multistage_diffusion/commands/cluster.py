@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ._options import add_command, add_machine_options, number, set_up_machine, whole
+from ._options import add_command, add_machine_options, number, seed, set_up_machine, whole
 
 EXAMPLES = """\
   msd cluster --data digits --schedule edm --measure smooth --method ends --out runs/stages
@@ -110,9 +110,7 @@ def _add_similarity_options(parser) -> None:
     group.add_argument(
         "--samples", type=whole(1), default=20, metavar="N", help="images compared; default: 20"
     )
-    group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="S", help="of images and noise; default: 0"
-    )
+    group.add_argument("--seed", type=seed, default=0, metavar="S", help="of images and noise; default: 0")
     group.add_argument(
         "--form",
         choices=("x0", "eps"),
@@ -258,6 +256,8 @@ def _progress(shown: bool):
 def _save_numbers(similarity, schedule, path: Path) -> None:
     import numpy as np
 
+    from ..atomic_files import replacing
+
     arrays = {
         "sigmas": similarity.sigmas,
         "matrix": similarity.matrix,
@@ -266,7 +266,8 @@ def _save_numbers(similarity, schedule, path: Path) -> None:
     if similarity.restored is not None:
         arrays["restored"] = similarity.restored
     arrays[f"{schedule.name}_{schedule.variable}"] = schedule.value(similarity.sigmas)
-    np.savez(path, **{name: values.numpy() for name, values in arrays.items()})
+    with replacing(path) as temporary:
+        np.savez(temporary, **{name: values.numpy() for name, values in arrays.items()})
 
 
 def _print_stages(similarity, found, schedule, budget: float) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..presets import SAMPLERS
-from ._options import add_command, add_machine_options, number, set_up_machine, whole
+from ._options import add_command, add_machine_options, number, seed, set_up_machine, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def add_parser(subparsers):
     group.add_argument("--num", type=whole(1), metavar="N", help="number of images; default: 16")
     group.add_argument(
         "--seed",
-        type=whole(0),
+        type=seed,
         default=0,
         metavar="S",
         help="seed of the first image, the others count up; default: 0",
@@ -147,7 +147,7 @@ def _add_sampler_options(parser) -> None:
     )
     group.add_argument(
         "--s-churn",
-        type=number(low=0),
+        type=number(low=0, infinite=True),
         dest="S_churn",
         metavar="X",
         help="amount of added noise; default: 0, a deterministic sampler",
@@ -160,7 +160,11 @@ def _add_sampler_options(parser) -> None:
         help="lowest noise level at which noise is added; default: 0",
     )
     group.add_argument(
-        "--s-max", type=number(low=0), dest="S_max", metavar="X", help="highest one; default: inf"
+        "--s-max",
+        type=number(low=0, infinite=True),
+        dest="S_max",
+        metavar="X",
+        help="highest one; default: inf",
     )
     group.add_argument(
         "--s-noise",
@@ -203,15 +207,18 @@ def run(args) -> None:
 def _sample(args, processes) -> None:
     import torch
 
+    from ..atomic_files import check_replaceable
     from ..checkpoints import load_model
     from ..cuda_graphs import GraphedNetwork
-    from ..samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
+    from ..samplers import class_labels, default_sampler, generate, require_seeds, sampler_config, schedule_of
 
     if args.seeds is not None and args.num is not None:
         raise ValueError("--seeds and --num exclude each other")
     seeds = args.seeds if args.seeds is not None else list(range(args.seed, args.seed + (args.num or 16)))
     settings = given_settings(args)
     # What is wrong whatever the model is shows before one is loaded.
+    require_seeds(seeds, "sample")
+    processes.first_does(lambda: check_replaceable(args.out, "--out"))
     sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
     device = set_up_machine(args)
     model = load_model(args.source, args.weights, device)
@@ -220,8 +227,8 @@ def _sample(args, processes) -> None:
     sampler = _sampler_of(settings, args.sampler or default_sampler(model.denoiser))
     config = sampler_config(sampler, schedule_of(model.denoiser), args.steps, **settings)
     values = model.metadata["config"].get("values", "images")
-    check_output(args.out, values, model.path)
     network = model.denoiser.network
+    check_output(args.out, values, network.in_channels, model.path)
     own_seeds = processes.deal(seeds)
     conditioning = class_labels(network, own_seeds, args.class_id)
     start = time.monotonic()
@@ -240,7 +247,6 @@ def _sample(args, processes) -> None:
     if not processes.is_first:
         return
     seconds = time.monotonic() - start
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_samples(args.out, written, seeds, values)
     per_stage = " / ".join(map(str, samples.evaluations_per_stage))
     print(
@@ -282,12 +288,16 @@ def _progress(done: int, total: int) -> None:
     print(f"\rstep {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
-def check_output(path: Path, values: str, model: Path) -> None:
-    """Raises ValueError if samples of this kind cannot be written to a file of this kind."""
+def check_output(path: Path, values: str, channels: int, model: Path) -> None:
+    """Raises ValueError if samples of this kind, of so many channels, cannot be written to a file of this kind."""
     if values == "latents" and path.suffix != ".npz":
         raise ValueError(
             f"--out {path}: {model} was trained on latents, which are no picture before the autoencoder decodes them; "
             "write them as .npz and decode its array `latents`"
+        )
+    if path.suffix == ".png" and channels not in (1, 3):
+        raise ValueError(
+            f"--out {path}: {model} makes images of {channels} channels, a .png grid has 1 or 3; write them as .npz"
         )
 
 
@@ -301,19 +311,34 @@ def written_form(path: Path, samples: Tensor, values: str = "images") -> Tensor:
 
     Returns:
         For a grid and for latents float32 in the same shape, else eight bits, [N, H, W, C].
+
+    Raises:
+        ValueError: samples that are not finite, which eight bits could not tell from black.
     """
+    broken = int((~samples.float().isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {len(samples)} {values} hold NaN or infinite values, so nothing is written; "
+            "try other settings of the sampler, --precision fp32, or another checkpoint"
+        )
     if path.suffix == ".png" or values == "latents":
         return samples.float()
     return (samples * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
 def write_samples(path: Path, written: Tensor, seeds: Sequence[int], values: str = "images") -> None:
-    """Writes what ``written_form`` makes of samples: a grid, or arrays ``seeds`` and ``images`` or ``latents``."""
+    """Writes what ``written_form`` makes of samples: a grid, or arrays ``seeds`` and ``images`` or ``latents``.
+
+    Missing folders are made. An error leaves a file that was there as it was.
+    """
     import numpy as np
 
+    from ..atomic_files import replacing
     from ..plots import save_sample_grid
 
-    if path.suffix == ".png":
-        save_sample_grid(written, path)
-    else:
-        np.savez_compressed(path, **{values: written.numpy()}, seeds=np.asarray(seeds))
+    with replacing(path) as temporary:
+        if path.suffix == ".png":
+            save_sample_grid(written, temporary)
+            return
+        kind = np.int64 if max(seeds) < 2**63 else np.uint64  # left to itself NumPy takes float64 for a mix
+        np.savez_compressed(temporary, **{values: written.numpy()}, seeds=np.asarray(seeds, kind))
