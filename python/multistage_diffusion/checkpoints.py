@@ -30,8 +30,12 @@ from torch import nn
 from .preconditioning import Preconditioner, precondition
 from .stages import Stages
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_OWN_CHECKSUM = 1  # the format before: no checksum of checkpoint.json
 METADATA = "checkpoint.json"
+_CHECKSUM = "sha256"
+_NEEDED = ("step", "images", "seconds", "config", "optimizer", "data_fingerprint")
+_NEEDED_FILES = ("network.safetensors", "ema.safetensors", "optimizer.safetensors")
 _NAME = re.compile(r"step-(\d{8,})")
 _SHOWN = 4
 
@@ -110,7 +114,7 @@ def save_checkpoint(
         tensors: per file ("network", "ema", ...) the tensors by name.
         metadata: JSON-able; goes into checkpoint.json.
         keep: number of newest checkpoints to keep; ``None``: all. Older ones go after the new one is
-            complete.
+            complete; the new one stays, whatever its number.
 
     Returns:
         The folder. A valid checkpoint of that step which exists already is kept and returned.
@@ -135,8 +139,9 @@ def save_checkpoint(
             write_tensors(path, group)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             _flush(path)
-        text = json.dumps({"format": FORMAT, "step": step, **metadata, "files": files}, indent=2)
-        (temporary / METADATA).write_text(text + "\n")
+        content = {"format": FORMAT, "step": step, **metadata, "files": files}
+        content[_CHECKSUM] = _checksum(content)
+        (temporary / METADATA).write_text(json.dumps(content, indent=2) + "\n")
         _flush(temporary / METADATA)
         _flush(temporary)
         temporary.rename(final)
@@ -147,7 +152,7 @@ def save_checkpoint(
         newest = f"the newest checkpoint is still {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise CheckpointSaveError(f"could not save {final}: {error}; {newest}") from error
     if keep is not None:
-        _prune(directory, keep)
+        _prune(directory, keep, final)
     return final
 
 
@@ -168,19 +173,51 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _checksum(content: dict) -> str:
+    """SHA-256, in hex, of what checkpoint.json says, its own checksum left out."""
+    said = json.loads(json.dumps(content))  # as a reader finds it
+    said.pop(_CHECKSUM, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def _remove_leftovers(directory: Path) -> None:
     for pattern in (".writing-*", ".damaged-*", ".old-*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _prune(directory: Path, keep: int) -> None:
+def _prune(directory: Path, keep: int, written: Path) -> None:
     for path in list_checkpoints(directory)[: -max(keep, 1)]:
+        if path == written:
+            continue  # the newer ones were there before: nobody has looked whether they are intact
         hidden = path.with_name(f".old-{path.name}")
-        path.rename(
-            hidden
-        )  # first out of sight, in one step: a kill leaves no half checkpoint under its name
+        # First out of sight, in one step: a kill leaves no half checkpoint under its name.
+        path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def set_aside_after(directory: str | Path, step: int) -> list[Path]:
+    """Renames the checkpoints after ``step`` to ``damaged-step-########``, where nothing reads or deletes them.
+
+    For a run that goes on from ``step`` because those are damaged.
+
+    Returns:
+        Their new places.
+    """
+    moved = []
+    for path in list_checkpoints(directory):
+        if _step_of(path) > step:
+            moved.append(path.rename(_free_name(path.with_name(f"damaged-{path.name}"))))
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or where there is something already, that path with -2, -3, ... behind."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 # ---------------------------------------------------------------------------- reading
@@ -188,20 +225,24 @@ def _prune(directory: Path, keep: int) -> None:
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, not validated."""
-    directory = Path(directory)
-    found = [
-        (int(m[1]), p) for p in directory.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    found = [p for p in Path(directory).glob("step-*") if _step_of(p) is not None and p.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a folder's name says; None where it is not the name of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint folder: a file missing, truncated or altered; ``None`` if intact."""
+    """What is wrong with a checkpoint folder: a file missing, truncated or altered, checkpoint.json included, or a
+    folder renamed to another step; ``None`` if intact."""
     path = Path(path)
     try:
         metadata = json.loads((path / METADATA).read_text())
-        if metadata["format"] != FORMAT:
-            return f"format {metadata['format']} is not format {FORMAT}, which this version reads"
+        if problem := _damage_of_metadata(metadata, _step_of(path)):
+            return problem
         for name, expected in metadata["files"].items():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
@@ -212,6 +253,22 @@ def damage(path: str | Path) -> str | None:
         return f"{Path(error.filename or path).name}: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{METADATA} is not a checkpoint description ({type(error).__name__}: {error})"
+    return None
+
+
+def _damage_of_metadata(metadata: dict, step: int | None) -> str | None:
+    """What is wrong with the content of checkpoint.json in a folder named after a step, or otherwise."""
+    if metadata["format"] == WITHOUT_OWN_CHECKSUM:
+        missing = [key for key in _NEEDED if key not in metadata]
+        missing += [name for name in _NEEDED_FILES if name not in metadata["files"]]
+        if missing:
+            return f"{METADATA} says nothing of {', '.join(missing)}"
+    elif metadata["format"] != FORMAT:
+        return f"format {metadata['format']} is neither {WITHOUT_OWN_CHECKSUM} nor {FORMAT}, which this version reads"
+    elif metadata[_CHECKSUM] != _checksum(metadata):
+        return f"the content of {METADATA} has changed since it was written"
+    if step is not None and metadata["step"] != step:
+        return f"{METADATA} is of step {metadata['step']}, the folder is named after step {step}"
     return None
 
 

@@ -6,13 +6,13 @@ Exit codes: 0 success, 1 a run that failed, 2 bad input, 128 + n a run that sign
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 
 from .commands import load_commands
+from .streams import release, tell
 
 EXAMPLES = """\
 examples:
@@ -20,6 +20,11 @@ examples:
   msd train --data digits --out runs/digits        train
   msd sample --run runs/digits --out digits.png    sample
 """
+
+PRINTING = (
+    "flops",
+    "info",
+)  # do nothing but print: a reader who leaves early, such as head, has what it wanted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +52,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``msd`` with the given arguments (default: those of the process) and returns the exit code."""
+    try:
+        return _run(argv)
+    finally:
+        release(sys.stdout, sys.stderr)  # else what nobody reads would change the exit code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         args = parser.parse_args(argv)
@@ -57,17 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     warnings.showwarning = _show_warning
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # now, while what goes wrong can still be told
+        return code
     except KeyboardInterrupt:
-        print(f"msd {args.command}: interrupted", file=sys.stderr)
+        tell(f"msd {args.command}: interrupted", sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and args.command in PRINTING:
+            return 0
         if args.debug:
-            traceback.print_exc()
-        print(f"msd {args.command}: {_one_line(error)}", file=sys.stderr)
+            tell(traceback.format_exc().rstrip(), sys.stderr)
+        tell(f"msd {args.command}: {_one_line(error)}", sys.stderr)
         return _exit_code(error)
 
 
@@ -85,6 +99,8 @@ def _exit_code(error: Exception) -> int:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, BrokenPipeError):
+        return "the reader of what it prints has left before the end (Broken pipe)"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     expected = isinstance(error, (ValueError, RuntimeError, OSError)) and text
@@ -92,4 +108,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    tell(f"warning: {message}", sys.stderr)

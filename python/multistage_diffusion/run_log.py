@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .atomic_files import replacing
 from .noise_levels import NoiseLevels
 from .stages import Stages
+from .streams import silence, tell
 
 
 class TrainingDiverged(RuntimeError):
@@ -96,12 +99,8 @@ class RunLog:
         if not self.path.exists():
             return
         kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
-        temporary = self.path.with_name(f".writing-{self.path.name}")
-        with temporary.open("w") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept))
 
     def read(self) -> list[dict]:
         """All complete records."""
@@ -115,7 +114,7 @@ class RunLog:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every few seconds.
+    """A bar on a terminal; elsewhere a line every few seconds; nothing more once stderr takes no more.
 
     Args:
         total, done: steps of the whole run, and those already finished.
@@ -128,21 +127,24 @@ class Progress:
         self.seconds_between_lines = seconds_between_lines
         self._last_line = -math.inf
         self._bar = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        if not quiet and sys.stderr is not None and sys.stderr.isatty():
+            with self._quiet_once_lost():
+                self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
         self.done += 1
         if self._bar is not None:
-            self._bar.update(1)
+            with self._quiet_once_lost():
+                self._bar.update(1)
 
     def report(self, record: dict) -> None:
         """Shows a log record."""
         text = describe_record(record)
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
+            with self._quiet_once_lost():
+                self._bar.set_postfix_str(text)
         elif not self.quiet and self._line_is_due():
-            print(f"step {self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
+            self.quiet = not tell(f"step {self.done}/{self.total}  {text}", sys.stderr)
 
     def _line_is_due(self) -> bool:
         now = time.monotonic()
@@ -153,7 +155,16 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._quiet_once_lost():
+                self._bar.close()
+
+    @contextmanager
+    def _quiet_once_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # the terminal is gone: no reason to stop training
+            silence(sys.stderr)
+            self._bar, self.quiet = None, True
 
 
 def describe_record(record: dict) -> str:

@@ -4,6 +4,7 @@
         config.json  stages.json    what was asked for
         log.jsonl  loss.png         what happened
         checkpoints/step-########   see checkpoints.py
+        .lock                       see run_lock.py
         samples/step-########.png   if asked for
 
 What a step sees is a function of the seed and the step's number alone: images, noise levels, noise and dropout come
@@ -18,7 +19,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,25 +28,28 @@ import torch
 from torch import nn
 
 from . import checkpoints
+from .atomic_files import replacing
 from .cuda_graphs import GraphedFunction
 from .data_parallel import Processes
 from .ema import EMA
 from .losses import loss_at
+from .run_lock import RunError, RunLock
 from .run_log import LossWindow, Progress, RunLog, TrainingDiverged
 from .samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
 from .stage_order import StageOrder
 from .stage_parameters import StageParameters
+from .streams import tell
 from .training_batches import TrainingBatches, derive_seed
 from .training_config import TrainingConfig
 
-__all__ = ["RunError", "Trainer", "TrainingConfig", "TrainingResult"]
+__all__ = ["PictureWarning", "RunError", "Trainer", "TrainingConfig", "TrainingResult"]
 
 
 MAX_GRAPHS = 64  # mixes of stages that have a CUDA graph of their own
 
 
-class RunError(RuntimeError):
-    """A run cannot start or go on: the folder is taken, or does not fit the configuration."""
+class PictureWarning(UserWarning):
+    """A picture could not be drawn or written; training goes on without."""
 
 
 class StopRequest:
@@ -163,7 +168,8 @@ class Trainer:
             resume: go on from the newest intact checkpoint of the folder (from the start if there is none).
 
         Raises:
-            RunError: the folder holds a run already and ``resume`` is off, or holds another one.
+            RunError: the folder holds a run already and ``resume`` is off, or holds another one, or another process
+                trains there.
             TrainingDiverged: a loss or weight is not finite; the checkpoints stay as they were.
             CheckpointError: a checkpoint could not be written, or does not fit.
             ProcessError: the processes of the run do not fit together.
@@ -171,15 +177,24 @@ class Trainer:
         self.processes.require_same(
             images=self.data.fingerprint, run_folder=str(self.directory), **self.config.to_json()
         )
+        with RunLock(self.directory) as lock:
+            self.processes.first_does(lock.acquire)
+            self._begin(resume)
+            return self._train()
+
+    def _begin(self, resume: bool) -> None:
+        """Comes to where training starts or goes on; writes to the folder only after everything has been checked."""
         self.processes.first_does(lambda: self._check_directory(resume))
         if resume:
             self._restore()
         self.processes.require_same(step=self.step)
         if resume:
-            self.processes.first_does(lambda: self.log.truncate(self.step))
+            self.processes.first_does(self._drop_what_came_later)
         self.processes.share(self.network)
         self.processes.share(self.ema.network)
         self.processes.first_does(self._write_configuration)
+
+    def _train(self) -> TrainingResult:
         self._last_record_at = (time.monotonic(), self.step)
         progress = Progress(self.config.steps, self.step, self.quiet)
         try:
@@ -195,7 +210,7 @@ class Trainer:
             raise TrainingDiverged(f"{error}. {self._advice()}") from error
         finally:
             progress.close()
-        self.processes.first_does(self._plot)
+        self.processes.first_does(lambda: self._draw("the loss curve", self._plot))
         ended_early = self.step < self.config.steps
         return TrainingResult(self.step, path, stop.signal if ended_early else None, self.seconds)
 
@@ -264,11 +279,13 @@ class Trainer:
         config = self.config
         save = self.step % config.checkpoint_every == 0
         if save or self.step % config.log_every == 0:
-            self._record(progress)  # with every checkpoint, so that a resumed run writes the same records
+            # With every checkpoint, so that a run resumed there writes the same records. One that a signal stops
+            # between two records has one more.
+            self._record(progress)
         if save:
             self._save()
         if config.sample_every is not None and self.step % config.sample_every == 0:
-            self.processes.first_does(self._sample_grid)
+            self.processes.first_does(lambda: self._draw("the sample grid", self._sample_grid))
 
     def _record(self, progress: Progress) -> None:
         """Writes a log record of the steps since the last one."""
@@ -325,7 +342,16 @@ class Trainer:
         kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         return f"{kept}. Try a lower lr, a longer warm-up, gradient clipping or precision fp32"
 
+    def _draw(self, what: str, draw: Callable[[], None]) -> None:
+        """Draws a picture; one that cannot be drawn or written costs no training."""
+        try:
+            draw()
+        except Exception as error:
+            text = f"{what} after step {self.step} is missing: {type(error).__name__}: {error}"
+            warnings.warn(text, PictureWarning, stacklevel=2)
+
     def _sample_grid(self) -> None:
+        """Images of the averaged weights; of four channels the first three, without the fourth, which is alpha."""
         from .plots import save_sample_grid
 
         denoiser = self.config.denoiser(self.ema.network)
@@ -336,7 +362,9 @@ class Trainer:
         samples = generate(denoiser, seeds, shape, sampler, dtype=torch.float32, **labels)
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
-        save_sample_grid(samples.images.float(), folder / f"step-{self.step:08d}.png")
+        images = samples.images.float()
+        visible = images[:, :3] if images.shape[1] == 4 else images
+        save_sample_grid(visible, folder / f"step-{self.step:08d}.png")
 
     def _plot(self) -> None:
         from .plots import plot_loss
@@ -373,18 +401,29 @@ class Trainer:
 
     def _check_directory(self, resume: bool) -> None:
         config_path = self.directory / "config.json"
-        if config_path.exists():
-            if not resume:
-                raise RunError(f"{self.directory} holds a run already; resume it, or choose another folder")
-            differences = self.config.differences(json.loads(config_path.read_text()))
-            if differences:
+        if not resume:
+            parts = [path.name for path in (config_path, self.log.path) if path.exists()]
+            if checkpoints.list_checkpoints(self.checkpoint_directory):
+                parts.append(self.checkpoint_directory.name)
+            if parts:
                 raise RunError(
-                    f"{self.directory} holds a run of another configuration: {'; '.join(differences)}"
+                    f"{self.directory} holds a run already ({', '.join(parts)}); resume it, or choose another folder"
                 )
+        elif config_path.exists():
+            self._require_configuration(json.loads(config_path.read_text()), config_path)
+
+    def _require_configuration(self, saved: dict, source: Path) -> None:
+        """Raises RunError if the run that a file is of had another configuration than this one."""
+        differences = self.config.differences(saved)
+        if differences:
+            raise RunError(
+                f"{self.directory} holds a run of another configuration, says {source.relative_to(self.directory)}: "
+                f"{'; '.join(differences)}"
+            )
 
     def _write_configuration(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _write_json(self.directory / "config.json", self.config.to_json())
+        with replacing(self.directory / "config.json") as temporary:
+            temporary.write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         self.config.stages.save(self.directory / "stages.json")
 
     def _restore(self) -> None:
@@ -393,6 +432,7 @@ class Trainer:
             self._say(f"no checkpoint in {self.checkpoint_directory} yet; starting from step 0")
             return
         metadata = checkpoints.read_metadata(path)
+        self._require_configuration(metadata["config"], path / checkpoints.METADATA)
         if metadata["data_fingerprint"] != self.data.fingerprint:
             raise RunError(
                 f"the images of {self.config.data} have changed since {path} was written "
@@ -405,11 +445,23 @@ class Trainer:
             self.parameters.names, self.optimizer, optimizer_tensors, metadata["optimizer"]
         )
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        self._say(f"resuming {self.directory} after step {self.step} of {self.config.steps}")
+        if self.step < self.config.steps:
+            self._say(f"resuming {self.directory} after step {self.step} of {self.config.steps}")
+        else:
+            self._say(
+                f"{self.directory} has finished {self.step} steps, {self.config.steps} were asked for: "
+                "nothing is left to train"
+            )
+
+    def _drop_what_came_later(self) -> None:
+        """Makes room for the records and checkpoints that will be written anew."""
+        self.log.truncate(self.step)
+        for path in checkpoints.set_aside_after(self.checkpoint_directory, self.step):
+            self._say(f"the damaged checkpoint is kept as {path}")
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            self.quiet = not tell(text, sys.stderr)
 
 
 def _load_data(config: TrainingConfig):
@@ -422,9 +474,3 @@ def _build(config: TrainingConfig) -> nn.Module:
     from .networks import build
 
     return build(config.network)
-
-
-def _write_json(path: Path, values: dict) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)

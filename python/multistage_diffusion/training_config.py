@@ -25,8 +25,16 @@ ALLOWED = {
     "lr_decay": ("constant", "cosine"),
 }
 # What may differ between a run and its continuation: none of it changes what the steps compute, up to rounding and the
-# draws of dropout.
-FREE = {"checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_count", "accumulate"}
+# draws of dropout. The images are known by their fingerprint, wherever they lie.
+FREE = {
+    "data",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "sample_every",
+    "sample_count",
+    "accumulate",
+}
 
 
 @dataclass(frozen=True)

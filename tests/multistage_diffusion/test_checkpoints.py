@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,97 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path, harm, m
     harm(save(tmp_path, 2))
     with pytest.warns(CheckpointWarning, match=message):
         assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_no_bit_of_the_metadata_changes_unnoticed(tmp_path):
+    file = save(tmp_path, 6) / "checkpoint.json"
+    written = file.read_bytes()
+    content = json.loads(written)
+    unnoticed = []
+    for bit in range(8 * len(written)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        if checkpoints.damage(file.parent) is None and json.loads(bytes(changed)) != content:
+            unnoticed.append(bytes(changed))
+    assert not unnoticed
+
+
+def test_metadata_of_all_that_json_can_say_is_intact(tmp_path):
+    metadata = {
+        "betas": (0.9, 0.999),
+        "eps": 1e-08,
+        "inf": float("inf"),
+        10: "ä",
+        9: None,
+        "nan": float("nan"),
+    }
+    path = checkpoints.save_checkpoint(tmp_path, 1, {"network": {"w": torch.zeros(1)}}, metadata)
+    assert checkpoints.damage(path) is None
+    assert checkpoints.read_metadata(path)["betas"] == [0.9, 0.999]
+
+
+def as_version_before(path, without=None):
+    """Makes a checkpoint what was written before checkpoint.json had a checksum of its own, less one entry."""
+    file = path / "checkpoint.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    content["format"] = 1
+    content.pop(without, None)
+    content["files"].pop(without, None)
+    file.write_text(json.dumps(content))
+    return path
+
+
+def save_all(directory, step):
+    tensors = {name: {"w": torch.zeros(1)} for name in ("network", "ema", "optimizer")}
+    metadata = {"images": 10, "seconds": 1.0, "config": {}, "optimizer": {}, "data_fingerprint": "ab"}
+    return checkpoints.save_checkpoint(directory, step, tensors, metadata, keep=None)
+
+
+ENTRIES = ["step", "seconds", "config", "optimizer", "data_fingerprint", "ema.safetensors"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_checkpoints_of_the_version_before_load_where_nothing_is_missing(tmp_path, entry):
+    older = as_version_before(save_all(tmp_path, 1))
+    assert checkpoints.damage(older) is None
+    as_version_before(save_all(tmp_path, 2), without=entry)
+    with pytest.warns(CheckpointWarning, match=f"checkpoint.json says nothing of {entry}"):
+        assert checkpoints.latest_checkpoint(tmp_path) == older
+
+
+def test_a_folder_of_another_step_is_no_checkpoint_of_it(tmp_path):
+    older = as_version_before(save_all(tmp_path, 1))
+    older.rename(tmp_path / "step-00000003")
+    problem = checkpoints.damage(tmp_path / "step-00000003")
+    assert problem == "checkpoint.json is of step 1, the folder is named after step 3"
+    shutil.copytree(tmp_path / "step-00000003", tmp_path / "best")
+    assert checkpoints.find_checkpoint(tmp_path / "best") == tmp_path / "best"
+
+
+def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
+    for step in (3, 6):
+        save(tmp_path, step)
+    save(tmp_path, 5, keep=1)
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_checkpoints_after_a_step_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    aside = [tmp_path / f"damaged-step-0000000{n}" for n in (2, 3)]
+    assert checkpoints.set_aside_after(tmp_path, 1) == aside
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000001"
+    save(tmp_path, 2)
+    assert checkpoints.set_aside_after(tmp_path, 1) == [tmp_path / "damaged-step-00000002-2"]
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == [
+        "damaged-step-00000002",
+        "damaged-step-00000002-2",
+        "damaged-step-00000003",
+        "step-00000004",
+    ]
 
 
 def test_nothing_intact_is_an_error(tmp_path):

@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from broken_streams import on_a_full_disk, without_reader
 from multistage_diffusion import checkpoints, cli, metrics
 from multistage_diffusion.commands import load_commands, sample, train
 from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
@@ -81,6 +84,7 @@ def test_help_does_not_load_torch():
         ("train", "--out"),
         ("train --out x", "--data is needed"),
         ("train --out x --data digits --steps 0", "0 must be at least 1"),
+        ("train --out x --data digits --sample-every 0", "0 must be at least 1"),
         ("train --out x --data digits --lr 0", "0 must be above 0"),
         ("train --out x --data digits --lr fast", "'fast' is not a number"),
         ("train --out x --data digits --decoder-widths 8,x", "'x' is not a whole number"),
@@ -136,6 +140,57 @@ def test_a_failed_run_is_exit_code_1(capsys, tmp_path):
     assert "Traceback" not in errors
 
 
+def start(*arguments, **streams):
+    """``msd`` in a process of its own, with buffered streams as users have them."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "multistage_diffusion", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, **streams)
+
+
+def test_training_outlives_the_readers_of_its_output(tmp_path):
+    options = ("--steps", 6, "--log-every", 1, "--out", tmp_path / "run")
+    with without_reader() as stream:
+        assert start("train", *TINY, *options, stdout=stream, stderr=stream).wait(120) == 0
+    assert checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-00000006"
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("train", "--help")], ids=" ".join)
+def test_a_reader_who_leaves_may_have_what_it_wanted(arguments):
+    with without_reader() as stream:
+        process = start(*arguments, stdout=stream, stderr=subprocess.PIPE)
+        assert process.communicate(timeout=120)[1] == ""
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("name", "code"), [("info", 0), ("flops", 0), ("sample", 1), ("train", 1)])
+def test_a_command_that_nobody_listens_to_did_not_succeed_unless_it_only_prints(
+    name, code, capsys, monkeypatch
+):
+    def broken(args):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    module = {m.__name__.rpartition(".")[2]: m for m in load_commands()}[name]
+    monkeypatch.setattr(module, "run", broken)
+    needed = {"flops": ["--preset", "edm-cifar10"], "sample": ["--run", "x", "--out", "y.png"]}
+    assert msd(name, *needed.get(name, []), *(["--out", "x"] if name == "train" else [])) == code
+    left = f"msd {name}: the reader of what it prints has left before the end (Broken pipe)\n"
+    assert capsys.readouterr().err == (left if code else "")
+
+
+def test_what_cannot_be_printed_in_the_end_is_noticed(monkeypatch, capsys):
+    with on_a_full_disk() as stream:
+        stream.reconfigure(line_buffering=False)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert msd("info") == 1
+    assert capsys.readouterr().err == "msd info: No space left on device\n"
+
+
+def test_a_warning_that_nobody_reads_is_no_error(monkeypatch):
+    with without_reader() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        cli._show_warning("lost", UserWarning, "file", 1)
+
+
 # ---------------------------------------------------------------------------------------- train
 
 
@@ -165,6 +220,44 @@ def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
         a, b = (checkpoints.read_tensors(d / "checkpoints" / "step-00000007", name) for d in (whole, parts))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_from_another_folder_and_of_moved_data(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
+    np.save(tmp_path / "here" / "a.npy", images)
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path / "here")
+    assert msd("train", *TINY, "--data", "a.npy", "--out", run, "--steps", 1) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert msd("train", "--out", run, "--resume", "--steps", 2, "--device", "cpu") == 0
+    (tmp_path / "here" / "a.npy").rename(tmp_path / "there" / "b.npy")
+    assert msd("train", "--out", run, "--resume", "--steps", 3, "--device", "cpu", "--data", "b.npy") == 0
+    assert json.loads((run / "config.json").read_text())["data"] == str(tmp_path / "there" / "b.npy")
+    np.save(tmp_path / "there" / "b.npy", images // 2)
+    assert msd("train", "--out", run, "--resume", "--steps", 4, "--device", "cpu") == 2
+
+
+def test_resume_takes_a_lost_configuration_from_the_checkpoint(run, tmp_path, capsys):
+    lost = tmp_path / "run"
+    shutil.copytree(run, lost)
+    before = json.loads((lost / "config.json").read_text())
+    (lost / "config.json").write_text("{")
+    assert msd("train", "--out", lost, "--resume", "--device", "cpu") == 2
+    assert "without this file the configuration of the newest checkpoint is taken" in capsys.readouterr().err
+    (lost / "config.json").unlink()
+    assert msd("train", "--out", lost, "--resume", "--steps", 5, "--lr", 0.3, "--device", "cpu") == 2
+    assert "lr: 0.002 in the checkpoint, now 0.3" in capsys.readouterr().err
+    assert msd("train", "--out", lost, "--resume", "--steps", 5, "--device", "cpu") == 0
+    assert json.loads((lost / "config.json").read_text()) == {**before, "steps": 5}
+
+
+def test_sample_grids_can_be_left_out_again():
+    saved = train.make_config(parsed("--sample-every", "5"), None, "digits", Digits()).to_json()
+    assert saved["sample_every"] == 5
+    for options, every in (((), 5), (("--sample-every", "none"), None), (("--sample-every", "2"), 2)):
+        assert train.make_config(parsed(*options), saved, "digits", Digits()).sample_every == every
 
 
 def test_resume_refuses_a_variant_without_its_preset(run, capsys):

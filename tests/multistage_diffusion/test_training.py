@@ -1,8 +1,10 @@
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from broken_streams import without_reader
 from helpers import waiting_is_an_error
-from multistage_diffusion import checkpoints, networks
+from multistage_diffusion import checkpoints, networks, plots
 from multistage_diffusion.checkpoints import CheckpointError
+from multistage_diffusion.data import ImageData
+from multistage_diffusion.run_lock import RunLock
 from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import RunError, Trainer
+from multistage_diffusion.training import PictureWarning, RunError, Trainer
 from multistage_diffusion.training_config import TrainingConfig
 from stand_ins import (
     SMALL_UNET,
@@ -31,6 +37,8 @@ from stand_ins import (
     tiny_images,
     weights_of,
 )
+
+PLOT = Trainer._plot  # the tests here do without, but for one
 
 
 def trainer_of(directory, network=None, **changes):
@@ -233,6 +241,68 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("part", ["log.jsonl", "checkpoints"])
+def test_what_is_left_of_a_run_is_not_overwritten(tmp_path, part):
+    trainer_of(tmp_path, steps=2).run()
+    for path in tmp_path.iterdir():
+        if path.name not in (part, ".lock"):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(RunError, match=rf"holds a run already \({part}\); resume it, or choose another"):
+        trainer_of(tmp_path, steps=2).run()
+    assert {path.name for path in tmp_path.iterdir()} == {part, ".lock"}
+
+
+@pytest.mark.parametrize("config", ["edited", "lost"])
+def test_resume_compares_with_the_checkpoint(tmp_path, config):
+    trainer_of(tmp_path, steps=2).run()
+    (tmp_path / "config.json").unlink()
+    if config == "edited":
+        (tmp_path / "config.json").write_text(json.dumps(config_of(steps=2, seed=5).to_json()))
+    source = "checkpoints/step-00000002/checkpoint.json"
+    with pytest.raises(RunError, match=f"another configuration, says {source}: seed: 0 in the .*, now 5$"):
+        trainer_of(tmp_path, seed=5).run(resume=True)
+    if config == "lost":
+        assert trainer_of(tmp_path).run(resume=True).step == 12
+
+
+def test_the_same_images_may_have_moved(tmp_path):
+    trainer_of(tmp_path, steps=2).run()
+    assert trainer_of(tmp_path, steps=3, data="elsewhere").run(resume=True).step == 3
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == "elsewhere"
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path):
+    trainer_of(tmp_path, steps=2).run()
+    unfinished = tmp_path / "checkpoints" / ".writing-step-00000005"  # by the other one
+    unfinished.mkdir()
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        for resume in (False, True):
+            with pytest.raises(RunError, match="another process trains in"):
+                trainer_of(tmp_path).run(resume)
+    assert unfinished.is_dir()
+    assert trainer_of(tmp_path).run(resume=True).step == 12
+
+
+def test_a_run_that_fails_frees_its_folder(tmp_path):
+    with pytest.raises(TrainingDiverged):
+        trainer_of(tmp_path, Exploding()).run()
+    assert trainer_of(tmp_path).run(resume=True).step == 12
+
+
+def test_a_run_that_is_training_holds_its_folder(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1)
+    original = trainer._train_step
+
+    def step():
+        with pytest.raises(RunError, match="another process trains in"):
+            RunLock(tmp_path).acquire()
+        original()
+
+    trainer._train_step = step
+    assert trainer.run().step == 1
+
+
 def test_resume_names_what_differs(tmp_path):
     trainer_of(tmp_path, steps=2).run()
     with pytest.raises(RunError, match=r"batch_size: 8 in the checkpoint, now 4; lr: 0.001 .*, now 0.5$"):
@@ -287,6 +357,42 @@ def test_resume_passes_over_a_damaged_checkpoint(tmp_path):
         trainer_of(tmp_path / "parts").run(resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
     assert records_without_times(tmp_path / "whole") == records_without_times(tmp_path / "parts")
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_new_one_stays(tmp_path):
+    trainer_of(tmp_path, steps=6).run()
+    damaged = tmp_path / "checkpoints" / "step-00000006"
+    metadata = (damaged / "checkpoint.json").read_text()
+    (damaged / "checkpoint.json").write_text(metadata.replace('"seconds"', '"secnods"'))
+    with pytest.warns(checkpoints.CheckpointWarning, match=r"checkpoint\.json has changed"):
+        result = trainer_of(tmp_path, steps=5, keep_checkpoints=1).run(resume=True)
+    assert result.checkpoint == checkpoints.latest_checkpoint(tmp_path / "checkpoints")
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+        "step-00000005",
+        "damaged-step-00000006",
+    }
+
+
+def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys):
+    trainer_of(tmp_path, steps=6).run()
+    for steps in (3, 6, 7):
+        trainer = trainer_of(tmp_path, steps=steps)
+        trainer.quiet = False
+        trainer.run(resume=True)
+        said = capsys.readouterr().err
+        assert (f"has finished 6 steps, {steps} were asked for: nothing is left to train" in said) == (
+            steps < 7
+        )
+        assert ("resuming" in said) == (steps == 7)
+
+
+def test_training_goes_on_where_nobody_reads_what_it_says(tmp_path, monkeypatch):
+    trainer_of(tmp_path, steps=2).run()
+    with without_reader() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        trainer = trainer_of(tmp_path, log_every=1)
+        trainer.quiet = False
+        assert trainer.run(resume=True).checkpoint.name == "step-00000012"
 
 
 def test_log_truncation_drops_later_and_torn_records(tmp_path):
@@ -448,6 +554,27 @@ def test_sample_grids_do_not_change_the_run(tmp_path, monkeypatch):
     trainer_of(tmp_path / "with", sample_every=6, sample_count=4).run()
     assert grids == [((4, 1, 8, 8), "step-00000006.png"), ((4, 1, 8, 8), "step-00000012.png")]
     assert_same_run(tmp_path / "without", tmp_path / "with", 12)
+
+
+def test_of_four_channels_the_grid_shows_three(tmp_path):
+    images = ImageData(torch.randint(0, 256, (8, 4, 8, 8), dtype=torch.uint8), name="tiny")
+    network = TinyNetwork(in_channels=4)
+    config = config_of(steps=1, sample_every=1, sample_count=4)
+    Trainer(config, tmp_path, data=images, network=network, quiet=True).run()
+    with Image.open(tmp_path / "samples" / "step-00000001.png") as image:
+        assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("picture", ["save_sample_grid", "plot_loss"])
+def test_a_picture_that_fails_costs_no_training(tmp_path, monkeypatch, picture):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plots, picture, full)
+    monkeypatch.setattr(Trainer, "_plot", PLOT)
+    with pytest.warns(PictureWarning, match=r"after step 2 is missing: OSError: .*No space left"):
+        result = trainer_of(tmp_path, steps=2, sample_every=2, sample_count=1).run()
+    assert result.checkpoint == checkpoints.latest_checkpoint(tmp_path / "checkpoints")
 
 
 def test_config_is_immutable():

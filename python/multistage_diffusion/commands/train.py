@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from ._options import (
     add_machine_options,
     number,
     numbers,
+    seed,
     set_up_machine,
     whole,
     wholes,
@@ -106,7 +108,7 @@ def _add_run_options(parser) -> None:
         action="store_true",
         help="go on from the newest intact checkpoint; other options default to those of the run",
     )
-    group.add_argument("--seed", type=whole(0), metavar="S", help="of everything random; default: 0")
+    group.add_argument("--seed", type=seed, metavar="S", help="of everything random; default: 0")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=whole(1), metavar="N", help="optimizer steps")
     length.add_argument("--kimg", type=number(above=0), metavar="X", help="the same in thousands of images")
@@ -123,7 +125,10 @@ def _add_run_options(parser) -> None:
         "--log-every", type=whole(1), metavar="N", help="steps between log records; default: the preset's"
     )
     group.add_argument(
-        "--sample-every", type=whole(1), metavar="N", help="steps between sample grids; default: none"
+        "--sample-every",
+        type=whole_or_none,
+        metavar="N",
+        help='steps between sample grids; "none" (default): no grids',
     )
 
 
@@ -262,7 +267,7 @@ def _add_optimizer_options(parser) -> None:
     group.add_argument("--lr-decay", choices=("constant", "cosine"), help="default: the preset's")
     group.add_argument(
         "--gradient-clip",
-        type=number(above=0),
+        type=number(above=0, infinite=True),
         metavar="X",
         help="largest norm of the gradient; default: the preset's",
     )
@@ -287,6 +292,7 @@ def run(args) -> int:
 def _train(args: argparse.Namespace, processes) -> int:
     from ..data import load_images
     from ..host_memory import keep_freed_memory
+    from ..streams import tell
     from ..training import Trainer
 
     device = set_up_machine(args)
@@ -309,24 +315,33 @@ def _train(args: argparse.Namespace, processes) -> int:
         return stopped
     if stopped:
         name = signal.Signals(result.stopped_by).name
-        print(
+        tell(
             f"stopped by {name} after step {result.step} of {config.steps}; saved {result.checkpoint}; "
             f"go on with: msd train --out {args.out} --resume",
-            file=sys.stderr,
+            sys.stderr,
         )
     else:
-        print(f"{args.out}: trained {result.step} steps in {result.seconds:.0f} s; {result.checkpoint}")
+        tell(
+            f"{args.out}: trained {result.step} steps in {result.seconds:.0f} s; {result.checkpoint}",
+            sys.stdout,
+        )
     return stopped
 
 
 def _saved_config(args) -> dict | None:
+    """What config.json of the run says, or its newest checkpoint where that file is lost; None if there is no run."""
+    from .. import checkpoints
+
     path = args.out / "config.json"
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        newest = checkpoints.latest_checkpoint(args.out / "checkpoints")
+        return checkpoints.read_metadata(newest)["config"] if newest else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(
+            f"{path} is damaged: {error}; without this file the configuration of the newest checkpoint is taken"
+        ) from error
 
 
 def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
@@ -345,12 +360,11 @@ def make_config(args: argparse.Namespace, saved: dict | None, source: str, data)
     if args.class_conditional:
         network["label_dim"] = _classes(source, data, network["family"])
     values |= _given(args, TrainingConfig.__dataclass_fields__)
-    values |= {"network": _complete(network), "data": source}
+    values |= {"network": _complete(network), "data": _from_anywhere(source)}
     schedule = values.get("schedule", "edm")
     if args.stages is not None:
         values["stages"] = parse_stages(args.stages, schedule)
-    if args.augment == "none":
-        values["augment"] = None
+    values |= {name: None for name in ("augment", "sample_every") if getattr(args, name) == "none"}
     if args.warmup_kimg is not None:
         values["warmup_images"] = round(1000 * args.warmup_kimg)
     if args.ema_kimg is not None:
@@ -359,6 +373,11 @@ def make_config(args: argparse.Namespace, saved: dict | None, source: str, data)
         values["steps"] = max(1, math.ceil(1000 * args.kimg / values["batch_size"]))
     _check_schedule(args, schedule, values["stages"].variable)
     return TrainingConfig(**values)
+
+
+def _from_anywhere(source: str) -> str:
+    """The data as any working directory names it, for a run that is resumed from another one."""
+    return source if source == "digits" else os.path.abspath(source)
 
 
 def _classes(source: str, data, family: str) -> int:
@@ -453,3 +472,8 @@ def parse_stages(text: str, schedule: str = "edm"):
 def probability_or_none(text: str) -> float | str:
     """A probability, or the word "none"."""
     return text if text == "none" else number(low=0)(text)
+
+
+def whole_or_none(text: str) -> int | str:
+    """A whole number from 1 on, or the word "none"."""
+    return text if text == "none" else whole(1)(text)

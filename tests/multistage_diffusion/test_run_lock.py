@@ -1,0 +1,55 @@
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from multistage_diffusion.run_lock import RunError, RunLock
+
+HOLDER = """
+import sys, time
+from multistage_diffusion.run_lock import RunLock
+RunLock(sys.argv[1]).acquire()
+print("has it", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_for_one_at_a_time(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    with RunLock(folder) as first:
+        first.acquire()  # makes the folder
+        refusal = rf"another process trains in {folder} \(process {os.getpid()} on .+\); wait"
+        with RunLock(folder) as second, pytest.raises(RunError, match=refusal):
+            second.acquire()
+        with pytest.raises(RunError):  # the one that was refused has released nothing
+            RunLock(folder).acquire()
+    with RunLock(folder) as third:
+        third.acquire()
+
+
+def test_a_process_that_is_killed_frees_the_folder(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "has it\n"
+    with RunLock(tmp_path) as lock:
+        with pytest.raises(RunError, match=f"process {holder.pid} on"):
+            lock.acquire()
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate(timeout=60)
+        lock.acquire()
+
+
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.warns(UserWarning, match=r"cannot lock .*\.lock \(No locks available\)"):
+        RunLock(tmp_path).acquire()
+    assert len(os.listdir("/proc/self/fd")) == before
