@@ -512,3 +512,30 @@ def test_a_network_takes_an_order_in_place_of_the_stages():
         ValueError, match="got the order of 2 samples in 3 stages, needed is one of 6 samples"
     ):
         network(x, noise, StageOrder.of([0, 1], 3, 2))
+
+
+@pytest.mark.filterwarnings("ignore::msd_kernels.FallbackWarning")
+@pytest.mark.parametrize("family", TINY)
+def test_tangents_and_torch_func_go_through_a_network(family):
+    """What consistency and mean-flow training need: d/dx along a direction, and the gradients of that."""
+    network = tiny(family)
+    x, noise = inputs()
+    v, step = torch.randn_like(x), 1e-6
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return network(x, noise, STAGES)
+
+    _, tangent = torch.func.jvp(run, (x,), (v,))
+    differences = (run(x + step * v) - run(x - step * v)) / (2 * step)
+    assert (tangent - differences).abs().max() <= 1e-7 * tangent.abs().max()
+    tangent.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+    parameters = dict(network.named_parameters())
+    network.zero_grad()
+    run(x).square().mean().backward()
+    found = torch.func.grad(
+        lambda given: torch.func.functional_call(network, given, (x, noise, STAGES)).square().mean()
+    )({name: p.detach() for name, p in parameters.items()})
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
