@@ -228,7 +228,13 @@ class TrainingConfig:
 
     @classmethod
     def from_json(cls, values: dict) -> TrainingConfig:
-        """The inverse of ``to_json``. Raises ValueError for a key that does not exist."""
+        """The inverse of ``to_json``. Raises ValueError for what is no such object or has an unknown key."""
+        if not isinstance(values, dict) or not all(
+            isinstance(values.get(k), dict) for k in ("network", "stages")
+        ):
+            raise ValueError(
+                f'TrainingConfig: expected an object with "network" and "stages", got {values!r}'
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -222,6 +222,30 @@ def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda config: 5,
+        lambda config: None,
+        lambda config: [],
+        lambda config: {k: v for k, v in config.items() if k != "stages"},
+        lambda config: config | {"network": 3},
+        lambda config: config | {"stages": {"stages": [5]}},
+        lambda config: config | {"spirit": 1},
+        lambda config: config | {"steps": "many"},
+    ],
+)
+def test_resume_names_a_configuration_that_is_damaged(damage, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert msd("train", *TINY, "--out", run, "--steps", 1) == 0
+    config = run / "config.json"
+    config.write_text(json.dumps(damage(json.loads(config.read_text()))))
+    assert msd("train", "--out", run, "--resume", "--steps", 2, "--device", "cpu") == 2
+    assert f"{config} is damaged: " in capsys.readouterr().err
+    config.unlink()
+    assert msd("train", "--out", run, "--resume", "--steps", 2, "--device", "cpu") == 0
+
+
 def test_resume_from_another_folder_and_of_moved_data(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()

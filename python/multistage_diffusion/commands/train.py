@@ -331,14 +331,17 @@ def _train(args: argparse.Namespace, processes) -> int:
 def _saved_config(args) -> dict | None:
     """What config.json of the run says, or its newest checkpoint where that file is lost; None if there is no run."""
     from .. import checkpoints
+    from ..training_config import TrainingConfig
 
     path = args.out / "config.json"
     try:
-        return json.loads(path.read_text())
+        saved = json.loads(path.read_text())
+        TrainingConfig.from_json(saved)  # raises what is wrong with it
+        return saved
     except FileNotFoundError:
         newest = checkpoints.latest_checkpoint(args.out / "checkpoints")
         return checkpoints.read_metadata(newest)["config"] if newest else None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; without this file the configuration of the newest checkpoint is taken"
         ) from error
