@@ -122,6 +122,7 @@ def integers(op: str, name: str, value: int | Sequence[int]) -> int | tuple[int,
 
 
 def stage_counts(op: str, counts: Sequence[int]) -> tuple[int, ...]:
+    """The samples of each stage, as integers."""
     try:
         return tuple(map(as_integer, counts))
     except TypeError:

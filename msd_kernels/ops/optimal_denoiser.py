@@ -123,15 +123,7 @@ def optimal_denoiser(
     return DenoiserPosterior(denoised, log_partition, effective)
 
 
-def explain(
-    x: Tensor,
-    sigma: float | Tensor,
-    data: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
-    *,
-    data_range: tuple[float, float] = (-1.0, 1.0),
-    statistics: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> Explanation:
+def explain(x, sigma, data, *, data_range=(-1.0, 1.0), statistics=False, group=None) -> Explanation:
     """Which backend serves ``optimal_denoiser(x, sigma, data)``, by the first chunk, and why the others do not.
 
     An iterator, of which the call would then miss that chunk, is an error.
