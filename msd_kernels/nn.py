@@ -7,11 +7,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from msd_kernels.ops.group_norm import group_norm
+from msd_kernels.ops.group_norm import ACTIVATIONS, group_norm
 
 __all__ = ["GroupNorm", "replace_group_norm"]
 
-ACTIVATIONS = (None, "silu")
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",

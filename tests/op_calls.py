@@ -59,6 +59,11 @@ def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         assert torch.equal(a, b), f"result {position} differs by up to {(a - b).abs().max():.3e}"
 
 
+def strided(t: Tensor) -> Tensor:
+    """The same values, every second element of twice the memory; between them is NaN."""
+    return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
+
+
 def packed_size(counts: Sequence[int], channels: Sequence[int], pixels: int = 1) -> tuple[int]:
     return (sum(n * c for n, c in zip(counts, channels, strict=True)) * pixels,)
 

@@ -25,6 +25,7 @@ from msd_kernels.triton.launch import devices
 __all__ = ["group_norm"]
 
 OP = "group_norm"
+ACTIVATIONS = (None, "silu")
 
 _DENSE_LAYOUTS, _STAGE_LAYOUTS = _checks.Remembered(), _checks.Remembered()
 
@@ -165,7 +166,7 @@ def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):
 
 def _layout(tensors, counts, channels, spatial, channels_last, num_groups, eps, activation):
     """The arguments of the dispatcher op behind its tensors."""
-    if activation not in (None, "silu"):
+    if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be None or 'silu', got {activation!r}")
     eps = _checks.real(OP, "eps", eps)
     if not eps >= 0:

@@ -28,14 +28,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        with temporary.open("rb+") as file:  # on the disk before it is under its name
-            os.fsync(file.fileno())
+        flush(temporary)  # on the disk before it is under its name
         if path.exists():
             shutil.copymode(path, temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_replaceable(path: str | os.PathLike, name: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .atomic_files import flush
 from .preconditioning import Preconditioner, precondition
 from .stages import Stages
 
@@ -138,14 +138,14 @@ def save_checkpoint(
             path = temporary / f"{name}.safetensors"
             write_tensors(path, group)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            _flush(path)
+            flush(path)
         content = {"format": FORMAT, "step": step, **metadata, "files": files}
         content[_CHECKSUM] = _checksum(content)
         (temporary / METADATA).write_text(json.dumps(content, indent=2) + "\n")
-        _flush(temporary / METADATA)
-        _flush(temporary)
+        flush(temporary / METADATA)
+        flush(temporary)
         temporary.rename(final)
-        _flush(directory)
+        flush(directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = [path.name for path in list_checkpoints(directory)]
@@ -154,15 +154,6 @@ def save_checkpoint(
     if keep is not None:
         _prune(directory, keep, final)
     return final
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -21,10 +21,8 @@ examples:
   msd sample --run runs/digits --out digits.png    sample
 """
 
-PRINTING = (
-    "flops",
-    "info",
-)  # do nothing but print: a reader who leaves early, such as head, has what it wanted
+# These do nothing but print: a reader who leaves early, such as head, has what it wanted.
+PRINTING = ("flops", "info")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -99,7 +99,7 @@ def test_the_real_writer_reports_a_write_that_fails(tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("moment", ["write_tensors", "_flush"])
+@pytest.mark.parametrize("moment", ["write_tensors", "flush"])
 def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path, moment):
     save(tmp_path, 1)
     done = run_python(

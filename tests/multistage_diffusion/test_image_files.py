@@ -91,7 +91,6 @@ def at_most_ten_seconds():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_pipes_are_refused_instead_of_waited_for(folder, at_most_ten_seconds):
     os.mkfifo(folder / "no image")
     os.mkfifo(folder / ".hidden.png")

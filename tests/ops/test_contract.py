@@ -12,7 +12,7 @@ from helpers import backend_names, dispatcher_calls, poisoned_memory
 from msd_kernels import StageBatch, StageWeights, group_norm, grouped_conv2d, grouped_linear
 from msd_kernels.backends import FallbackWarning
 from msd_kernels.ops import group_norm as group_norm_op
-from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward, packed_size
+from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward, packed_size, strided
 
 PLAIN = ("library", "reference")
 
@@ -28,11 +28,6 @@ def on_backends(*names: str) -> pytest.MarkDecorator:
         if not names or name in names
     ]
     return pytest.mark.parametrize(("build", "backend"), parameters, indirect=["backend"])
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, every second element of twice the memory."""
-    return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
 
 
 def expanded(t: Tensor) -> Tensor:
