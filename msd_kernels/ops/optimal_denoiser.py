@@ -52,7 +52,8 @@ class DenoiserPosterior(NamedTuple):
             data is ``log_partition - ln N - dim/2 ln(2 pi sigma²)``. Its gradient in ``x`` is the score,
             (D* - x) / sigma².
         effective_samples: ``[B]`` float64, 1 / sum_i w_i² of the posterior weights w_i: from 1, where one
-            sample explains ``x``, to N, where all do alike. Not differentiable.
+            sample explains ``x``, to N, where all do alike. Not differentiable. Its relative error is about
+            1e-16 |y - c|² / sigma², with a centre c of the data: 1e-7 for images at sigma = 0.002, all of it at 1e-7.
     """
 
     denoised: Tensor
@@ -277,7 +278,9 @@ def _forward(
     _require_values(x, sigma)
     implementation = BACKENDS.choose(x.device, {"dtype": data.dtype})
     outputs = implementation.optimal_denoiser(x, sigma, data, center, low, step)
-    if not bool(outputs[1].isfinite().all()):
+    # A row infinitely far away has no weight in the log sum, but NaN times its values in the mean.
+    mean, log_sum, _ = outputs
+    if not bool(mean.isfinite().all() & log_sum.isfinite().all()):
         _require_finite(data)
     return outputs
 

@@ -24,7 +24,8 @@ from typing import ClassVar
 
 import torch
 
-from .schedules import Schedule
+from .checks import integer
+from .schedules import Schedule, edm_sigmas
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 Draw = Callable[[], torch.Tensor]
@@ -88,7 +89,11 @@ class DDIMConfig(_StepConfig):
     def for_schedule(
         cls, schedule: Schedule, steps: int, *, eta: float = 0.0, denoise_to_zero: bool = False
     ) -> DDIMConfig:
-        """``steps`` steps, evenly spaced in the schedule's variable; ``denoise_to_zero`` adds one."""
+        """``steps`` steps; ``denoise_to_zero`` adds one.
+
+        They are evenly spaced in the schedule's variable, but for EDM, whose variable is sigma itself: there in
+        sigma^(1/7), as in its own sampler (``schedules.edm_sigmas``).
+        """
         levels = _levels_in_time(schedule, steps, cls.__name__)
         return cls((*levels, 0.0) if denoise_to_zero else levels, eta)
 
@@ -154,7 +159,7 @@ class DPMSinglestepConfig(_SolverConfig):
         What 3 does not divide is left to the last step; where it does divide, the last two are of order 2 and 1, as in
         the paper. ``denoise_to_zero`` adds an evaluation.
         """
-        _check_steps(steps, cls.__name__)
+        steps = integer(cls.__name__, "steps", steps, 1)
         whole, rest = divmod(steps, 3)
         orders = (3,) * whole + (rest,) if rest else (3,) * (whole - 1) + (2, 1)
         sigma_max, sigma_min = schedule.sigma(_ends(schedule)).tolist()
@@ -202,12 +207,13 @@ class DPMMultistepConfig(_SolverConfig):
     def for_schedule(
         cls, schedule: Schedule, steps: int, *, denoise_to_zero: bool = False
     ) -> DPMMultistepConfig:
-        """``steps`` steps, evenly spaced in the schedule's variable; ``denoise_to_zero`` adds one.
+        """``steps`` steps, spaced as those of ``DDIMConfig.for_schedule``; ``denoise_to_zero`` adds one.
 
         The first is of order 1 and so is the last of fewer than 15, which its authors found to be stable; the others
         are of order 2.
         """
         levels = _levels_in_time(schedule, steps, cls.__name__)
+        steps = len(levels) - 1
         orders = (1, *(2,) * (steps - 1))
         if steps < FEW_STEPS:
             orders = (*orders[:-1], 1)
@@ -262,9 +268,12 @@ def _between(sigma: float, sigma_next: float, share: float) -> float:
 
 
 def _levels_in_time(schedule: Schedule, steps: int, name: str) -> tuple[float, ...]:
-    """``[steps + 1]`` noise levels, evenly spaced in the schedule's variable."""
-    _check_steps(steps, name)
-    return tuple(schedule.sigma(torch.linspace(*_ends(schedule), steps + 1, dtype=torch.float64)).tolist())
+    """``[steps + 1]`` noise levels, evenly spaced in the schedule's variable, or EDM's where that is sigma."""
+    steps = integer(name, "steps", steps, 1)
+    first, last = _ends(schedule)
+    if schedule.variable == "sigma":
+        return tuple(edm_sigmas(steps + 1, last, first)[:-1].tolist())
+    return tuple(schedule.sigma(torch.linspace(first, last, steps + 1, dtype=torch.float64)).tolist())
 
 
 def _ends(schedule: Schedule) -> tuple[float, float]:
@@ -272,8 +281,3 @@ def _ends(schedule: Schedule) -> tuple[float, float]:
     if schedule.variable == "sigma":
         return schedule.sigma_max, schedule.sigma_min
     return (1.0, 1e-3) if schedule.variable == "t" else (schedule.domain[1] - 1, 0.0)
-
-
-def _check_steps(steps: int, name: str) -> None:
-    if steps < 1:
-        raise ValueError(f"{name}: steps={steps} must be at least 1")

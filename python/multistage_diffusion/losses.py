@@ -30,16 +30,26 @@ def edm_loss(
     = 0) has an expected loss of 1 per channel and pixel at every sigma.
 
     Args:
-        denoiser: D, with ``sigma_data``.
+        denoiser: D, with ``sigma_data``: an ``EDMPreconditioner``.
         y: clean images ``[B, C, H, W]``.
-        sigma: noise levels ``[B]``, on the host.
+        sigma: noise levels ``[B]``, or one for all, on the host.
         stage: stage ids ``[B]``, on the host; default: found from sigma.
         noise: n, unit normal, of y's shape.
 
     Returns:
         ``[B]``, in float32 at least, differentiable.
+
+    Raises:
+        TypeError: a denoiser without ``sigma_data``.
+        ValueError: noise of another shape than y's; sigmas and stages as a call of the denoiser.
     """
-    weight = edm_weight(sigma.to("cpu", torch.float64), denoiser.sigma_data)
+    if not hasattr(denoiser, "sigma_data"):
+        raise TypeError(
+            f"edm_loss: denoiser must have sigma_data, as EDMPreconditioner has, got {type(denoiser).__name__}; "
+            "denoising_loss takes any"
+        )
+    sigma = denoiser.batched_sigma(sigma, len(y)).to("cpu", torch.float64)
+    weight = edm_weight(sigma, denoiser.sigma_data)
     return denoising_loss(denoiser, y, sigma, stage, noise=noise, weight=weight, **conditioning)
 
 
@@ -90,6 +100,10 @@ def loss_at(
     **conditioning,
 ) -> torch.Tensor:
     """``denoising_loss``, with ``scalars`` of ``loss_scalars`` where y is: nothing is copied from the host."""
+    if noise.shape != y.shape:
+        raise ValueError(
+            f"denoising_loss: noise must be of y's shape {tuple(y.shape)}, got {tuple(noise.shape)}"
+        )
     sigma, weight = scalars[4:]
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     D = denoiser.denoise(y + sigma[:, None, None, None] * noise, scalars[:4], stage, **conditioning)

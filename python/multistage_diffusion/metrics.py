@@ -182,7 +182,9 @@ def frechet_distance(features_a: torch.Tensor | np.ndarray, features_b: torch.Te
         The distance in squared feature units, never negative.
 
     Raises:
-        ValueError: another rank, different D, fewer than 2 vectors, or values that are not finite.
+        TypeError: complex features.
+        ValueError: another rank, no feature, different D, fewer than 2 vectors, or values that are not finite or whose
+            squares are not.
     """
     a = _feature_matrix(features_a, "features_a")
     b = _feature_matrix(features_b, "features_b")
@@ -192,17 +194,25 @@ def frechet_distance(features_a: torch.Tensor | np.ndarray, features_b: torch.Te
             "they must be equally many"
         )
     cov_a, cov_b = _covariance(a), _covariance(b)
-    cross = torch.linalg.svdvals(_symmetric_sqrt(cov_a) @ _symmetric_sqrt(cov_b)).sum()
     mean_term = (a.mean(0) - b.mean(0)).square().sum()
+    if not math.isfinite(float(mean_term + cov_a.abs().sum() + cov_b.abs().sum())):
+        raise ValueError("frechet_distance: the features are too large, their squares overflow float64")
+    cross = torch.linalg.svdvals(_symmetric_sqrt(cov_a) @ _symmetric_sqrt(cov_b)).sum()
     return max(0.0, float(mean_term + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
 def _feature_matrix(features: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:
-    matrix = torch.as_tensor(features).detach().to("cpu", torch.float64)
-    if matrix.ndim != 2 or len(matrix) < 2:
+    if isinstance(features, np.ndarray):
+        features = np.ascontiguousarray(features)  # PyTorch takes no negative strides
+    matrix = torch.as_tensor(features).detach()
+    if matrix.is_complex():
+        raise TypeError(f"frechet_distance: {name} must be real, given {matrix.dtype}")
+    if matrix.ndim != 2 or len(matrix) < 2 or matrix.shape[1] < 1:
         raise ValueError(
-            f"frechet_distance: {name} must be [N, D] with N at least 2, given shape {list(matrix.shape)}"
+            f"frechet_distance: {name} must be [N, D] with N at least 2 and D at least 1, "
+            f"given shape {list(matrix.shape)}"
         )
+    matrix = matrix.to("cpu", torch.float64)
     if not matrix.isfinite().all():
         raise ValueError(f"frechet_distance: {name} holds values that are NaN or infinite")
     return matrix

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .atomic_files import replacing
+
 _CELL_PIXELS = 64  # small images are enlarged to about this size
 _GAP_PIXELS = 2
 _GAP_GREY = 128
@@ -91,7 +93,8 @@ def save_sample_grid(
 
     from PIL import Image
 
-    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(path)
+    with replacing(path) as temporary:
+        Image.fromarray(grid[..., 0] if channels == 1 else grid).save(temporary)
     return path
 
 
@@ -237,15 +240,18 @@ def _draw_curve(axes, curve: _Curve) -> None:
         curve.steps[shown], curve.losses[shown], ".", ms=3.5, mew=0, color=look["color"], alpha=0.25, zorder=2
     )
     marker = "o" if len(curve.steps) == 1 else None
-    axes.plot(curve.steps[shown], _smoothed(curve.steps, curve.losses)[shown], marker=marker, **look)
+    axes.plot(curve.steps[shown], _smoothed(curve.steps, curve.losses, shown), marker=marker, **look)
 
 
-def _smoothed(steps: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Means over windows that are equally wide, and centred, on a logarithmic axis. `steps` ascends."""
-    total = np.concatenate([[0.0], np.cumsum(losses)])
-    first = np.searchsorted(steps, steps / _SMOOTHING, side="left")
-    end = np.searchsorted(steps, steps * _SMOOTHING, side="right")
-    return (total[end] - total[first]) / (end - first)
+def _smoothed(steps: np.ndarray, losses: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """At the points `shown`: means over windows that are equally wide, and centred, on a logarithmic axis.
+
+    `steps` ascends. Each window is added up on its own: differences of running sums would lose what is small beside
+    an early loss of 1e20.
+    """
+    first = np.searchsorted(steps, steps[shown] / _SMOOTHING, side="left")
+    end = np.searchsorted(steps, steps[shown] * _SMOOTHING, side="right")
+    return np.array([losses[a:b].mean() for a, b in zip(first, end, strict=True)])
 
 
 def _thinned(steps: np.ndarray) -> np.ndarray:
@@ -268,7 +274,7 @@ def _plain_log_ticks(axis, limits: tuple[float, float]) -> None:
 
 @contextmanager
 def _plot(path: Path, *, width: float, height: float):
-    """Axes of a new figure, saved to `path` at the end; sizes in inches. Leaves pyplot alone."""
+    """Axes of a new figure, saved to `path` as a whole at the end; sizes in inches. Leaves pyplot alone."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -277,14 +283,14 @@ def _plot(path: Path, *, width: float, height: float):
         figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure.add_subplot()
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
 
 
 def _output_path(path: str | os.PathLike, function: str, suffixes: tuple[str, ...]) -> Path:
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{function}: path must end in {' or '.join(suffixes)}, given {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -89,8 +89,9 @@ class Preconditioner(nn.Module):
             in float64.
 
         Raises:
-            ValueError: a sigma on the host that is not positive; as many sigmas or stages as samples are
-                missing.
+            TypeError: stages that are no integers.
+            ValueError: a sigma on the host that is not positive and finite; as many sigmas or stages as samples
+                are missing.
         """
         batch = x.shape[0]
         sigma = self.batched_sigma(sigma, batch)
@@ -133,9 +134,10 @@ class Preconditioner(nn.Module):
             sigma = torch.as_tensor(sigma, dtype=torch.float64)
         if sigma.device.type == "cpu":
             sigma = sigma.to(torch.float64)
-            if not bool((sigma > 0).all()):
+            possible = (sigma > 0) & (sigma < math.inf)
+            if not bool(possible.all()):
                 raise ValueError(
-                    f"{type(self).__name__}: sigma must be positive, got {sigma[~(sigma > 0)].flatten()[0]}"
+                    f"{type(self).__name__}: sigma must be positive and finite, got {sigma[~possible].flatten()[0]}"
                 )
         return _batched(sigma, batch, f"{type(self).__name__}: sigma")
 
@@ -145,7 +147,10 @@ class Preconditioner(nn.Module):
             return stage
         if stage is None:
             return self.stages.assign(sigma)
-        stage = torch.as_tensor(stage, dtype=torch.int64, device="cpu")
+        stage = torch.as_tensor(stage, device="cpu")
+        if stage.is_floating_point() and stage.numel():
+            raise TypeError(f"{type(self).__name__}: stage must be integers, got {stage.dtype}")
+        stage = stage.to(torch.int64)
         return _batched(stage, batch, f"{type(self).__name__}: stage")
 
     def _network_dtype(self) -> torch.dtype:

@@ -119,7 +119,9 @@ class Preset:
         from .schedules import SCHEDULES
 
         levels = evaluation_levels(
-            sampler or self.sampler, SCHEDULES[self.schedule](), steps or self.sampler_steps
+            self.sampler if sampler is None else sampler,
+            SCHEDULES[self.schedule](),
+            self.sampler_steps if steps is None else steps,
         )
         stage = self.stages().assign(levels).tolist()
         return tuple(stage.count(k) for k in range(len(self.boundaries) - 1))
@@ -131,7 +133,8 @@ def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Ten
     Args:
         sampler: ``"heun"``: EDM's, ``steps`` steps, two evaluations each but the last (arXiv 2206.00364, algorithm 1).
             ``"dpm-singlestep"``: DPM-Solver of order 3, evenly spaced in log-SNR, ``steps`` evaluations (arXiv
-            2206.00927). ``"dpm-multistep"`` and ``"ddim"``: ``steps`` steps evenly spaced in time, one evaluation each.
+            2206.00927). ``"dpm-multistep"`` and ``"ddim"``: ``steps`` steps, one evaluation each, evenly spaced in the
+            schedule's variable, or in sigma^(1/7) where that is sigma.
         schedule: the noise schedule.
         steps: at least 1.
 

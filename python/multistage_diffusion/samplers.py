@@ -11,9 +11,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import index
 
 import torch
 
+from .checks import integer
 from .dpm_solver import DDIMConfig, Denoise, DPMMultistepConfig, DPMSinglestepConfig, Draw
 from .preconditioning import Preconditioner
 from .schedules import EDM, Schedule, edm_sigmas
@@ -44,7 +46,8 @@ class SamplerConfig:
     S_noise: float = 1.0
 
     def __post_init__(self):
-        self._check_sigmas()
+        object.__setattr__(self, "num_steps", integer("SamplerConfig", "num_steps", self.num_steps, 1))
+        self.sigmas()  # raises what is wrong with the noise levels
         if not self.S_churn >= 0:
             raise ValueError(f"SamplerConfig: S_churn={self.S_churn} must be at least 0")
         if not 0 <= self.S_min <= self.S_max:
@@ -53,18 +56,6 @@ class SamplerConfig:
             )
         if not 0 <= self.S_noise < math.inf:
             raise ValueError(f"SamplerConfig: S_noise={self.S_noise} must be at least 0 and finite")
-
-    def _check_sigmas(self) -> None:
-        """Raises ValueError for noise levels that do not exist, or that the numbers of the host cannot hold."""
-        try:
-            finite = math.isfinite(self.rho) and bool(self.sigmas().isfinite().all())
-        except OverflowError:
-            finite = False
-        if not finite:
-            raise ValueError(
-                f"SamplerConfig: rho={self.rho} must be finite, and large enough that sigma_max^(1/rho) = "
-                f"{self.sigma_max}^(1/{self.rho}) is; 7 is usual"
-            )
 
     def sigmas(self) -> torch.Tensor:
         """float64 ``[num_steps + 1]``, ending in 0."""
@@ -198,11 +189,24 @@ class Samples:
     evaluations_per_stage: tuple[int, ...] = field(default=())
 
 
-def require_seeds(seeds: Sequence[int], user: str) -> None:
-    """Raises ValueError, in the name of ``user``, for seeds that PyTorch's generators do not take."""
-    for seed in seeds:
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"{user}: seed {seed} does not fit into 64 bits; allowed: -2^63 to 2^64 - 1")
+def require_seeds(seeds: Sequence[int], user: str) -> list[int]:
+    """The seeds as integers; what stands for integers, as NumPy's and tensors of them do, is turned into those.
+
+    Raises, in the name of ``user``:
+        TypeError: a seed that is no integer.
+        ValueError: one that PyTorch's generators do not take.
+    """
+    return [_seed(seed, user) for seed in seeds]
+
+
+def _seed(seed: int, user: str) -> int:
+    try:
+        found = index(seed)
+    except TypeError:
+        raise TypeError(f"{user}: seeds must be integers, got {seed!r}") from None
+    if not -(2**63) <= found < 2**64:
+        raise ValueError(f"{user}: seed {found} does not fit into 64 bits; allowed: -2^63 to 2^64 - 1")
+    return found
 
 
 class SeededNoise:
@@ -217,12 +221,14 @@ class SeededNoise:
         shape: (C, H, W).
 
     Raises:
+        TypeError: a seed that is no integer.
         ValueError: no seed, or one that does not fit into 64 bits.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device="cpu", dtype=torch.float64):
-        require_seeds(seeds, "SeededNoise")
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.generators = [
+            torch.Generator().manual_seed(seed) for seed in require_seeds(seeds, "SeededNoise")
+        ]
         if not self.generators:
             raise ValueError("SeededNoise: at least one seed is needed")
         self.shape, self.device, self.dtype = tuple(shape), device, dtype
@@ -320,10 +326,8 @@ def generate(
     Returns:
         ``Samples`` with the images on the CPU.
     """
-    if batch_size < 1:
-        raise ValueError(f"generate: batch_size={batch_size} must be at least 1")
-    seeds = list(seeds)
-    require_seeds(seeds, "generate")
+    batch_size = integer("generate", "batch_size", batch_size, 1)
+    seeds = require_seeds(seeds, "generate")
     device = device if device is not None else _device_of(denoiser)
     starts = range(0, len(seeds), batch_size)
     parts = []
@@ -365,6 +369,7 @@ def class_labels(network, seeds: Sequence[int], class_id: int | None = None) -> 
         raise ValueError(f"class {class_id}: this model has {known}")
     if not label_dim:
         return {}
+    seeds = require_seeds(seeds, "class_labels")
     labels = torch.tensor([seed % label_dim if class_id is None else class_id for seed in seeds])
     return {"class_labels": torch.nn.functional.one_hot(labels, label_dim).float()}
 

@@ -13,6 +13,8 @@ from functools import cached_property
 
 import torch
 
+from .checks import integer
+
 _SMALLEST_UNIFORM = 2.0**-54
 _LARGEST_UNIFORM = 1.0 - 2.0**-53
 
@@ -160,21 +162,34 @@ def edm_sigmas(
 
     Returns:
         float64 CPU tensor ``[num_steps + 1]``, decreasing from sigma_max through sigma_min to 0.
+
+    Raises:
+        TypeError: steps that are no integer.
+        ValueError: no step, ends that are no noise levels or fall the wrong way, or a rho with which float64 does not
+            tell the levels between apart.
     """
-    if num_steps < 1:
-        raise ValueError(f"edm_sigmas: num_steps={num_steps} must be at least 1")
+    num_steps = integer("edm_sigmas", "num_steps", num_steps, 1)
     if not 0 < sigma_min <= sigma_max < math.inf:
         raise ValueError(
             f"edm_sigmas: sigma_min={sigma_min} and sigma_max={sigma_max} must satisfy 0 < min <= max < inf"
         )
-    if rho <= 0:
-        raise ValueError(f"edm_sigmas: rho={rho} must be positive")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"edm_sigmas: rho={rho} must be positive and finite")
+    try:
+        start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    except OverflowError:
+        start, end = math.inf, 0.0
     i = torch.arange(num_steps, dtype=torch.float64)
-    start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigmas = (start + i / max(num_steps - 1, 1) * (end - start)) ** rho
+    sigmas = ((start + i / max(num_steps - 1, 1) * (end - start)) ** rho).clamp(sigma_min, sigma_max)
     sigmas[0] = sigma_max
     if num_steps > 1:
         sigmas[-1] = sigma_min
+    falling = sigma_min == sigma_max or bool((sigmas.diff() < 0).all())
+    if not (falling and bool(sigmas.isfinite().all())):
+        raise ValueError(
+            f"edm_sigmas: with rho={rho} the {num_steps} noise levels from sigma_max={sigma_max} to "
+            f"sigma_min={sigma_min} do not fall in float64; 7 is usual"
+        )
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
@@ -264,6 +279,12 @@ class VP(Schedule):
     variable = "t"
     domain = (0.0, 1.0)
 
+    def __post_init__(self):
+        if not (0 <= self.beta_d < math.inf and 0 < self.beta_min < math.inf):
+            raise ValueError(
+                f"VP: beta_d={self.beta_d} must be at least 0 and beta_min={self.beta_min} above 0, both finite"
+            )
+
     def sigma(self, value) -> torch.Tensor:
         return vp_sigma(value, self.beta_d, self.beta_min)
 
@@ -271,9 +292,13 @@ class VP(Schedule):
         return vp_t(sigma, self.beta_d, self.beta_min)
 
     def grid(self, points: int = 21) -> torch.Tensor:
-        """t = 0.001 + k/(points − 1), and 1: for 21 points the grid of arXiv 2312.09181."""
-        _check_points(points)
-        return (0.001 + torch.arange(points, dtype=torch.float64) / (points - 1)).clamp(max=1)
+        """t = 0.001 + k/(points − 1), and 1: for 21 points the grid of arXiv 2312.09181.
+
+        More than 1000 points, of which that would put several at 1, are evenly spaced from 0.001 to 1.
+        """
+        points = integer("grid", "points", points, 2)
+        share = torch.arange(points, dtype=torch.float64) / (points - 1)
+        return 0.001 + 0.999 * share if points > 1000 else (0.001 + share).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -286,6 +311,9 @@ class VE(Schedule):
     variable = "t"
     domain = (0.0, 1.0)
 
+    def __post_init__(self):
+        _check_ends("VE", self.sigma_min, self.sigma_max)
+
     def sigma(self, value) -> torch.Tensor:
         t = _host64(value)
         return self.sigma_min ** (1 - t) * self.sigma_max**t
@@ -294,7 +322,7 @@ class VE(Schedule):
         return (_host64(sigma) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
     def grid(self, points: int = 21) -> torch.Tensor:
-        _check_points(points)
+        points = integer("grid", "points", points, 2)
         return torch.linspace(0, 1, points, dtype=torch.float64)
 
 
@@ -308,6 +336,9 @@ class EDM(Schedule):
     variable = "sigma"
     domain = (0.0, math.inf)
 
+    def __post_init__(self):
+        _check_ends("EDM", self.sigma_min, self.sigma_max)
+
     def sigma(self, value) -> torch.Tensor:
         return _host64(value)
 
@@ -316,7 +347,7 @@ class EDM(Schedule):
 
     def grid(self, points: int = 21) -> torch.Tensor:
         """Evenly spaced in ln sigma."""
-        _check_points(points)
+        points = integer("grid", "points", points, 2)
         share = torch.linspace(0, 1, points, dtype=torch.float64)
         return self.sigma_min ** (1 - share) * self.sigma_max**share
 
@@ -334,6 +365,14 @@ class LDM(Schedule):
     num_steps: int = 1000
     name = "ldm"
     variable = "step"
+
+    def __post_init__(self):
+        if not 0 < self.linear_start <= self.linear_end < 1:
+            raise ValueError(
+                f"LDM: linear_start={self.linear_start} and linear_end={self.linear_end} must satisfy "
+                "0 < start <= end < 1"
+            )
+        object.__setattr__(self, "num_steps", integer("LDM", "num_steps", self.num_steps, 2))
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -370,14 +409,20 @@ class LDM(Schedule):
         return (count - 1).clamp(min=0).double()
 
     def grid(self, points: int = 21) -> torch.Tensor:
-        """Whole steps."""
-        _check_points(points)
+        """Whole steps; at most as many as there are."""
+        points = integer("grid", "points", points, 2)
+        if points > self.num_steps:
+            raise ValueError(
+                f"grid: points={points} must be at most the {self.num_steps} steps of {self.name}"
+            )
         return torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64).round()
 
 
 SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (VP, VE, EDM, LDM)}
 
 
-def _check_points(points: int) -> None:
-    if points < 2:
-        raise ValueError(f"grid: points={points} must be at least 2")
+def _check_ends(schedule: str, sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"{schedule}: sigma_min={sigma_min} and sigma_max={sigma_max} must satisfy 0 < min < max < inf"
+        )

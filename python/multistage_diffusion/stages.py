@@ -102,7 +102,7 @@ class Stages:
             raise StagesError(f"{path}: {error}") from error
 
     def to_json(self) -> dict:
-        """A JSON-able description; infinity is written as "inf", which strict JSON readers accept."""
+        """A JSON-able description; infinities are written as "inf" and "-inf", which strict JSON readers accept."""
         stages = [
             [[_json_number(low), _json_number(high)] for low, high in stage] for stage in self.intervals
         ]
@@ -193,7 +193,7 @@ def _span(low: float, high: float) -> str:
 
 
 def _json_number(value: float):
-    return "inf" if math.isinf(value) else value
+    return str(value) if math.isinf(value) else value
 
 
 def _items(values, rule: str) -> list:

@@ -112,6 +112,8 @@ def test_help_does_not_load_torch():
         ("sample --run nowhere --out x.png", "there is no folder nowhere"),
         ("sample --run nowhere --out x.jpg", "must end in .png or .npz"),
         ("sample --run nowhere --out x.png --seeds 4-2", "'4-2' is neither a seed nor a range"),
+        ("sample --run nowhere --out x.png --seeds 1,²", "'²' is neither a seed nor a range"),
+        ("sample --run nowhere --out x.png --seeds 0-99999999999", "are more than 10000000 seeds"),
         ("sample --run nowhere --out x.png --seeds 4 --num 2", "exclude each other"),
         ("sample --run nowhere --out x.png --sigma-min 90", "sigma_min=90"),
         ("sample --run nowhere --out x.png --device cpu --cuda-graphs", "--cuda-graphs: needs a CUDA device"),

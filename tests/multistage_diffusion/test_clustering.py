@@ -394,6 +394,10 @@ def test_msd_cluster_of_floats_in_the_unit_range(tmp_path):
         (["--method", "ends", "--stages", "4"], "--method ends gives three stages, not --stages 4"),
         (["--method", "gradient"], "--method gradient and --run go together"),
         (["--method", "ends", "--level", "0.01"], "try a higher level"),
+        (["--level", "1"], "--level 1 must be below 1"),
+        (["--method", "optimal", "--level", "0.3"], "--level is for --method ends, not optimal"),
+        (["--min-levels", "2"], "--min-levels is for --method optimal and gradient, not ends"),
+        (["--method", "optimal", "--min-levels", "8"], "--grid 21 is too small: these stages need 24 levels"),
         (["--budget", "inf"], "argument --budget: inf must be finite"),
         (["--seed", str(2**64)], "18446744073709551616 must be at most 18446744073709551615"),
     ],
@@ -403,6 +407,15 @@ def test_msd_cluster_says_what_is_wrong(arguments, message, tmp_path, capsys):
     code = main(["cluster", "--data", "digits", *quick, *arguments, "--out", str(tmp_path)])
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_msd_cluster_checks_its_outputs_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("multistage_diffusion.clustering.similarity_matrix", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "curves.png").mkdir(parents=True)
+    for name, message in (("file", "is no folder"), ("folder", "curves.png: is a folder")):
+        assert main(["cluster", "--data", "digits", "--out", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_msd_cluster_finds_the_same_cuts_on_one_and_two_processes(tmp_path):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from multistage_diffusion.losses import edm_loss, edm_weight
-from multistage_diffusion.preconditioning import EDMPreconditioner
+from multistage_diffusion.losses import denoising_loss, edm_loss, edm_weight
+from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.schedules import VP
 from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork
 
@@ -46,3 +47,28 @@ def test_edm_loss_reaches_the_weights_of_the_stage_only():
 
 def test_edm_weight():
     assert edm_weight(torch.tensor(2.0), 0.5).item() == pytest.approx(4.25 / 1.0)
+
+
+@pytest.mark.parametrize("loss", [edm_loss, denoising_loss])
+def test_one_sigma_serves_the_whole_batch(loss):
+    denoiser = EDMPreconditioner(TinyNetwork(dropout=0), EDM)
+    y, noise = torch.randn(2, 3, 1, 8, 8, generator=generator())
+    expected = loss(denoiser, y, torch.full((3,), 0.7, dtype=torch.float64), noise=noise)
+    for sigma in (0.7, torch.tensor(0.7, dtype=torch.float64)):
+        assert torch.equal(loss(denoiser, y, sigma, noise=noise), expected)
+
+
+@pytest.mark.parametrize("loss", [edm_loss, denoising_loss])
+def test_noise_has_the_shape_of_the_images(loss):
+    y = torch.zeros(3, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"noise must be of y's shape \(3, 1, 8, 8\), got \(1, 1, 8, 8\)"):
+        loss(EDMPreconditioner(TinyNetwork(), EDM), y, torch.ones(3), noise=y[:1])
+
+
+def test_edm_loss_needs_sigma_data():
+    denoiser = SchedulePreconditioner(RecordingNetwork(), EDM, VP())
+    y = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(
+        TypeError, match=r"must have sigma_data, .* got SchedulePreconditioner; denoising_loss"
+    ):
+        edm_loss(denoiser, y, torch.ones(2), noise=y)

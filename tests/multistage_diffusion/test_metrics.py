@@ -89,11 +89,26 @@ def test_frechet_distance_is_symmetric_and_takes_arrays(generator):
         (np.zeros((1, 3)), np.zeros((4, 3)), r"features_a must be .* given shape \[1, 3\]"),
         (np.zeros((4, 3)), np.zeros(3), r"features_b must be .* given shape \[3\]"),
         (np.zeros((4, 3)), np.full((4, 3), np.nan), "features_b holds"),
+        (np.zeros((4, 0)), np.zeros((4, 0)), r"D at least 1, given shape \[4, 0\]"),
+        (np.eye(4, 3) * 1e160, np.zeros((4, 3)), "too large, their squares overflow float64"),
+        (np.full((4, 3), 1e160), np.zeros((4, 3)), "too large, their squares overflow float64"),
     ],
 )
 def test_frechet_distance_refuses_wrong_features(a, b, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(a, b)
+
+
+def test_frechet_distance_refuses_complex_features():
+    with pytest.raises(TypeError, match=r"features_b must be real, given torch\.complex128"):
+        frechet_distance(np.zeros((4, 3)), np.zeros((4, 3), dtype=complex))
+
+
+def test_frechet_distance_takes_arrays_that_are_reversed(generator):
+    a, b = torch.randn(2, 30, 5, generator=generator, dtype=torch.float64).numpy()
+    assert frechet_distance(a[::-1], b[:, ::-1]) == pytest.approx(
+        frechet_distance(a, b[:, ::-1].copy()), rel=1e-9
+    )
 
 
 def test_halves_share_no_image():

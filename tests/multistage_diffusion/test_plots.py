@@ -118,7 +118,15 @@ def test_loss_names_the_missing_log(tmp_path):
 def test_smoothing_is_the_mean_over_a_window_on_the_log_axis():
     steps = np.array([10.0, 11, 12, 20, 24, 100])
     losses = np.array([1.0, 2, 6, 4, 8, 5])
-    np.testing.assert_allclose(plots._smoothed(steps, losses), [3, 3, 3, 6, 6, 5])
+    np.testing.assert_allclose(plots._smoothed(steps, losses, np.arange(6)), [3, 3, 3, 6, 6, 5])
+    np.testing.assert_allclose(plots._smoothed(steps, losses, np.array([2, 5])), [3, 5])
+
+
+def test_smoothing_keeps_what_is_small_beside_an_early_loss():
+    steps = np.arange(1.0, 1001)
+    losses = np.where(steps == 1, 1e20, 0.5)
+    smoothed = plots._smoothed(steps, losses, np.arange(1000))
+    np.testing.assert_allclose(smoothed[1:], 0.5)
 
 
 def test_thinning_keeps_both_ends_and_few_points():

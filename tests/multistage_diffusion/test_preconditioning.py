@@ -99,7 +99,8 @@ def test_float64_network_gets_float64():
 @pytest.mark.parametrize(
     ("sigma", "stage", "message"),
     [
-        (0.0, None, "sigma must be positive, got 0"),
+        (0.0, None, "sigma must be positive and finite, got 0"),
+        ([1.0, math.inf], None, "sigma must be positive and finite, got inf"),
         ([1.0, -2.0], None, "got -2"),
         ([1.0, math.nan], None, "got nan"),
         ([1.0, 1.0, 1.0], None, r"sigma has shape \(3,\); .*\(2,\)"),
@@ -109,6 +110,12 @@ def test_float64_network_gets_float64():
 def test_forward_rejects(sigma, stage, message):
     with pytest.raises(ValueError, match=message):
         denoiser_of(RecordingNetwork())(torch.zeros(2, 1, 4, 4), sigma, stage)
+
+
+@pytest.mark.parametrize("stage", [1.7, [1.0, 2.0], torch.tensor([0.0, 1.0])])
+def test_stages_are_integers(stage):
+    with pytest.raises(TypeError, match=r"EDMPreconditioner: stage must be integers, got torch\.float"):
+        denoiser_of(RecordingNetwork())(torch.zeros(2, 1, 4, 4), 1.0, stage)
 
 
 def test_construction_rejects():

@@ -36,6 +36,8 @@ def test_edm_sigmas_single_step():
         ({"sigma_min": 90}, "sigma_min=90"),
         ({"sigma_max": math.inf}, "sigma_max=inf"),
         ({"rho": 0}, "rho=0"),
+        ({"rho": math.nan}, "rho=nan must be positive and finite"),
+        ({"rho": 1e17}, r"rho=1e\+17 the 18 noise levels from .* do not fall"),
     ],
 )
 def test_edm_sigmas_rejects(arguments, message):
@@ -106,11 +108,47 @@ def test_schedules_convert_both_ways_on_their_grid(kind):
         torch.testing.assert_close(schedule.value(sigma), grid, rtol=1e-14, atol=1e-15)
     with pytest.raises(ValueError, match="points=1"):
         schedule.grid(1)
+    with pytest.raises(TypeError, match=r"points must be an integer, got 2\.5"):
+        schedule.grid(2.5)
 
 
 def test_vp_grid_is_the_published_one():
     expected = [0.001 + 0.05 * k for k in range(20)] + [1.0]
     assert schedules.VP().grid().tolist() == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("points", [999, 1000, 1001, 1500, 10_000])
+def test_vp_grid_ascends_with_any_number_of_points(points):
+    grid = schedules.VP().grid(points)
+    assert (grid[0].item(), grid[-1].item(), len(grid)) == (0.001, 1, points)
+    assert bool((grid.diff() > 0).all())
+    assert grid[1].item() == pytest.approx(0.001 + (1 if points <= 1000 else 0.999) / (points - 1), rel=1e-12)
+
+
+def test_ldm_grid_has_each_step_once_at_most():
+    ldm = schedules.LDM()
+    for points in (2, 21, 700, 998, 999, 1000):
+        assert bool((ldm.grid(points).diff() >= 1).all())
+    with pytest.raises(ValueError, match="points=1001 must be at most the 1000 steps of ldm"):
+        ldm.grid(1001)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (schedules.VE, (5, 1), "VE: sigma_min=5 and sigma_max=1 must satisfy 0 < min < max < inf"),
+        (schedules.VE, (-1,), "VE: sigma_min=-1"),
+        (schedules.EDM, (0, 80), "EDM: sigma_min=0"),
+        (schedules.EDM, (0.002, math.nan), "EDM: sigma_min=0.002 and sigma_max=nan"),
+        (schedules.VP, (-5, 0.1), "VP: beta_d=-5 must be at least 0"),
+        (schedules.VP, (19.9, 0), "beta_min=0 above 0"),
+        (schedules.LDM, (0.0015, 2), "LDM: linear_start=0.0015 and linear_end=2 must satisfy"),
+        (schedules.LDM, (0.0015, 0.0195, 1), "LDM: num_steps=1 must be at least 2"),
+    ],
+)
+def test_schedules_reject(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(*arguments)
 
 
 def test_ldm_steps_are_the_published_ones():

@@ -91,7 +91,15 @@ def test_other_variables_have_their_own_ends():
         Stages.single("t").require_variable("sigma", "sampler")
 
 
-@pytest.mark.parametrize("stages", [Stages.edm(), Stages.single(), Stages([[(5, INF), (0, 1)], [(1, 5)]])])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        Stages.edm(),
+        Stages.single(),
+        Stages([[(5, INF), (0, 1)], [(1, 5)]]),
+        Stages.from_boundaries([-INF, 0, INF], "log_snr"),
+    ],
+)
 def test_json_round_trip(stages, tmp_path):
     stages.save(tmp_path / "stages.json")
     assert Stages.load(tmp_path / "stages.json") == stages

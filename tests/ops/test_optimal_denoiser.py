@@ -380,6 +380,20 @@ def test_optimal_denoiser_says_what_is_wrong(arguments, error, message, backend)
         optimal_denoiser(*arguments)
 
 
+@pytest.mark.parametrize("backend", ["library", "cpu", "reference"], indirect=True)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_optimal_denoiser_finds_infinite_rows_that_its_centre_has_not_seen(side, value, backend):
+    """Such a row is infinitely far from ``x``: it has no weight, and the log sum is finite without it."""
+    x = torch.full((2, 4), side)
+    data = torch.rand(3000, 4, generator=torch.Generator().manual_seed(0))
+    data[1, 0] = value
+    with pytest.raises(ValueError, match="data must be finite, row 1 "):
+        optimal_denoiser(x, 1.0, data)
+    with pytest.raises(ValueError, match="data must be finite, row 1 "):
+        optimal_denoiser(x, 1.0, [data[2:], data[:2]])
+
+
 def test_optimal_denoiser_says_what_is_wrong_with_options():
     data = DATA.byte()
     for data_range in ((1, 1), (1, 0), (0, float("inf"))):

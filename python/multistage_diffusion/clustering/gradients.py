@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .similarity import Similarity
+from ..checks import integer
+from .similarity import Similarity, checked_sigmas, standard_error
 
 
 def gradient_similarity(
@@ -35,20 +36,23 @@ def gradient_similarity(
             unified model.
         parameters: what the gradients are taken of. ``L`` gradients are held in memory at a time.
         images: ``[B, ...]`` clean images in the denoiser's range, on its device.
-        sigmas: ``[L]`` ascending noise levels.
-        repeats: how often new noise is drawn.
+        sigmas: ``[L]`` ascending noise levels, at least two.
+        repeats: how often new noise is drawn; a single time tells no standard errors (NaN).
         seed: of the noise, drawn on the CPU.
         progress: called as ``progress(done, total)`` after each gradient.
 
     Raises:
-        ValueError: no parameters that require a gradient, a repeat count below 1, or gradients that are zero.
+        TypeError: images that are not floating point, or a repeat count that is no integer.
+        ValueError: no parameters that require a gradient, sigmas that do not ascend, a repeat count below 1, or
+            gradients that are zero.
     """
     parameters = [p for p in parameters if p.requires_grad]
-    if not parameters or repeats < 1:
-        raise ValueError(
-            f"gradient_similarity: needs parameters that require a gradient and repeats={repeats} >= 1"
-        )
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if not parameters:
+        raise ValueError("gradient_similarity: needs parameters that require a gradient, got none")
+    if not images.is_floating_point():
+        raise TypeError(f"gradient_similarity: images must be floating point, got {images.dtype}")
+    repeats = integer("gradient_similarity", "repeats", repeats, 1)
+    sigmas = checked_sigmas("gradient_similarity", sigmas)
     generator = torch.Generator().manual_seed(seed)
     cosines = []
     for repeat in range(repeats):
@@ -65,7 +69,7 @@ def gradient_similarity(
         directions /= norms
         cosines.append((directions @ directions.T).double().cpu())
     scores = torch.stack(cosines)
-    return Similarity(sigmas, scores.mean(0), scores.std(0) / repeats**0.5)
+    return Similarity(sigmas, scores.mean(0), standard_error(scores))
 
 
 def _loss_gradient(denoiser, parameters: list[Tensor], images: Tensor, noise: Tensor, sigma: float) -> Tensor:

@@ -57,9 +57,15 @@ def plot_curves(
     standard errors, and the cuts as vertical lines.
 
     Args:
+        split: with its cuts, as ``split`` of a ``Similarity`` has them.
         path: the .png to write; missing folders are made.
         level: where the three-stage rule cuts, drawn as a horizontal line.
+
+    Raises:
+        ValueError: a split of a bare matrix, whose cuts are not known.
     """
+    if split.cuts is None:
+        raise ValueError("plot_curves: the split's cuts are not known; give split a Similarity")
     path = _output_path(path, "plot_curves", (".png",))
     sigmas = similarity.sigmas.numpy()
     with _plot(path, width=7.2, height=4.0) as axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,19 @@ from torch import Tensor
 
 from msd_kernels import optimal_denoiser
 
+from ..checks import integer
+
 THRESHOLD = 2 / 256
 
-# A pass over the data serves at most this many noisy samples, and takes this much of the data at a time.
+# A pass over the data serves at most this many noisy samples of so many bytes in all, of which about five copies are
+# in use at a time; and it takes this much of the data at a time.
 _MAX_QUERIES = 2048
+_QUERY_BYTES = 128 << 20
 _CHUNK_BYTES = 64 << 20
 # At this noise level, relative to the range of the data, the optimal denoiser is the mean of the data.
 _MEAN_SIGMA = 1e8
+# Images whose values differ by less than this from the mean of the data, relative to its range, are that mean.
+_NO_SPREAD = 1e-12
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,7 @@ class Similarity:
         matrix: ``[L, L]``, symmetric, 1 on the diagonal.
         standard_error: ``[L, L]`` of each entry, from the spread over the samples; NaN for a single sample.
         restored: ``[L]`` share of the data's variance that the optimal denoiser restores, from 1 at low to 0
-            at
-            high noise: |D* - mean|² / |y - mean|². None where not known.
+            at high noise: |D* - mean|² / |y - mean|². None where not known.
     """
 
     sigmas: Tensor
@@ -80,17 +86,25 @@ def similarity_matrix(
         group: a process group to share the work with.
         progress: called as ``progress(done, total)`` after each chunk of the data.
 
+    Memory: about 1 GiB besides the data, or what a single sample takes if that is more: 40 bytes for each of its
+    values at each level.
+
     Raises:
+        TypeError: a number of samples that is no integer.
         ValueError: sigmas that do not ascend, fewer than two images, images that are all the same or hold
-            values that are not finite, or an unknown form or measure.
+            values that are not finite, an unknown form or measure, a threshold or a data range that is none, or
+            samples that are all the mean of the data.
     """
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    _check(data, sigmas, num_samples, form, measure)
-    images, noise = _draw(data, num_samples, data_range, seed)
-    passes = torch.arange(num_samples).split(max(1, _MAX_QUERIES // len(sigmas)))
+    sigmas = checked_sigmas("similarity_matrix", sigmas)
+    num_samples = integer("similarity_matrix", "num_samples", num_samples, 1)
+    _check_options(form, measure, threshold)
+    low, high = _checked_range(data_range)
+    _check_data(data)
+    images, noise = _draw(data, num_samples, (low, high), seed)
+    passes = torch.arange(num_samples).split(_samples_per_pass(len(sigmas), images.shape[1]))
     shard = _shard(data, group)
     num_chunks = len(shard.split(_chunk_rows(shard)))
-    width = data_range[1] - data_range[0]
+    width = high - low
     scores, restored, spread = [], [], []
     for number, samples in enumerate(passes):
 
@@ -100,32 +114,74 @@ def similarity_matrix(
 
         y, eps = images[samples], noise[samples]
         x = y + sigmas[:, None, None] * eps  # [L, S, D]
-        D, mean = _denoise(x, sigmas, width, shard, data_range, device, group, tick)
+        D, mean = _denoise(x, sigmas, width, shard, (low, high), device, group, tick)
         f = D if form == "x0" else (x - D) / sigmas[:, None, None]
         restored.append((D - mean).square().sum(2))
         spread.append((y - mean).square().sum(1))
         scores.append(_compare(f, measure, threshold * width if form == "x0" else threshold))
     variance = torch.cat(spread).mean()
+    if not variance > images.shape[1] * (_NO_SPREAD * width) ** 2:
+        raise ValueError(
+            f"similarity_matrix: the {num_samples} images drawn with seed={seed} are all the mean of the data, which "
+            "every denoiser restores; draw more, or with another seed"
+        )
     scores = torch.cat(scores)
     if measure == "smooth":
         scale = variance / images.shape[1] if form == "x0" else 1.0
         scores = 1 / (1 + scores / scale)
-    error = scores.std(0) / num_samples**0.5
-    return Similarity(sigmas, scores.mean(0), error, torch.cat(restored, dim=1).mean(1) / variance)
+    restored = torch.cat(restored, dim=1).mean(1) / variance
+    return Similarity(sigmas, scores.mean(0), standard_error(scores), restored)
 
 
-def _check(data: Tensor, sigmas: Tensor, num_samples: int, form: str, measure: str) -> None:
-    if sigmas.dim() != 1 or len(sigmas) < 2 or not bool((sigmas.diff() > 0).all()) or not sigmas[0] > 0:
+def checked_sigmas(user: str, sigmas: Sequence[float] | Tensor) -> Tensor:
+    """Noise levels to compare, float64 ``[L]`` on the CPU; raises ValueError, in the name of ``user``, for what is
+    none."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    rule = f"{user}: sigmas must be at least two, positive, finite and ascending"
+    if sigmas.dim() != 1 or len(sigmas) < 2:
+        raise ValueError(f"{rule}, got shape {list(sigmas.shape)}")
+    possible = sigmas.isfinite() & (sigmas > 0)
+    if not bool(possible.all()):
+        raise ValueError(f"{rule}, got {float(sigmas[~possible][0])}")
+    rising = sigmas.diff() > 0
+    if not bool(rising.all()):
+        first = int((~rising).nonzero()[0])
         raise ValueError(
-            f"similarity_matrix: sigmas must be at least two, positive and ascending, got {sigmas.tolist()}"
+            f"{rule}, got {float(sigmas[first])} and then {float(sigmas[first + 1])} at {first} and {first + 1}"
         )
-    if num_samples < 1:
-        raise ValueError(f"similarity_matrix: num_samples={num_samples} must be at least 1")
+    return sigmas
+
+
+def standard_error(scores: Tensor) -> Tensor:
+    """That of the mean over the first dimension; NaN where it is 1."""
+    if len(scores) == 1:
+        return torch.full_like(scores[0], torch.nan)
+    return scores.std(0) / len(scores) ** 0.5
+
+
+def _check_options(form: str, measure: str, threshold: float) -> None:
     for name, value, allowed in (("form", form, ("x0", "eps")), ("measure", measure, ("pixels", "smooth"))):
         if value not in allowed:
             raise ValueError(
                 f"similarity_matrix: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
             )
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"similarity_matrix: threshold={threshold} must be positive and finite")
+
+
+def _checked_range(data_range: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = map(float, data_range)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"similarity_matrix: data_range must be two finite numbers (low, high) with low < high, got {data_range!r}"
+        )
+    return low, high
+
+
+def _check_data(data: Tensor) -> None:
     if data.dim() < 2 or data.shape[0] < 2:
         raise ValueError(
             f"similarity_matrix: data must hold at least two images, got shape {list(data.shape)}"
@@ -140,6 +196,11 @@ def _check(data: Tensor, sigmas: Tensor, num_samples: int, form: str, measure: s
         raise ValueError(
             "similarity_matrix: all images are the same, and so is the denoiser at all noise levels"
         )
+
+
+def _samples_per_pass(levels: int, dim: int) -> int:
+    """Images whose noisy samples at all levels a pass over the data serves."""
+    return max(1, min(_MAX_QUERIES // levels, _QUERY_BYTES // (8 * levels * dim)))
 
 
 def _draw(

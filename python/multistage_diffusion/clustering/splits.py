@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import integer
 from ..schedules import Schedule
 from ..stages import Stages
 from .similarity import Similarity
@@ -45,13 +47,24 @@ class Split:
         return range(self.starts[stage], (*self.starts, self.num_levels)[stage + 1])
 
     def stages(self, schedule: Schedule | None = None) -> Stages:
-        """The stages by sigma, or by the variable of a schedule."""
+        """The stages by sigma, or by the variable of a schedule.
+
+        Raises:
+            ValueError: the noise levels are not known, or a stage lies between two neighbouring steps of the schedule.
+        """
         if self.cuts is None:
             raise ValueError("split: the noise levels of the matrix are not known; give split a Similarity")
         if schedule is None:
             return Stages.from_boundaries((0.0, *self.cuts, math.inf))
         low, high = schedule.domain
-        return Stages.from_boundaries((low, *schedule.cut(list(self.cuts)).tolist(), high), schedule.variable)
+        edges = (low, *schedule.cut(list(self.cuts)).tolist(), high)
+        for stage, (first, last) in enumerate(itertools.pairwise(edges)):
+            if not first < last:
+                raise ValueError(
+                    f"split: stage {stage} of {self.num_stages} would be ({first:g}, {last:g}] in {schedule.variable} "
+                    f"of {schedule.name}, which is empty; take fewer stages or more levels in each (min_levels)"
+                )
+        return Stages.from_boundaries(edges, schedule.variable)
 
 
 def split(similarity: Similarity | Tensor, num_stages: int = 3, *, min_levels: int = 1) -> Split:
@@ -70,11 +83,14 @@ def split(similarity: Similarity | Tensor, num_stages: int = 3, *, min_levels: i
             this from happening.
 
     Raises:
+        TypeError: numbers of stages or levels that are no integers.
         ValueError: a matrix that is not square or holds NaN, or more stages than there are levels for.
     """
     matrix, sigmas = _parts(similarity)
     num_levels = matrix.shape[0]
-    if num_stages < 1 or min_levels < 1 or num_stages * min_levels > num_levels:
+    num_stages = integer("split", "num_stages", num_stages, 1)
+    min_levels = integer("split", "min_levels", min_levels, 1)
+    if num_stages * min_levels > num_levels:
         raise ValueError(
             f"split: num_stages={num_stages} with min_levels={min_levels} each do not fit the {num_levels} "
             "noise levels"
@@ -97,7 +113,9 @@ def split(similarity: Similarity | Tensor, num_stages: int = 3, *, min_levels: i
 
 def sweep(similarity: Similarity | Tensor, max_stages: int = 6, *, min_levels: int = 1) -> list[Split]:
     """The best split for 1, 2, ... ``max_stages`` stages, as far as the levels last, for a person to choose
-    from."""
+    from. Raises as ``split``."""
+    max_stages = integer("sweep", "max_stages", max_stages, 1)
+    min_levels = integer("sweep", "min_levels", min_levels, 1)
     most = min(max_stages, _parts(similarity)[0].shape[0] // min_levels)
     return [split(similarity, num_stages, min_levels=min_levels) for num_stages in range(1, most + 1)]
 
@@ -111,12 +129,13 @@ def split_from_ends(similarity: Similarity, level: float = 0.9) -> Split:
     sigma, to six digits: they do not depend on how the work was shared.
 
     Raises:
+        TypeError: a bare matrix, without its noise levels.
         ValueError: a level outside of (0, 1), or at which the first and the last stage leave no room between
             them.
     """
     if not 0 < level < 1:
         raise ValueError(f"split_from_ends: level={level} must lie within 0 and 1")
-    matrix, sigmas = _parts(similarity)
+    matrix, sigmas = _parts_with_levels("split_from_ends", similarity)
     log_sigma = sigmas.log()
     low = _crossing(log_sigma, matrix[0], level)
     high = _crossing(log_sigma.flip(0), matrix[-1].flip(0), level)
@@ -138,9 +157,11 @@ def split_uniformly(similarity: Similarity, schedule: Schedule, num_stages: int,
             ratio.
 
     Raises:
-        ValueError: an unknown ``by``, or stages so short that one holds no level of the grid.
+        TypeError: a bare matrix, without its noise levels, or a number of stages that is no integer.
+        ValueError: an unknown ``by``, no stage, or stages so short that one holds no level of the grid.
     """
-    matrix, sigmas = _parts(similarity)
+    matrix, sigmas = _parts_with_levels("split_uniformly", similarity)
+    num_stages = integer("split_uniformly", "num_stages", num_stages, 1)
     to, back = _scale(schedule, by)
     ends = to(sigmas[[0, -1]])
     cuts = back(torch.linspace(*ends.tolist(), num_stages + 1, dtype=torch.float64)[1:-1])
@@ -164,6 +185,15 @@ def _parts(similarity: Similarity | Tensor) -> tuple[Tensor, Tensor | None]:
     if not bool(matrix.isfinite().all()):
         raise ValueError("split: the similarity matrix holds values that are NaN or infinite")
     return matrix, similarity.sigmas if known else None
+
+
+def _parts_with_levels(user: str, similarity: Similarity) -> tuple[Tensor, Tensor]:
+    """The same for what does not work without the noise levels."""
+    if not isinstance(similarity, Similarity):
+        raise TypeError(
+            f"{user}: needs a Similarity, which knows its noise levels, got {type(similarity).__name__}"
+        )
+    return _parts(similarity)
 
 
 def _mean_within(matrix: Tensor) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from ..checks import integer
 from .similarity import Similarity
 from .splits import Split
+
+MOST_CHANNELS = 2**31
 
 
 def suggest_widths(
@@ -36,19 +40,28 @@ def suggest_widths(
         The widths, and the difficulties.
 
     Raises:
-        ValueError: a similarity that does not know the restored variance, shares that do not fit, or a budget
-            that is not positive.
+        TypeError: a multiple that is no integer.
+        ValueError: a similarity that does not know the restored variance, or of which the stages restore none; shares
+            that do not fit; a budget that is not positive, or that no tensor has.
     """
     if similarity.restored is None:
         raise ValueError("suggest_widths: needs a similarity that comes from the optimal denoiser")
     shares = [1 / split.num_stages] * split.num_stages if shares is None else list(shares)
-    if len(shares) != split.num_stages or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if (
+        len(shares) != split.num_stages
+        or not all(share >= 0 for share in shares)
+        or not math.isclose(sum(shares), 1, abs_tol=1e-6)
+    ):
         raise ValueError(
             f"suggest_widths: shares must be {split.num_stages} numbers >= 0 with sum 1, got {shares}"
         )
-    if not budget > 0 or multiple < 1:
-        raise ValueError(f"suggest_widths: budget={budget} and multiple={multiple} must be positive")
+    if not 0 < budget < MOST_CHANNELS:
+        raise ValueError(f"suggest_widths: budget={budget} must be positive and below {MOST_CHANNELS}")
+    multiple = integer("suggest_widths", "multiple", multiple, 1)
     difficulty = [float(similarity.restored[list(split.levels(k))].mean()) for k in range(split.num_stages)]
-    scale = budget / sum(p * d for p, d in zip(shares, difficulty, strict=True)) ** 0.5
+    mean_difficulty = sum(p * d for p, d in zip(shares, difficulty, strict=True))
+    if not mean_difficulty > 0:
+        raise ValueError(f"suggest_widths: no stage restores any variance, of difficulties {difficulty}")
+    scale = budget / mean_difficulty**0.5
     widths = (max(1, round(scale * d**0.5 / multiple)) * multiple for d in difficulty)
     return tuple(widths), tuple(difficulty)

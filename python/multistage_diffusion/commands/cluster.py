@@ -18,6 +18,7 @@ EXAMPLES = """\
   msd train --data digits --stages runs/stages/stages.json --out runs/digits
 """
 
+OUTPUTS = ("stages.json", "similarity.npz", "similarity.png", "curves.png")
 METHODS = ("optimal", "ends", "uniform-t", "uniform-log-snr", "gradient")
 
 
@@ -48,7 +49,7 @@ def _add_data_options(parser) -> None:
         required=True,
         type=Path,
         metavar="DIR",
-        help="folder for stages.json, similarity.npz, similarity.png and curves.png",
+        help=f"folder for {', '.join(OUTPUTS)}",
     )
 
 
@@ -71,16 +72,14 @@ def _add_stage_options(parser) -> None:
     group.add_argument(
         "--level",
         type=number(above=0),
-        default=0.9,
         metavar="X",
-        help="similarity at which `ends` cuts; default: 0.9",
+        help="similarity, below 1, at which `ends` cuts; default: 0.9",
     )
     group.add_argument(
         "--min-levels",
         type=whole(1),
-        default=1,
         metavar="N",
-        help="levels of the grid in each stage; default: 1",
+        help="levels of the grid in each stage, for `optimal` and `gradient`; default: 1",
     )
     group.add_argument(
         "--run",
@@ -141,16 +140,14 @@ def _add_similarity_options(parser) -> None:
 
 def run(args) -> None:
     from .. import schedules
-    from ..clustering import split, split_from_ends, split_uniformly, sweep
+    from ..atomic_files import check_replaceable
+    from ..clustering import sweep
     from ..clustering.pictures import plot_curves, plot_matrix
     from ..data import load_images
 
-    if args.method is None:
-        args.method = "ends" if args.stages == 3 else "optimal"
-    if args.method == "ends" and args.stages != 3:
-        raise ValueError(f"--method ends gives three stages, not --stages {args.stages}")
-    if (args.method == "gradient") != (args.source is not None):
-        raise ValueError("--method gradient and --run go together")
+    _settle_method(args)
+    for name in OUTPUTS:
+        check_replaceable(args.out / name, "--out")
     schedule = schedules.SCHEDULES[args.schedule]()
     device = set_up_machine(args)
     images = load_images(args.data, image_size=args.image_size)
@@ -158,26 +155,48 @@ def run(args) -> None:
         similarity = _similarity(args, images, schedule, device, group)
         if group is not None and group.rank() != 0:
             return
+    found = _split(args, similarity, schedule)
+    by_sigma, own = found.stages(), found.stages(schedule)
+    stages, numbers, matrix, curves = (args.out / name for name in OUTPUTS)
+    (own if args.variable == "own" else by_sigma).save(stages)
+    _save_numbers(similarity, schedule, numbers)
+    plot_matrix(similarity, found, matrix, schedule, title=f"{images.name}, {args.schedule}")
+    plot_curves(similarity, found, curves, level=args.level)
+    _print_stages(similarity, found, by_sigma, own, args.budget)
+    _print_sweep(sweep(similarity, min_levels=args.min_levels or 1))
+    print(f"{args.out}: {', '.join(OUTPUTS)}")
+
+
+def _settle_method(args) -> None:
+    """Fills in what was left out; raises ValueError for options that do not go together."""
+    if args.method is None:
+        args.method = "ends" if args.stages == 3 else "optimal"
+    if args.method == "ends" and args.stages != 3:
+        raise ValueError(f"--method ends gives three stages, not --stages {args.stages}")
+    if (args.method == "gradient") != (args.source is not None):
+        raise ValueError("--method gradient and --run go together")
     if args.method == "ends":
-        found = split_from_ends(similarity, args.level)
-    elif args.method.startswith("uniform-"):
-        found = split_uniformly(
-            similarity, schedule, args.stages, args.method.removeprefix("uniform-").replace("-", "_")
-        )
-    else:
-        found = split(similarity, args.stages, min_levels=args.min_levels)
-    args.out.mkdir(parents=True, exist_ok=True)
-    found.stages(schedule if args.variable == "own" else None).save(args.out / "stages.json")
-    _save_numbers(similarity, schedule, args.out / "similarity.npz")
-    plot_matrix(
-        similarity, found, args.out / "similarity.png", schedule, title=f"{images.name}, {args.schedule}"
-    )
-    plot_curves(
-        similarity, found, args.out / "curves.png", level=args.level if args.method == "ends" else None
-    )
-    _print_stages(similarity, found, schedule, args.budget)
-    _print_sweep(sweep(similarity, min_levels=args.min_levels))
-    print(f"{args.out}: stages.json, similarity.npz, similarity.png, curves.png")
+        args.level = 0.9 if args.level is None else args.level
+        if args.level >= 1:
+            raise ValueError(f"--level {args.level:g} must be below 1")
+    elif args.level is not None:
+        raise ValueError(f"--level is for --method ends, not {args.method}")
+    if args.min_levels is not None and args.method not in ("optimal", "gradient"):
+        raise ValueError(f"--min-levels is for --method optimal and gradient, not {args.method}")
+    least = args.stages * (args.min_levels or 1)
+    if least > args.grid:
+        raise ValueError(f"--grid {args.grid} is too small: these stages need {least} levels")
+
+
+def _split(args, similarity, schedule):
+    from ..clustering import split, split_from_ends, split_uniformly
+
+    if args.method == "ends":
+        return split_from_ends(similarity, args.level)
+    if args.method.startswith("uniform-"):
+        by = args.method.removeprefix("uniform-").replace("-", "_")
+        return split_uniformly(similarity, schedule, args.stages, by)
+    return split(similarity, args.stages, min_levels=args.min_levels or 1)
 
 
 @contextmanager
@@ -270,15 +289,15 @@ def _save_numbers(similarity, schedule, path: Path) -> None:
         np.savez(temporary, **{name: values.numpy() for name, values in arrays.items()})
 
 
-def _print_stages(similarity, found, schedule, budget: float) -> None:
+def _print_stages(similarity, found, stages, own, budget: float) -> None:
+    """The stages by sigma, and in the schedule's own variable."""
     from ..clustering import suggest_widths
     from ..schedules import log_snr
 
-    stages, own = found.stages(), found.stages(schedule)
     columns = {"stage": [str(k) for k in range(len(stages))]}
     columns["sigma"] = [stages.describe(k) for k in range(len(stages))]
-    if schedule.variable != "sigma":
-        columns[schedule.variable] = [own.describe(k) for k in range(len(stages))]
+    if own.variable != "sigma":
+        columns[own.variable] = [own.describe(k) for k in range(len(stages))]
     columns["log-SNR down to"] = [f"{float(log_snr(cut)):.4g}" for cut in found.cuts] + ["-inf"]
     columns["levels"] = [str(len(found.levels(k))) for k in range(len(stages))]
     blocks = (

@@ -34,6 +34,8 @@ SETTINGS = {
     "ddim": ("eta", "denoise_to_zero"),
 }  # which options each sampler takes
 
+MOST_IMAGES = 10_000_000  # of one call: their seeds are a list
+
 
 def add_parser(subparsers):
     parser = add_command(subparsers, "sample", "Sample images, or latents, from a trained model.", EXAMPLES)
@@ -62,7 +64,7 @@ def add_parser(subparsers):
         help="a grid as .png, or .npz with images [N, H, W, C] (uint8) and seeds; for a model of latents .npz with "
         "latents [N, C, H, W] (float32) and seeds",
     )
-    group.add_argument("--num", type=whole(1), metavar="N", help="number of images; default: 16")
+    group.add_argument("--num", type=whole(1, MOST_IMAGES), metavar="N", help="number of images; default: 16")
     group.add_argument(
         "--seed",
         type=seed,
@@ -188,12 +190,15 @@ def seed_list(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if (
-            not first.strip().isdigit()
-            or (dash and not last.strip().isdigit())
+            not first.strip().isdecimal()
+            or (dash and not last.strip().isdecimal())
             or (dash and int(last) < int(first))
         ):
             raise argparse.ArgumentTypeError(f"{part!r} is neither a seed nor a range such as 0-15")
-        seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+        more = range(int(first), int(last if dash else first) + 1)
+        if len(seeds) + more.stop - more.start > MOST_IMAGES:
+            raise argparse.ArgumentTypeError(f"{text} are more than {MOST_IMAGES} seeds")
+        seeds += more
     return seeds
 
 
@@ -217,7 +222,7 @@ def _sample(args, processes) -> None:
     seeds = args.seeds if args.seeds is not None else list(range(args.seed, args.seed + (args.num or 16)))
     settings = given_settings(args)
     # What is wrong whatever the model is shows before one is loaded.
-    require_seeds(seeds, "sample")
+    seeds = require_seeds(seeds, "sample")
     processes.first_does(lambda: check_replaceable(args.out, "--out"))
     sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
     device = set_up_machine(args)
