@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from msd_kernels import (
     grouped_linear,
     resample2d,
 )
+from multistage_diffusion.checks import integer
 from multistage_diffusion.stage_module import StageModule
 
 __all__ = [
@@ -92,8 +92,8 @@ class StageLinear(StageModule):
         initialise: Initialiser | None = None,
     ) -> None:
         super().__init__(len(in_features))
-        self.in_features = _sizes("StageLinear: in_features", in_features)
-        self.out_features = _sizes("StageLinear: out_features", out_features)
+        self.in_features = _integers("StageLinear", "in_features", in_features)
+        self.out_features = _integers("StageLinear", "out_features", out_features)
         _add_weight_and_bias(self, self.in_features, self.out_features, (), initialise, bias)
 
     def forward(self, x: StageBatch, *, residual: StageBatch | None = None, scale: float = 1.0) -> StageBatch:
@@ -138,9 +138,9 @@ class StageConv2d(StageModule):
         initialise: Initialiser | None = None,
     ) -> None:
         super().__init__(len(in_channels))
-        self.in_channels = _sizes("StageConv2d: in_channels", in_channels)
-        self.out_channels = _sizes("StageConv2d: out_channels", out_channels)
-        self.kernel = kernel = _size("StageConv2d: kernel", kernel)
+        self.in_channels = _integers("StageConv2d", "in_channels", in_channels)
+        self.out_channels = _integers("StageConv2d", "out_channels", out_channels)
+        self.kernel = kernel = integer("StageConv2d", "kernel", kernel, 1)
         if kernel % 2 == 0:
             raise ValueError(f"StageConv2d: kernel must be odd, got {kernel}")
         if resample not in RESAMPLE:
@@ -203,11 +203,11 @@ class StageStridedConv2d(StageModule):
         initialise: Initialiser | None = None,
     ) -> None:
         super().__init__(len(in_channels))
-        self.in_channels = _sizes("StageStridedConv2d: in_channels", in_channels)
-        self.out_channels = _sizes("StageStridedConv2d: out_channels", out_channels)
-        self.kernel = kernel = _size("StageStridedConv2d: kernel", kernel)
-        self.stride = _size("StageStridedConv2d: stride", stride)
-        self.padding = _size("StageStridedConv2d: padding", padding, least=0)
+        self.in_channels = _integers("StageStridedConv2d", "in_channels", in_channels)
+        self.out_channels = _integers("StageStridedConv2d", "out_channels", out_channels)
+        self.kernel = kernel = integer("StageStridedConv2d", "kernel", kernel, 1)
+        self.stride = integer("StageStridedConv2d", "stride", stride, 1)
+        self.padding = integer("StageStridedConv2d", "padding", padding, 0)
         self.filter = None if filter is None else tuple(filter)
         if self.filter is not None and (len(self.filter) % 2 or (kernel, stride, padding) != (3, 2, 0)):
             raise ValueError(
@@ -252,8 +252,8 @@ class StageTable(StageModule):
 
     def __init__(self, rows: int, channels: Sequence[int], *, initialise: Initialiser | None = None) -> None:
         super().__init__(len(channels))
-        self.rows = _size("StageTable: rows", rows)
-        self.channels = _sizes("StageTable: channels", channels)
+        self.rows = integer("StageTable", "rows", rows, 1)
+        self.channels = _integers("StageTable", "channels", channels)
         self.add_stage_parameter("weight", [(self.rows, c) for c in self.channels])
         for weight in self.stage_tensors("weight"):
             (initialise or normal(0.02))(weight, weight.shape[1], weight.shape[0])
@@ -392,7 +392,7 @@ class OnStages(nn.Module):
 
     def __init__(self, module: nn.Module, stages: Sequence[int]) -> None:
         super().__init__()
-        self.module, self.stages = module, _sizes("OnStages: stages", stages, least=0)
+        self.module, self.stages = module, _integers("OnStages", "stages", stages, least=0)
         if not self.stages or any(second <= first for first, second in pairwise(self.stages)):
             raise ValueError(f"OnStages: stages must be ascending, at least one, got {self.stages}")
         for layer in module.modules():
@@ -437,19 +437,8 @@ def shared_layers(network: nn.Module) -> Iterator[StageModule]:
             yield layer
 
 
-def _size(name: str, value: int, least: int = 1) -> int:
-    """``value`` as an integer that is at least ``least``."""
-    try:
-        value = index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-    return value
-
-
-def _sizes(name: str, values: Sequence[int], least: int = 1) -> Widths:
-    return tuple(_size(name, value, least) for value in values)
+def _integers(user: str, name: str, values: Sequence[int], least: int = 1) -> Widths:
+    return tuple(integer(user, name, value, least) for value in values)
 
 
 def _require_channels(layer: str, x: StageBatch, channels: Widths) -> None:

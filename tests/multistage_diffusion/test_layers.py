@@ -174,20 +174,20 @@ def test_linear_adds_its_residual_and_scales():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: StageConv2d((8,), (5,), 0), ValueError, r"StageConv2d: kernel must be >= 1, got 0"),
+        (lambda: StageConv2d((8,), (5,), 0), ValueError, r"StageConv2d: kernel=0 must be at least 1"),
         (lambda: StageConv2d((8,), (5,), 2), ValueError, r"StageConv2d: kernel must be odd, got 2"),
         (
             lambda: StageConv2d((8,), (5,), 3.0),
             TypeError,
             r"StageConv2d: kernel must be an integer, got 3\.0",
         ),
-        (lambda: StageConv2d((0,), (5,), 3), ValueError, r"StageConv2d: in_channels must be >= 1, got 0"),
+        (lambda: StageConv2d((0,), (5,), 3), ValueError, r"StageConv2d: in_channels=0 must be at least 1"),
         (
             lambda: StageConv2d((8,), (5,), 3, resample="x", filter=(1, 3, 3, 1)),
             ValueError,
             r"StageConv2d: resample must be None, 'up' or 'down', got 'x'",
         ),
-        (lambda: StageLinear((0,), (0,)), ValueError, r"StageLinear: in_features must be >= 1, got 0"),
+        (lambda: StageLinear((0,), (0,)), ValueError, r"StageLinear: in_features=0 must be at least 1"),
         (
             lambda: StageLinear((8,), (None,)),
             TypeError,
@@ -196,11 +196,11 @@ def test_linear_adds_its_residual_and_scales():
         (
             lambda: StageStridedConv2d((8,), (5,), 0),
             ValueError,
-            r"StageStridedConv2d: kernel must be >= 1, got 0",
+            r"StageStridedConv2d: kernel=0 must be at least 1",
         ),
-        (lambda: StageStridedConv2d((8,), (5,), 3, stride=0), ValueError, r"stride must be >= 1, got 0"),
-        (lambda: StageStridedConv2d((8,), (5,), 3, padding=-1), ValueError, r"padding must be >= 0, got -1"),
-        (lambda: StageTable(0, (8,)), ValueError, r"StageTable: rows must be >= 1, got 0"),
+        (lambda: StageStridedConv2d((8,), (5,), 3, stride=0), ValueError, r"stride=0 must be at least 1"),
+        (lambda: StageStridedConv2d((8,), (5,), 3, padding=-1), ValueError, r"padding=-1 must be at least 0"),
+        (lambda: StageTable(0, (8,)), ValueError, r"StageTable: rows=0 must be at least 1"),
     ],
 )
 def test_layers_refuse_impossible_sizes_when_they_are_built(build, error, message):
@@ -258,7 +258,7 @@ def test_a_strided_convolution_takes_its_smallest_image_and_refuses_smaller_ones
         ((2, 0), ValueError, r"stages must be ascending, at least one, got \(2, 0\)"),
         ((0, 0), ValueError, r"stages must be ascending, at least one, got \(0, 0\)"),
         ((), ValueError, r"stages must be ascending, at least one, got \(\)"),
-        ((-1, 0), ValueError, r"stages must be >= 0, got -1"),
+        ((-1, 0), ValueError, r"stages=-1 must be at least 0"),
         ((0.0, 2), TypeError, r"stages must be an integer, got 0\.0"),
     ],
 )
