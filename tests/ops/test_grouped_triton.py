@@ -184,13 +184,23 @@ def test_large_tiles_equal_float64(present, generator, monkeypatch, launches):
     assert products == [(expected.m, expected.n)] * (2 if expected is parameters.large else 1)
 
 
-@pytest.mark.parametrize("wanted", GRADIENTS)
-def test_backward_of_one_input_alone(wanted, generator):
+@pytest.fixture(scope="module")
+def backward():
+    """Of one call by the gradients that are wanted, and all of them."""
     case = CASES["three stages, one empty"]
-    x, skip, weight, *_, dy = case.tensors(generator)
+    x, skip, weight, *_, dy = case.tensors(torch.Generator().manual_seed(0))
+
+    def run(wanted: list[bool]) -> list[Tensor | None]:
+        return implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, wanted)
+
+    return run, run([True] * len(GRADIENTS))
+
+
+@pytest.mark.parametrize("wanted", GRADIENTS)
+def test_backward_of_one_input_alone(wanted, backward):
+    run, together = backward
     flags = [name == wanted for name in GRADIENTS]
-    together = implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, [True] * 5)
-    alone = implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, flags)
+    alone = run(flags)
     assert [g is not None for g in alone] == flags
     position = GRADIENTS.index(wanted)
     # The bias alone is summed over other pieces of the pixels.
