@@ -314,6 +314,7 @@ class StageLayerNorm(StageModule):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: StageBatch) -> StageBatch:
+        _require_channels("StageLayerNorm", x, self.channels)
         counts = tuple(n * x.height * x.width for n in x.counts)
         pixels = StageBatch(x.values, counts, x.channels, 1, 1)
         return x.with_values(
@@ -413,6 +414,8 @@ class OnStages(nn.Module):
         return StageBatch.from_segments(segments)
 
     def _take(self, batch: StageBatch) -> StageBatch:
+        if not isinstance(batch, StageBatch):
+            raise TypeError(f"OnStages: x must be a StageBatch, got {type(batch).__name__}")
         if self.stages[-1] >= batch.num_stages:
             raise ValueError(f"OnStages: x must have the stages {self.stages}, got {batch.num_stages} stages")
         segments = batch.segments()

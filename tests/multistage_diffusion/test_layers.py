@@ -13,6 +13,7 @@ from msd_kernels import StageBatch
 from multistage_diffusion.layers import (
     OnStages,
     StageConv2d,
+    StageLayerNorm,
     StageLinear,
     StageModule,
     StageStridedConv2d,
@@ -210,7 +211,7 @@ def test_layers_refuse_impossible_sizes_when_they_are_built(build, error, messag
 
 @pytest.mark.parametrize(
     "layer",
-    [StageStridedConv2d(WIDTHS, (5, 6, 7), 3), StageTable(16, WIDTHS)],
+    [StageStridedConv2d(WIDTHS, (5, 6, 7), 3), StageTable(16, WIDTHS), StageLayerNorm(WIDTHS)],
     ids=lambda layer: type(layer).__name__,
 )
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_layers_refuse_impossible_sizes_when_they_are_built(build, error, messag
     ],
     ids=["channels", "stages", "tensor", "integers"],
 )
-def test_layers_that_call_pytorch_refuse_other_input(layer: StageModule, x, error, message):
+def test_layers_refuse_other_input(layer: StageModule, x, error, message):
     with pytest.raises(error, match=f"{type(layer).__name__}: .*{message}"):
         layer(x)
 
@@ -270,6 +271,8 @@ def test_on_stages_refuses_stages_that_do_not_fit_its_module(stages, error, mess
 def test_on_stages_refuses_a_batch_without_its_stages():
     with pytest.raises(ValueError, match=r"OnStages: x must have the stages \(0, 5\), got 3 stages"):
         OnStages(StageConv2d((8, 12), (8, 12), 3), (0, 5))(batch())
+    with pytest.raises(TypeError, match="OnStages: x must be a StageBatch, got Tensor"):
+        OnStages(StageConv2d((8, 12), (8, 12), 3), (0, 2))(torch.zeros(3, 8, 4, 4))
 
 
 def test_on_stages_leaves_the_other_stages_alone():
