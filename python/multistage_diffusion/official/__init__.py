@@ -6,6 +6,7 @@ Checkpoints of the original, unified networks of a family are taken as well.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from multistage_diffusion.layers import OnStages, StageModule
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
-from multistage_diffusion.official.entries import Family, tensors
+from multistage_diffusion.official.entries import Family, Place, tensors
 
-__all__ = ["FAMILIES", "build", "export", "fill", "load", "start_multistage"]
+__all__ = ["FAMILIES", "build", "export", "fill", "irregular", "load", "start_multistage"]
 
 VALUES = ("parameters", "gradients")
 FAMILIES: dict[str, Family] = {
@@ -32,9 +33,16 @@ def build(family: str, config: Mapping[str, object]) -> nn.Module:
     """The network that the reference's constructor builds from the arguments ``config``, with fresh weights.
 
     Raises:
-        ValueError: an unknown family, or an argument that is unknown or not supported.
+        ValueError: an unknown family, or an argument that is unknown, not supported, or of another type.
     """
-    return _family(family).build(config)
+    rules = _family(family)
+    try:
+        return rules.build(config)
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError, ZeroDivisionError) as error:
+        shown = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in config.items())
+        raise ValueError(
+            f"official: {family} cannot be built of {shown}: {error}; check the types of these arguments"
+        ) from error
 
 
 def load(state_dict: Mapping[str, Tensor], family: str, config: Mapping[str, object]) -> nn.Module:
@@ -50,8 +58,11 @@ def load(state_dict: Mapping[str, Tensor], family: str, config: Mapping[str, obj
 
     Raises:
         ValueError: an unknown family, an argument that is not supported, parameters that are missing, extra or of
-            another shape, or constants that contradict ``config``; the message names the first ones.
+            another shape, not dense, not floating point or not finite in float32, or constants that contradict
+            ``config``; the message names the first ones.
     """
+    with torch.device("meta"):  # a config of far too large a network takes no memory
+        _fitting(build(family, config), state_dict)
     network = build(family, config)
     fill(network, state_dict)
     return network
@@ -63,9 +74,47 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: as :func:`load`.
     """
+    expected, given = _fitting(network, state_dict)
+    rules = _family(network.family)
+    contradicted = [
+        name for name, value in rules.constants(network) if name in given and not _agrees(given[name], value)
+    ]
+    if contradicted and rules.constants_matter:
+        raise ValueError(
+            f"official.load: {_summary('constants that contradict config', contradicted)}; check the filter "
+            "in config"
+        )
+    infinite = [
+        name for name, place in expected.items() if not given[name].to(place.view.dtype).isfinite().all()
+    ]
+    if infinite:
+        raise ValueError(
+            f"official.load: {_summary('tensors with values that are not finite in float32', infinite)}; "
+            "the checkpoint is damaged, or its training diverged"
+        )
+    with torch.no_grad():
+        for name, place in expected.items():
+            place.write(given[name])
+
+
+def irregular(tensor: object) -> str:
+    """Why something is no dense floating point tensor with values; empty where it is one."""
+    if not isinstance(tensor, Tensor):
+        return f"is of the type {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"is of the layout {str(tensor.layout).removeprefix('torch.')}, not dense"
+    if tensor.is_meta:
+        return "is on the device meta, without values"
+    return "" if tensor.is_floating_point() else f"is of {tensor.dtype}, not floating point"
+
+
+def _fitting(
+    network: nn.Module, state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, Place], dict[str, Tensor]]:
+    """The network's parameters and the tensors for them by name, which agree in names, kind and shapes."""
     rules = _family(network.family)
     rename = rules.unified_name(network)
-    given = {rename(name): torch.as_tensor(tensor) for name, tensor in state_dict.items()}
+    given = {rename(name): tensor for name, tensor in state_dict.items()}
     expected, constants = dict(tensors(rules.entries(network))), dict(rules.constants(network))
     missing = [name for name in expected if name not in given]
     extra = [name for name in given if name not in expected and name not in constants]
@@ -74,6 +123,11 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             f"official.load: the checkpoint does not fit a {network.family} network of this config: "
             f"{_summary('missing', missing)}; {_summary('unexpected', extra)}; check family and config"
         )
+    odd = [f"{name} {reason}" for name, tensor in given.items() if (reason := irregular(tensor))]
+    if odd:
+        raise ValueError(
+            f"official.load: {_summary('unsuitable', odd)}; weights are dense floating point tensors"
+        )
     wrong = [
         f"{name} is {list(given[name].shape)}, the network needs {list(place.shape)}"
         for name, place in expected.items()
@@ -81,17 +135,7 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise ValueError(f"official.load: {_summary('wrong shapes', wrong)}; check the widths in config")
-    contradicted = [
-        name for name, value in constants.items() if name in given and not _agrees(given[name], value)
-    ]
-    if contradicted and rules.constants_matter:
-        raise ValueError(
-            f"official.load: {_summary('constants that contradict config', contradicted)}; check the filter "
-            "in config"
-        )
-    with torch.no_grad():
-        for name, place in expected.items():
-            place.write(given[name])
+    return expected, given
 
 
 def export(network: nn.Module, values: str = "parameters") -> dict[str, Tensor]:

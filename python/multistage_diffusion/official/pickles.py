@@ -1,176 +1,266 @@
 """Reads pickled EDM snapshots without running anything that they contain.
 
-EDM pickles whole networks, together with the source code of their classes, which unpickling would execute. The reader
-here knows the few globals that build tensors and plain containers. It replaces networks by inert records, leaves their
-source unread, and refuses every other global by name.
+EDM pickles whole networks, together with the source code of their classes, which unpickling would execute. Here the
+pickle's opcodes are interpreted (``unpickling``): tensors are made of the file's own bytes, networks become inert
+records, their source stays unread, arrays too, and every other global is refused by name.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
-from collections import OrderedDict
+import math
+import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .unpickling import Builder, CheckpointFileError, Filled, interpret, refused
+
 __all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors"]
 
+# More than any network has. A pickle may name one module in many places, and even inside of itself.
+MOST_NAMES, LONGEST_NAME = 100_000, 1000
+TOO_MANY = "a module contains itself, or the network has far more modules or longer names than a network has"
 
-class CheckpointFileError(ValueError):
-    """A checkpoint file cannot be read: it is truncated, holds something else, or wants to run code."""
 
+class Record(Filled):
+    """An object of the pickle without behaviour.
 
-class Record:
-    """An object of the pickle: its class's name and its attributes, without behaviour."""
+    Attributes:
+        class_name: of its class.
+        state: its attributes by name.
+    """
 
-    def __init__(self, *args: object) -> None:
-        self.class_name = type(self).__name__
+    __slots__ = ("class_name", "state")
 
-    def __setstate__(self, state: object) -> None:
+    def __init__(self, class_name: str) -> None:
+        self.class_name = class_name
+        self.state: dict = {}
+
+    def fill(self, state: object) -> None:
         if isinstance(state, dict):
-            self.__dict__.update({name: value for name, value in state.items() if isinstance(name, str)})
+            self.state = state
 
-
-class _Builder:
-    """A callable that a pickle can call and cannot change."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable) -> None:
-        object.__setattr__(self, "function", function)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name} cannot be set")
-
-    def __call__(self, *args):
-        return self.function(*args)
+    def entries(self, name: str) -> dict:
+        """An attribute that is a dictionary; empty where there is none."""
+        found = self.state.get(name)
+        return found if isinstance(found, dict) else {}
 
 
 def read_pickle(path: str | Path) -> object:
-    """The content of a pickle made of tensors, arrays, plain containers and networks, the latter as :class:`Record`.
+    """The content of a pickle made of tensors, plain containers and networks, the latter as :class:`Record`.
+
+    Whatever else is in it, arrays for instance, is a :class:`Record` without attributes.
 
     Raises:
-        CheckpointFileError: a global that is not allowed (named), or a file that is truncated or no pickle.
+        CheckpointFileError: a global or an opcode that is not allowed (named); the file is truncated or no pickle.
         OSError: the file cannot be read.
     """
-    with Path(path).open("rb") as file:
-        try:
-            return _Unpickler(file).load()
-        except CheckpointFileError as error:
-            raise CheckpointFileError(f"{path}: {error}") from None
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            raise CheckpointFileError(
-                f"{path} is truncated or no pickle ({type(error).__name__}: {error}); copy it again"
-            ) from error
-
-
-def record_tensors(record: Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a recorded network, as its ``state_dict`` would have them."""
-    transient = getattr(record, "_non_persistent_buffers_set", ())
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in getattr(record, kind, {}).items():
-            if isinstance(tensor, Tensor) and name not in transient:
-                yield f"{prefix}{name}", tensor
-    for name, child in getattr(record, "_modules", {}).items():
-        if isinstance(child, Record):
-            yield from record_tensors(child, f"{prefix}{name}.")
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file) -> None:
-        super().__init__(file)
-        self.builders = {name: _Builder(function) for name, function in BUILDERS.items()}
-
-    def find_class(self, module: str, name: str):
-        full_name = f"{module}.{name}"
-        if full_name in self.builders:
-            return self.builders[full_name]
-        if full_name in CONTAINERS:
-            return CONTAINERS[full_name]
-        if full_name in RECORDS:
-            return type(name, (Record,), {})  # a new class, so that no pickle changes another one's
+    content = Path(path).read_bytes()  # in memory no read gets, or allocates, more than there is
+    try:
+        return interpret(io.BytesIO(content), len(content), GLOBALS)
+    except CheckpointFileError as error:
+        raise CheckpointFileError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointFileError(
-            f"refused: the pickle asks for {full_name}, which is no builder of tensors or containers; nothing was run"
-        )
+            f"{path} is truncated or no pickle ({type(error).__name__}: {error}); copy it again"
+        ) from error
 
-    def persistent_load(self, key: object):
-        raise CheckpointFileError(f"refused: the pickle refers to something outside of it ({key!r})")
+
+def record_tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a recorded network, as its ``state_dict`` would have them.
+
+    Raises:
+        CheckpointFileError: a module contains itself, or there are more or longer names than any network has.
+    """
+    pending, names = [("", record)], 0
+    while pending:
+        prefix, module = pending.pop()
+        transient = module.state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set) else ()
+        tensors = [module.entries("_parameters"), module.entries("_buffers")]
+        children = module.entries("_modules")
+        names += 1 + sum(map(len, (*tensors, children)))
+        if names > MOST_NAMES:
+            raise CheckpointFileError(TOO_MANY)
+        for name, tensor in (item for found in tensors for item in found.items()):
+            if isinstance(tensor, Tensor) and name not in transient:
+                yield _full_name(prefix, name), tensor
+        inner = [(name, child) for name, child in children.items() if isinstance(child, Record)]
+        pending.extend((f"{_full_name(prefix, name)}.", child) for name, child in reversed(inner))
+
+
+def _full_name(prefix: str, name: object) -> str:
+    if not isinstance(name, str) or len(prefix) + len(name) > LONGEST_NAME:
+        raise CheckpointFileError(TOO_MANY)
+    return prefix + name
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A tensor's memory."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class _StorageID:
+    """What PyTorch writes in place of a tensor's memory, which lies behind the pickle."""
+
+    dtype: torch.dtype
+    key: str
+
+
+class _DType(Filled):
+    """The type of a numpy scalar."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: object, *flags: object) -> None:
+        if not isinstance(code, str) or code not in SCALARS:
+            raise refused("the pickle builds an array's type other than a plain number")
+        self.dtype = np.dtype(code)
+
+    def fill(self, state: object) -> None:
+        """Checks that the state is that of a plain number in this machine's byte order."""
+        if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", "|", "=")):
+            raise refused("the pickle changes a number's type by more than its byte order")
+
+
+def _scalar(kind: _DType, content: bytes) -> complex:
+    """The number, as Python's own."""
+    if not isinstance(kind, _DType) or not isinstance(content, bytes) or len(content) != kind.dtype.itemsize:
+        raise refused("the pickle builds a number of something other than its bytes")
+    return np.frombuffer(content, kind.dtype)[0].item()
+
+
+def _array(*_: object) -> Record:
+    return Record("numpy.ndarray")
 
 
 def _persistent_object(meta: dict) -> Record:
     """What EDM's persistence makes of a class that it stores with its source: here its state alone."""
-    record = Record()
-    record.__setstate__(meta["state"])
-    record.class_name = str(meta["class_name"])
+    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
+        raise refused("the pickle builds a persistent object of something other than its description")
+    record = Record(meta["class_name"])
+    record.fill(meta.get("state"))
     return record
 
 
-def _storage(content: bytes):
-    """A tensor's memory, which PyTorch pickles as a file of its own."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _storage(content: bytes) -> _Storage:
+    """A tensor's memory, which PyTorch pickles as a file of its own in the format it had before 1.6.
+
+    That is: four pickles (a magic number, the format's version, facts about the machine, and the storage's identity),
+    the list of the storages that follow, and of each its number of elements as int64, and the elements.
+    """
+    if not isinstance(content, bytes):
+        raise refused("the pickle builds a tensor's memory of something other than bytes")
+    file = io.BytesIO(content)
+    header = [interpret(file, len(content), STORAGE_GLOBALS, _storage_id) for _ in range(5)]
+    magic, version, machine, storage, keys = header
+    little_endian = isinstance(machine, dict) and machine.get("little_endian") is True
+    if (magic, version) != (MAGIC_NUMBER, FORMAT_VERSION) or not little_endian:
+        raise refused("a tensor's memory is in another format than PyTorch's, little-endian")
+    if not isinstance(storage, _StorageID) or not isinstance(keys, list) or keys != [storage.key]:
+        raise refused("a tensor's memory is in another file")
+    (size,) = struct.unpack("<q", file.read(8))
+    start = file.tell()
+    if size * storage.dtype.itemsize != len(content) - start:
+        raise refused("a tensor's memory is of another size than its bytes")
+    if not size:
+        return _Storage(torch.empty(0, dtype=storage.dtype))
+    return _Storage(torch.frombuffer(bytearray(memoryview(content)[start:]), dtype=storage.dtype))
 
 
-def _tensor(storage, offset: int, size, stride, *rest: object) -> Tensor:
-    tensor = torch.empty(0, dtype=storage.dtype)
-    return tensor.set_(storage._untyped_storage, offset, tuple(size), tuple(stride))
+def _storage_id(description: object) -> _StorageID:
+    if isinstance(description, tuple) and len(description) == 6 and description[5] is None:
+        kind, dtype, key = description[:3]
+        if kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str):
+            return _StorageID(dtype, key)
+    raise refused("a tensor's memory is described in another way than PyTorch's")
+
+
+def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> Tensor:
+    """A view of the memory, inside of it, that shows no element twice."""
+    if not isinstance(storage, _Storage) or type(offset) is not int or offset < 0:
+        raise refused("the pickle builds a tensor of something other than its memory")
+    size, stride = _size(size), _size(stride)
+    if len(size) != len(stride):
+        raise refused(f"the pickle builds a tensor of {len(size)} dimensions with {len(stride)} strides")
+    elements = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if elements > len(storage.values) or (elements and last >= len(storage.values)):
+        raise refused("the pickle builds a tensor that reaches beyond its memory")
+    return storage.values.as_strided(size, stride, offset) if elements else storage.values.new_empty(size)
+
+
+def _size(numbers: object = ()) -> tuple[int, ...]:
+    if not isinstance(numbers, tuple) or len(numbers) > MOST_DIMENSIONS:
+        raise refused("the pickle builds a shape of something other than a few numbers")
+    if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        raise refused("the pickle builds a shape of something other than whole numbers")
+    return numbers
 
 
 def _parameter(data: Tensor, *rest: object) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise refused("the pickle builds a parameter of something other than a tensor")
     return data
-
-
-def _array(kind: object, shape: object, type_code: object) -> np.ndarray:
-    """An empty array, which the pickle then fills through ``__setstate__``."""
-    return np.ndarray((0,), "b")
-
-
-def _scalar(dtype: np.dtype, content: bytes):
-    if not isinstance(dtype, np.dtype) or dtype.hasobject:
-        raise CheckpointFileError(f"refused: a scalar of type {dtype!r}")
-    return np.frombuffer(content, dtype)[0]
 
 
 def _encoded(text: str, encoding: str) -> bytes:
     """How protocol 2 writes bytes."""
-    if encoding != "latin1":
-        raise CheckpointFileError(f"refused: text in the encoding {encoding!r}")
+    if not isinstance(text, str) or encoding != "latin1":
+        raise refused("the pickle encodes something other than latin1 text")
     return text.encode("latin1")
 
 
-BUILDERS: dict[str, Callable] = {
+def _dictionary(*items: object) -> dict:
+    if items:
+        raise refused("the pickle builds a dictionary in one call")
+    return {}
+
+
+def _set(items: object = ()) -> set:
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise refused("the pickle builds a set of something other than names")
+    return set(items)
+
+
+MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001
+MOST_DIMENSIONS = 8
+SCALARS = {"b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8", "c8", "c16"}
+STORAGE_GLOBALS = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+}
+FUNCTIONS: dict[str, Callable[..., object] | None] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.storage._load_from_bytes": _storage,
+    "torch.Size": _size,
     "_codecs.encode": _encoded,
+    "numpy.ndarray": None,
+    "numpy.dtype": _DType,
     **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), _dictionary),
+    **dict.fromkeys(("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"), _set),
+    **{
+        f"torch.nn.modules.{name}": lambda *_, name=name: Record(name.rpartition(".")[2])
+        for name in ("container.ModuleDict", "container.ModuleList", "container.Sequential", "module.Module")
+    },
 }
-
-
-class _EasyDict(dict):
-    """A dictionary whose attributes a pickle may set, to no effect."""
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, dict):
-            self.update(state)
-
-
-CONTAINERS: dict[str, type] = {
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "__builtin__.set": set,
-    "dnnlib.util.EasyDict": _EasyDict,
-    "torch.Size": torch.Size,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-}
-RECORDS = {
-    f"torch.nn.modules.{name}"
-    for name in ("container.ModuleDict", "container.ModuleList", "container.Sequential", "module.Module")
-}
+GLOBALS = {name: Builder(name, function) for name, function in FUNCTIONS.items()}
