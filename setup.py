@@ -24,7 +24,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from toolchain import BuildError, Compilation, compile_changed, find_cxx, find_nvcc, gencode, run  # noqa: E402
+from toolchain import (  # noqa: E402
+    BuildError,
+    Compilation,
+    compile_changed,
+    find_cxx,
+    find_nvcc,
+    gencode,
+    run,
+    select_architectures,
+)
 
 PACKAGE = "msd_kernels"
 REPORT = "_build_report.json"
@@ -63,9 +72,9 @@ def cpu_isas() -> dict[str, tuple[str, ...]]:
     return {**(X86_ISAS if x86 else {}), "portable": ()}
 
 
-def cuda_architectures() -> str:
-    """The GPU architectures to compile for, in the format of TORCH_CUDA_ARCH_LIST."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+def cuda_architectures() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The GPU architectures to compile for, and those asked for that are too old."""
+    return select_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES)
 
 
 def imported(module: str):
@@ -107,7 +116,7 @@ class BuildKernels(build_ext):
     """Builds every target that this machine can build and reports on the others."""
 
     def run(self):
-        self.report = {}
+        self.report, self.notes = {}, {}
         self.source_package = None
         if self.inplace:
             self.source_package = Path(self.get_finalized_command("build_py").get_package_dir(PACKAGE))
@@ -127,7 +136,7 @@ class BuildKernels(build_ext):
             except BuildError as error:
                 self.leave_out(extension, target, str(error))
             else:
-                self.report[target] = {"built": True, "reason": ""}
+                self.report[target] = {"built": True, "reason": "", **self.notes.pop(target, {})}
                 built.append(extension)
         self.extensions = built
 
@@ -151,7 +160,12 @@ class BuildKernels(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise BuildError("no nvcc found: install the CUDA toolkit or set CUDA_HOME")
-        device_command = (nvcc, *CUDA_FLAGS, *gencode(cuda_architectures()))
+        architectures, too_old = cuda_architectures()
+        if too_old:
+            note = f"left out the architectures {' '.join(too_old)} of TORCH_CUDA_ARCH_LIST: the kernels need 8.0"
+            self.notes["cuda"] = {"note": note}
+            print(f"WARNING: {PACKAGE}'s cuda extension: {note}", file=sys.stderr, flush=True)
+        device_command = (nvcc, *CUDA_FLAGS, *gencode(architectures))
         host_command = self.torch_command()
 
         def command_for(source: str) -> tuple[str, ...]:
@@ -175,7 +189,7 @@ class BuildKernels(build_ext):
             "MSD_FLAGS": " ".join(self.cxx_flags()),
             "MSD_CPU_ISAS": " ".join(cpu_isas()) if cpu else "",
             "MSD_TORCH_VERSION": imported("torch").__version__ if cpu else "",
-            "MSD_CUDA_ARCHITECTURES": cuda_architectures().replace(";", " ") if cuda else "",
+            "MSD_CUDA_ARCHITECTURES": " ".join(cuda_architectures()[0]) if cuda else "",
         }
         defines = [f'-D{macro}="{value}"' for macro, value in facts.items()]
         cxx = self.cxx()

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "", "python", "csrc")]
 
 import torch  # noqa: E402
-from sanitize_cuda import FOUND  # noqa: E402
+from sanitize_cuda import FOUND, no_gpu  # noqa: E402
 from toolchain import find_nvcc  # noqa: E402
 
 import harness  # noqa: E402
@@ -382,11 +382,8 @@ def main() -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        print(
-            f"gpu-check: no GPU here (torch {torch.__version__}, {built}, sees no device); nothing was checked"
-        )
+    if reason := no_gpu():
+        print(f"gpu-check: {reason}")
         return 0
     for name in SECONDS:
         log_file(name).unlink(missing_ok=True)

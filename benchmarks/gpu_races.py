@@ -30,6 +30,7 @@ import bench_sampling_step  # noqa: E402
 import bench_training_step  # noqa: E402
 import torch  # noqa: E402
 from bench_training_step import COMPILED, GRAPH  # noqa: E402
+from sanitize_cuda import no_gpu  # noqa: E402
 
 import harness  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
@@ -331,6 +332,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    if reason := no_gpu():
+        print(f"gpu_races: {reason}")
+        return
     torch.backends.cudnn.benchmark = True
     timers = {"cold": harness.cuda_timer(cold=True), "warm": harness.cuda_timer(cold=False)}
     timers["as found"] = harness.synchronised_clock

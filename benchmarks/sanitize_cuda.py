@@ -5,6 +5,7 @@ Tensors are made on the CPU, so that there is little else on the device. A resul
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,7 +75,19 @@ def run_resample2d(filter: Sequence[float], factors: dict[str, int], dtype: torc
         require_finite(f"resample2d of {list(leaf.shape)}, {filter}, {factors}, {dtype}", results)
 
 
-def main() -> None:
+def no_gpu() -> str:
+    """What to say where there is no GPU; empty where there is one."""
+    if torch.cuda.is_available():
+        return ""
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return f"no GPU here (torch {torch.__version__}, {built}, sees no device); nothing was run"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    if reason := no_gpu():
+        print(f"sanitize_cuda: {reason}")
+        return
     for dtype in (torch.float32, torch.bfloat16):
         with use("group_norm=cuda"):
             for case in GROUP_NORMS:

@@ -8,9 +8,29 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+ARCHITECTURE = re.compile(r"(\d+)\.(\d+)([af]?)(\+PTX)?")
+# The kernels copy asynchronously, which older GPUs cannot.
+OLDEST_ARCHITECTURE = (8, 0)
+# PyTorch's names.
+NAMED_ARCHITECTURES = {
+    "Maxwell": "5.0;5.2+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
 
 
 class BuildError(Exception):
@@ -51,7 +71,10 @@ class Compilation:
 
 def max_jobs() -> int:
     """How many compilers may run at a time: $MAX_JOBS, else two."""
-    return int(os.environ.get("MAX_JOBS", "2"))
+    text = os.environ.get("MAX_JOBS", "").strip() or "2"
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise BuildError(f"MAX_JOBS={text}: needs a whole number of at least 1")
+    return int(text)
 
 
 def compile_changed(compilations: list[Compilation]):
@@ -79,8 +102,8 @@ def run(command: tuple[str, ...]) -> str:
 
 def find_cxx(configured: str | None) -> tuple[str, ...]:
     """The C++ compiler: $CXX, else the one Python was built with, else the usual names."""
-    if "CXX" in os.environ:
-        return tuple(shlex.split(os.environ["CXX"]))
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return tuple(named)
     for candidate in (*shlex.split(configured or "")[:1], "g++", "c++", "clang++"):
         if shutil.which(candidate):
             return (candidate,)
@@ -100,13 +123,33 @@ def cuda_sources(root: Path) -> list[Path]:
     return sorted((root / "csrc" / "cuda").glob("*.cu"))
 
 
-def gencode(architectures: str) -> tuple[str, ...]:
-    """nvcc's flags for a list in the format of TORCH_CUDA_ARCH_LIST, such as ``8.0;9.0a;10.0+PTX``."""
+def select_architectures(names: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The GPU architectures of a list in the format of TORCH_CUDA_ARCH_LIST: those that can be compiled for, and those
+    that are too old.
+
+    Raises:
+        BuildError: an architecture of another form, or none that can be compiled for.
+    """
+    kept, too_old = {}, {}
+    for name in names.replace(";", " ").split():
+        for number in NAMED_ARCHITECTURES.get(name, name).split(";"):
+            match = ARCHITECTURE.fullmatch(number)
+            if match is None:
+                raise BuildError(
+                    f"TORCH_CUDA_ARCH_LIST: {name!r} is neither of the form 9.0, 9.0a or 9.0+PTX nor one of "
+                    f"{', '.join(NAMED_ARCHITECTURES)}"
+                )
+            (kept if (int(match[1]), int(match[2])) >= OLDEST_ARCHITECTURE else too_old)[number] = None
+    if not kept:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST={names}: the CUDA kernels need an architecture from 8.0 on")
+    return tuple(kept), tuple(too_old)
+
+
+def gencode(architectures: Sequence[str]) -> tuple[str, ...]:
+    """nvcc's flags for architectures such as ``9.0``, ``9.0a`` or ``10.0+PTX``."""
     flags = []
-    for name in architectures.replace(";", " ").split():
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
-        if match is None:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {name!r} is not of the form 9.0, 9.0a or 9.0+PTX")
+    for name in architectures:
+        match = ARCHITECTURE.fullmatch(name)
         number = "".join(match.group(1, 2, 3))
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match.group(4):

@@ -6,7 +6,7 @@ prints one line per kernel, configuration of the committed launch tables and arc
 spilled, shared memory, the tensor-core instruction of the innermost loops, how many instructions are issued per cycle
 that the tensor cores need (they wait from 1 on), and which part of the bytes that the loops load comes in 16-byte
 loads. Exit status 1 if a kernel does not compile, spills, takes more shared memory than there is, or multiplies without
-tensor cores where it must use them.
+tensor cores where it must use them; 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -227,12 +227,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only kernels whose module or name contains this")
     parser.add_argument("--workers", type=int, help="parallel compilations; default: one per core")
     options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers {options.workers}: must be at least 1")
     if reason := launch.unavailable():
         parser.exit(1, f"aot: {reason}\n")
     if launch.interpreted():
         parser.exit(1, "aot: TRITON_INTERPRET is set, and the interpreter compiles nothing\n")
     started = time.perf_counter()
     reports = list(compile_all(options.arch or tuned.architectures(), options.only, options.workers))
+    if not reports:
+        parser.error(f"--only {options.only}: no kernel's module or name contains it")
     print(format_table(reports))
     failed = sum(bool(r.error) for r in reports)
     print(f"{len(reports)} compiled, {failed} not well, {time.perf_counter() - started:.0f} s")

@@ -208,12 +208,12 @@ def forced_backend(op: str) -> str | None:
     name for the other ops: ``MSD_KERNELS_BACKEND=group_norm=cpu,library``.
 
     Raises:
-        ValueError: a name that is no backend, or no op.
+        ValueError: a name that is no backend, or no op; two backends for one op, or two bare names.
     """
     setting = _setting()
     if setting in ("auto", ""):
         return None
-    general = own = None
+    chosen: dict[str, str] = {}  # by op; "" stands for the others
     for entry in setting.split(","):
         target, _, name = entry.strip().rpartition("=")
         if name not in (*NAMES, "auto"):
@@ -224,11 +224,12 @@ def forced_backend(op: str) -> str | None:
             raise ValueError(
                 f"{VARIABLE}: unknown op {target!r} in {setting!r}; allowed are {', '.join(sorted(_ops))}"
             )
-        if not target:
-            general = general or name
-        elif target == op:
-            own = own or name
-    choice = own or general
+        if target in chosen:
+            raise ValueError(
+                f"{VARIABLE}: {setting!r} names two backends for {target or 'all ops'}; one is allowed"
+            )
+        chosen[target] = name
+    choice = chosen.get(op) or chosen.get("")
     return None if choice == "auto" else choice
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 
@@ -63,6 +64,8 @@ def _built() -> Iterator[str]:
     for name in ("cpu", "cuda"):
         library = native.load(name)
         yield f"{name}: {library.path.name}" if library.path else f"{name}: unavailable, {library.reason}"
+        if note := native.build_report().get(name, {}).get("note"):
+            yield f"  {note}"
     if native.load("cpu").path:
         yield f"cpu instruction set: {torch.ops.msd_kernels_native.cpu_isa()}"
     for name, value in host_build_info().items():
@@ -118,5 +121,13 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "Backends": _backends,
 }
 
+
+def main() -> None:
+    try:
+        print(report(), flush=True)
+    except BrokenPipeError:  # a reader who leaves early, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

@@ -7,10 +7,12 @@ asked for at its launch.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ def demangle(name: str) -> str:
 
 def compile_source(nvcc: str, source: Path, architecture: str, folder: Path) -> list[Kernel]:
     target = folder / f"{source.stem}-{architecture}.o"
-    output = run((nvcc, *FLAGS, *gencode(architecture), "-c", str(source), "-o", str(target)))
+    output = run((nvcc, *FLAGS, *gencode([architecture]), "-c", str(source), "-o", str(target)))
     return parse_ptxas(source.name, output)
 
 
@@ -96,7 +98,15 @@ def print_table(kernels: list[Kernel]):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)
+    try:
+        jobs_at_a_time = max_jobs()
+    except BuildError as error:
+        print(error)
+        return 1
     sources = cuda_sources(ROOT)
     if not sources:
         print("no CUDA sources")
@@ -106,7 +116,7 @@ def main() -> int:
         print("no nvcc found: CUDA sources not compiled")
         return 0
     kernels, failures = [], []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=max_jobs()) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs_at_a_time) as pool:
         jobs = {
             (source.name, architecture): pool.submit(compile_source, nvcc, source, architecture, Path(folder))
             for source in sources

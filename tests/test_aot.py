@@ -99,6 +99,22 @@ def test_command_compiles_what_it_is_asked_for():
     assert "1 compiled, 0 not well" in result.stdout
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "group_normm"], "--only group_normm: no kernel's module or name contains it"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "-1"], "--workers -1: must be at least 1"),
+    ],
+)
+def test_command_refuses_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        aot.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def _report(**findings):
     return aot.Report("_a_kernel", "bf16", 90, **findings)
 

@@ -166,6 +166,19 @@ def test_backends_unknown_op_is_an_error():
         pytest.fail("the block must not run")
 
 
+@pytest.mark.parametrize(
+    ("setting", "target"),
+    [
+        ("cpu,library", "all ops"),
+        ("library,library", "all ops"),
+        ("attention=cpu,attention=auto", "attention"),
+    ],
+)
+def test_backends_two_for_the_same_ops_are_an_error(setting, target):
+    with pytest.raises(ValueError, match=f"{setting}' names two backends for {target}"), use(setting):
+        pytest.fail("the block must not run")
+
+
 def test_backends_use_restores_after_an_error():
     with pytest.raises(KeyError), use("reference"):
         raise KeyError

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+from multistage_diffusion import networks
 from multistage_diffusion.cli import build_parser
 from multistage_diffusion.commands import load_commands
+from multistage_diffusion.convert import save_network
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -20,6 +23,17 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
+@pytest.fixture
+def _converted_file(tmp_path, monkeypatch):
+    """What the documents' ``msd convert`` writes: the working folder has a small one."""
+    network = {"family": "edm", "image_size": 8, "encoder_widths": [8], "decoder_widths": [8, 8, 4]}
+    save_network(
+        tmp_path / "model.safetensors", networks.build(network | {"channel_mult": [1], "num_blocks": 1})
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_converted_file")
 @pytest.mark.parametrize("index", range(len(blocks("README.md", "python"))))
 def test_readme_code_runs(index, capsys):
     code = blocks("README.md", "python")[index]
@@ -27,6 +41,16 @@ def test_readme_code_runs(index, capsys):
     # A comment behind a print is its output.
     for expected in re.findall(r"^print\(.*\)  # (\[.*\])$", code, re.MULTILINE):
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_converted_file")
+def test_the_help_of_convert_shows_how_to_read_what_it_writes(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["convert", "--help"])
+    shown = capsys.readouterr().out.partition("read it in Python:\n")[2]
+    found: dict = {}
+    exec(textwrap.dedent(shown), found)
+    assert found["network"].num_stages == 3
 
 
 def commands() -> list[str]:

@@ -157,6 +157,46 @@ def test_package_says_why_the_extension_does_not_load(unbuilt):
         broken.unlink()
 
 
+def test_package_says_that_the_source_folder_hides_an_installed_package(unbuilt):
+    setup, report = unbuilt / "setup.py", unbuilt / "msd_kernels" / "_build_report.json"
+    setup.touch()
+    hidden = (
+        f"not cpu: was not built in the source folder {unbuilt}, which hides an installed package: leave the"
+    )
+    try:
+        assert hidden in run_python(WITHOUT_EXTENSION, unbuilt)
+        report.write_text(json.dumps({"cpu": {"built": True, "reason": ""}}))
+        assert "not cpu: was not built at install" in run_python(WITHOUT_EXTENSION, unbuilt)
+    finally:
+        setup.unlink()
+        report.unlink(missing_ok=True)
+
+
+def test_package_report_tells_of_architectures_that_were_left_out(unbuilt):
+    report = unbuilt / "msd_kernels" / "_build_report.json"
+    report.write_text(json.dumps({"cuda": {"built": True, "reason": "", "note": "left out 7.5"}}))
+    try:
+        printed = run_python("from msd_kernels.env import report; print(report())", unbuilt)
+        assert "\n    left out 7.5\n" in printed
+    finally:
+        report.unlink()
+
+
+def test_package_report_may_be_read_in_part():
+    """``python -m msd_kernels.env | head``"""
+    environment = {**os.environ, "PYTHONPATH": str(KERNELS.parent)}
+    command = [sys.executable, "-m", "msd_kernels.env"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 OPTIONAL = ("matplotlib", "tqdm", "safetensors", "PIL", "sklearn", "scipy", "pytest_benchmark", "xdist")
 BLOCKED = f"""
 import sys
@@ -197,6 +237,20 @@ def test_package_gpu_check_without_a_gpu_says_so():
     )
     assert printed.startswith("gpu-check: no GPU here")
     assert printed.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not (REPOSITORY / "benchmarks").is_dir(), reason="benchmarks are not part of an install")
+@pytest.mark.parametrize("command", ["sanitize_cuda", "gpu_races attention --out results.jsonl"])
+def test_package_gpu_programs_without_a_gpu_say_so(command, tmp_path):
+    name, *arguments = command.split()
+    path = REPOSITORY / "benchmarks" / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, path, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{name}: no GPU here")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_package_import_initialises_no_device_and_starts_no_compiler():

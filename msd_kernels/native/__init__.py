@@ -34,12 +34,22 @@ def load(name: str) -> Library:
     stem = {"cpu": "_native", "cuda": "_cuda"}[name]
     files = sorted(PACKAGE.glob(f"{stem}*.so"))
     if not files:
-        return Library(name, None, build_report().get(name, {}).get("reason") or "was not built at install")
+        return Library(name, None, build_report().get(name, {}).get("reason") or _not_built())
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
         return Library(name, None, f"{files[0].name} does not load: {error}")
     return Library(name, files[0], "")
+
+
+def _not_built() -> str:
+    folder = PACKAGE.parent
+    if not (folder / "setup.py").is_file() or build_report():
+        return "was not built at install"
+    return (
+        f"was not built in the source folder {folder}, which hides an installed package: leave the folder, or install "
+        "it with pip install -e"
+    )
 
 
 def build_report() -> dict[str, dict]:

@@ -6,10 +6,12 @@ Exit codes: 0 success, 1 a run that failed, 2 bad input, 128 + n a run that sign
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 
 from .commands import load_commands
 from .streams import release, tell
@@ -33,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"msd {_version()}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for module in load_commands():
         command = module.add_parser(subparsers)
@@ -42,10 +45,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports bad arguments in one line, without repeating the usage."""
+    """Reports bad arguments in one line, without repeating the usage, and takes lists that begin with a minus."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--option -1,1`` as ``--option=-1,1``, which argparse would take for two options."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and re.match(r"-(\.?\d|inf)", argument) and re.fullmatch(r"--[^=]+", joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _version() -> str:
+    try:
+        return metadata.version("msd-kernels")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +109,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _exit_code(error: Exception) -> int:
     """2 if other input would help, 1 if not."""
+    if isinstance(error, ImportError):  # those below would fail with the same
+        return 1
     from .checkpoints import CheckpointError, CheckpointSaveError
     from .data_parallel import ProcessError
     from .training import RunError

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..atomic_files import replacing
 from ._options import add_command, add_machine_options, set_up_machine, whole
 
 EXAMPLES = """\
@@ -66,7 +67,8 @@ def run(args) -> int:
     metrics = measure(args.out, device)
     seconds = time.monotonic() - start
     metrics |= {"measure_seconds": round(seconds, 1), "seconds": round(metrics["train_seconds"] + seconds, 1)}
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with replacing(args.out / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
     print(summary(args.out, metrics))
     return 0
 

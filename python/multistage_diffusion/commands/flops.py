@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from ..presets import PRESETS, SAMPLERS
 from ._options import add_command, numbers, whole, wholes
@@ -56,6 +57,11 @@ def report(args: argparse.Namespace) -> dict:
         )
     changes = {"decoder_widths": list(args.decoder_widths)} if args.decoder_widths else {}
     shares = args.shares or preset.stage_shares()
+    if len(shares) != len(stages) or min(shares) < 0 or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
+        given = ",".join(f"{share:g}" for share in shares)
+        raise ValueError(
+            f"--shares {given}: one share per stage ({len(stages)}) is needed, none negative, with the sum 1"
+        )
     multistage = _count(preset.config(**changes))
     unified = _count(preset.config("unified"))
     separate = _count(preset.config("separate", **changes))
