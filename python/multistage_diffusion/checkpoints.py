@@ -94,13 +94,18 @@ def restore_optimizer(
 # ---------------------------------------------------------------------------- writing
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes one safetensors file; the tensors may share memory and live anywhere."""
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    path.touch()
+    permissions = path.stat().st_mode
     try:
-        save_file(own, path)
+        save_file(own, path, metadata)
     except SafetensorError as error:  # it wraps what the operating system said
         raise OSError(f"{path.name}: {error}") from error
+    path.chmod(permissions)  # safetensors lets nobody else read its files
 
 
 def save_checkpoint(

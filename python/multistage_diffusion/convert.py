@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import networks, official
 from .atomic_files import replacing
+from .checkpoints import write_tensors
 from .official import irregular
 from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors
 
@@ -96,12 +96,8 @@ def save_network(path: str | Path, network: nn.Module, notes: Mapping[str, str] 
         OSError: the disk is full, or the folder cannot be made or written.
     """
     metadata = {"format": FORMAT, "config": json.dumps(network.config), **(notes or {})}
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()}
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # it wraps what the operating system said
-            raise OSError(f"{path} cannot be written: {error}") from error
+        write_tensors(temporary, network.state_dict(), metadata)
 
 
 def load_network(path: str | Path) -> nn.Module:

@@ -19,7 +19,8 @@ class EMA:
             that the average forgets the random start; ``None`` switches that off. EDM: 0.05.
 
     Attributes:
-        network: the averaged network, in eval mode, without gradients.
+        network: the averaged network, in eval mode, without gradients; in float32 where the network's weights have 16
+            bits, which would round most of the small steps of an average to nothing.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class EMA:
         self.halflife_images = float(halflife_images)
         self.rampup_ratio = rampup_ratio
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters()):
+            self.network.float()
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """beta = ½^(batch_size / half-life); 0 when nothing has been seen."""
@@ -53,7 +56,7 @@ class EMA:
         averages, current = [], []
         for average, parameter in zip(self.network.parameters(), network.parameters(), strict=True):
             averages.append(average)
-            current.append(parameter.detach())
+            current.append(parameter.detach().to(average.dtype))
         torch._foreach_lerp_(averages, current, 1 - beta)
         for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(buffer)

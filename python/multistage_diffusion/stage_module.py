@@ -17,6 +17,9 @@ __all__ = ["StageModule"]
 class StageModule(nn.Module):
     """A module whose parameters are packed over the stages but saved and loaded per stage.
 
+    Whatever else is registered on it, in a subclass for instance, is saved and loaded as PyTorch does. Packed
+    parameters are vectors: ``torch.nn.utils.weight_norm`` and ``spectral_norm`` would not see the stages' own weights.
+
     Attributes:
         num_stages: stages that the module holds weights of.
         stage_ids: their numbers in the network, which name the parameters; see :class:`OnStages`.
@@ -50,16 +53,32 @@ class StageModule(nn.Module):
         """The names of the packed parameters."""
         return iter(self._stage_shapes)
 
+    def _others(self) -> StageModule:
+        """This module without its packed parameters and buffers, for PyTorch's own code; all else is shared."""
+        others = object.__new__(type(self))
+        others.__dict__.update(self.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            entries = getattr(self, kind).items()
+            others.__dict__[kind] = {name: t for name, t in entries if name not in self._stage_shapes}
+        return others
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in self._stage_shapes:
             flat = getattr(self, name)
             tensors = self.stage_tensors(name, flat if keep_vars else flat.detach())
             for stage, tensor in zip(self.stage_ids, tensors, strict=True):
                 destination[f"{prefix}{name}.{stage}"] = tensor
+        nn.Module._save_to_state_dict(self._others(), destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        others, unknown = self._others(), []
+        nn.Module._load_from_state_dict(
+            others, state_dict, prefix, local_metadata, strict, missing_keys, unknown, error_msgs
+        )
+        self._parameters.update(others._parameters)  # some may be new objects
+        self._buffers.update(others._buffers)
         assign = local_metadata.get("assign_to_params_buffers", False)
         known = set()
         for name in self._stage_shapes:
@@ -86,14 +105,7 @@ class StageModule(nn.Module):
                 )
             for stage, tensor in given.items():
                 views[stage].copy_(tensor)
-        if strict:
-            unexpected_keys.extend(
-                key
-                for key in state_dict
-                if key.startswith(prefix)
-                and key not in known
-                and key[len(prefix) :].split(".")[0] not in self._modules
-            )
+        unexpected_keys.extend(key for key in unknown if key not in known)
 
     def _assign(self, name: str, tensors: Sequence[Tensor]) -> str | None:
         """Puts these stages' values in place of a parameter, in their dtype and on their device, or says why not."""

@@ -22,7 +22,7 @@ class _Part:
     Attributes:
         name: as in the network's ``state_dict``.
         parameter: shares its memory with ``source``.
-        source: the network's own parameter.
+        source: the network's own parameter, an attribute of ``module``.
         span: the part of a flat source; None for one that is not packed.
         stage: the network's stage that alone uses it; None for all.
     """
@@ -30,6 +30,8 @@ class _Part:
     name: str
     parameter: nn.Parameter
     source: nn.Parameter
+    module: nn.Module
+    attribute: str
     span: slice | None
     stage: int | None
 
@@ -39,7 +41,10 @@ class _Part:
         return self.name if self.span is None else self.name.rpartition(".")[0]
 
     @property
-    def shares_memory(self) -> bool:
+    def is_the_networks(self) -> bool:
+        """Whether the network still has that parameter, and has it in the same place."""
+        if self.module._parameters.get(self.attribute) is not self.source:
+            return False
         first = 0 if self.span is None else self.span.start
         return self.parameter.data_ptr() == self.source.data_ptr() + first * self.source.element_size()
 
@@ -70,7 +75,9 @@ class StageParameters:
         optimizer.step()
         parameters.drop_gradients()                    # in place of optimizer.zero_grad()
 
-    A copy, by ``copy.deepcopy`` or pickle, is that of the network's copy.
+    Parameters that no longer require a gradient, such as those of one decoder by their names, are left alone. All are
+    vectors: groups with and without weight decay go by names, too, not by numbers of dimensions. A copy, by
+    ``copy.deepcopy`` or pickle, is that of the network's copy.
 
     Args:
         network: the network itself, which has ``num_stages``, or one of ordinary layers. Its parameters must stay where
@@ -83,7 +90,8 @@ class StageParameters:
         flat_gradients: that tensor, or None.
 
     Raises:
-        TypeError: what holds a network with stages, such as a denoiser, instead of the network.
+        TypeError: what holds a network with stages, such as a denoiser, instead of the network; a network whose
+            parameters are spread over processes, as by ``fully_shard``: give an optimizer its own parameters there.
         ValueError: flat gradients of parameters that differ in dtype or device.
     """
 
@@ -98,6 +106,7 @@ class StageParameters:
         self._parts = list(_parts(network))
         self.names = [part.name for part in self._parts]
         self.flat_gradients, self._views = _flat_gradients(network) if flat_gradients else (None, {})
+        self._given: list[_Part] = []  # since the last time that gradients were dropped
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return (part.parameter for part in self._parts)
@@ -117,17 +126,23 @@ class StageParameters:
 
         Raises:
             ValueError: not one count per stage.
-            RuntimeError: the network's parameters have moved in memory, as by ``network.to(...)``; gradients that
-                should be flat are not, as after ``network.zero_grad()``.
+            RuntimeError: the network's parameters have moved in memory or were replaced, as by ``network.to(...)`` or
+                ``load_state_dict(..., assign=True)``; gradients that should be flat are not, as after
+                ``network.zero_grad()``; those of the step before are still there, as after ``optimizer.zero_grad()``.
         """
         if len(counts) != self.num_stages:
             raise ValueError(
                 f"StageParameters: one count per stage is needed, got {len(counts)} for {self.num_stages} stage(s)"
             )
-        if moved := [part.name for part in self._parts if not part.shares_memory]:
+        if moved := [part.name for part in self._parts if not part.is_the_networks]:
             raise RuntimeError(
-                f"StageParameters: {len(moved)} parameters of the network have moved in memory, first {moved[0]}; make "
-                "StageParameters and the optimizer anew after network.to(...)"
+                f"StageParameters: {len(moved)} parameters of the network have moved in memory or were replaced, first "
+                f"{moved[0]}; make StageParameters and the optimizer anew after network.to(...) and the like"
+            )
+        if self._given and all(part.parameter.grad is None for part in self._given):
+            raise RuntimeError(
+                "StageParameters: the network still has the gradients of the step before; drop them with "
+                "drop_gradients() in place of optimizer.zero_grad()"
             )
         if not all(_is_at(parameter.grad, view) for parameter, view in self._views.items()):
             raise RuntimeError(
@@ -135,12 +150,15 @@ class StageParameters:
             )
         for part in self._parts:
             absent = part.stage is not None and not counts[part.stage]
-            part.parameter.grad = None if absent else part.gradient()
+            unused = absent or not part.parameter.requires_grad
+            part.parameter.grad = None if unused else part.gradient()
+        self._given = [part for part in self._parts if part.span and part.parameter.grad is not None]
 
     def drop_gradients(self) -> None:
         """Sets all gradients to None, the network's own among them; flat ones become 0."""
         for part in self._parts:
             part.parameter.grad = None
+        self._given = []
         self.network.zero_grad(set_to_none=True)
         if self.flat_gradients is not None:
             self.flat_gradients.zero_()
@@ -194,11 +212,17 @@ def _parts(network: nn.Module) -> Iterator[_Part]:
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{attribute}" if prefix else attribute
             if attribute not in packed:
-                yield _Part(name, parameter, parameter, None, None)
+                yield _Part(name, parameter, parameter, module, attribute, None, None)
                 continue
+            if type(parameter.detach()) is not torch.Tensor:
+                raise TypeError(
+                    f"StageParameters: {name} is a {type(parameter).__name__}, whose stages do not lie in memory one "
+                    "after the other; give the optimizer the network's own parameters"
+                )
             end = 0
             for stage, tensor in zip(module.stage_ids, module.stage_tensors(attribute), strict=True):
                 span = slice(end, end + tensor.numel())
                 end = span.stop
-                own = nn.Parameter(parameter.detach()[span], requires_grad=parameter.requires_grad)
-                yield _Part(f"{name}.{stage}", own, parameter, span, None if module in shared else stage)
+                own = nn.Parameter(parameter.detach()[span])
+                own_stage = None if module in shared else stage
+                yield _Part(f"{name}.{stage}", own, parameter, module, attribute, span, own_stage)

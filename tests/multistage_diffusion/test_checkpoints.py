@@ -44,6 +44,17 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
     assert loaded["all"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        names(path), "0o640"
+    )
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 9):
         save(tmp_path, step, keep=2)

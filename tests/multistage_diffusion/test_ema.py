@@ -65,3 +65,22 @@ def test_rejects():
         EMA(weight(0), -1)
     with pytest.raises(ValueError, match="rampup_ratio=0"):
         EMA(weight(0), 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_small_steps_of_weights_in_any_dtype_add_up(dtype):
+    network = nn.Linear(1, 1, bias=False, dtype=dtype)
+    nn.init.constant_(network.weight, 1.0)
+    ema = EMA(network, 1_000_000, None)
+    nn.init.constant_(network.weight, 1.5)
+    for step in range(100):
+        ema.update(network, step * 100, 100)
+    assert ema.network.weight.item() == pytest.approx(1.5 - 0.5 * 0.5**0.01, rel=1e-5)
+    assert ema.network.weight.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_the_network_may_change_its_dtype():
+    network = weight(1.0)
+    ema = EMA(network.float(), 100, None)
+    ema.update(network.double(), 0, 100)
+    assert ema.network.weight.dtype == torch.float32

@@ -110,6 +110,31 @@ def test_load_state_dict_refuses_to_assign_what_fits_no_flat_parameter(state, go
         conv().load_state_dict(state, strict=False, assign=True)
 
 
+class Scaled(StageConv2d):
+    """A layer with more than its packed parameters."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(WIDTHS, (5, 6, 7), 3)
+        self.gain = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("steps", torch.tensor([value]))
+        self.register_buffer("scratch", torch.tensor([value]), persistent=False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_a_subclass_adds_is_saved_and_loaded(assign):
+    layer, other = Scaled(1.0), Scaled(2.0)
+    state = other.state_dict()
+    assert state.keys() == conv().state_dict().keys() | {"gain", "steps"}
+    layer.load_state_dict(state, assign=assign)
+    assert_state(layer, state)
+    assert layer.gain.tolist() == [2.0, 2.0]
+    assert layer.steps.tolist() == [2.0]
+    assert layer.scratch.tolist() == [1.0]
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias", "gain"]
+    missing, unexpected = layer.load_state_dict(conv().state_dict() | {"extra": torch.zeros(1)}, strict=False)
+    assert (missing, unexpected) == (["gain", "steps"], ["extra"])
+
+
 def test_load_state_dict_warns_that_copies_to_the_meta_device_do_nothing():
     with torch.device("meta"):
         layer = conv(bias=False)

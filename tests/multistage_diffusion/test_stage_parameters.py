@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from multistage_diffusion.layers import StageModule
 from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner
 from multistage_diffusion.stage_parameters import StageParameters
@@ -204,9 +205,27 @@ def test_a_frozen_layer_stays_frozen():
     frozen = next(iter(network.parameters()))
     frozen.requires_grad_(False)
     parameters = StageParameters(network)
-    assert not next(iter(parameters)).requires_grad
     parameters.take_gradients(backward(network, [0, 1, 2]))
     assert next(iter(parameters)).grad is None
+    parameters.drop_gradients()
+    frozen.requires_grad_(True)
+    parameters.take_gradients(backward(network, [0, 1, 2]))
+    assert next(iter(parameters)).grad is not None
+
+
+def test_a_decoder_may_be_frozen_by_its_names():
+    network = made(NETWORKS["edm"])
+    parameters = StageParameters(network)
+    for name, parameter in zip(parameters.names, parameters, strict=True):
+        parameter.requires_grad_(not (name.startswith("dec") and name.endswith(".0")))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    parameters.take_gradients(backward(network, [0, 1, 2]))
+    torch.optim.SGD(parameters, lr=0.1).step()
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {
+        name for name, parameter in zip(parameters.names, parameters, strict=True) if parameter.requires_grad
+    }
+    assert len(moved) < len(parameters)
 
 
 def test_a_network_of_ordinary_layers():
@@ -232,9 +251,45 @@ def test_parameters_that_have_moved_are_noticed():
     parameters.take_gradients(counts)
     network.float().double()  # other memory, as network.cpu().cuda() would be
     with pytest.raises(
-        RuntimeError, match=r"parameters of the network have moved in memory, first .*make StageParam"
+        RuntimeError,
+        match=r"parameters of the network have moved in memory or were replaced, first .*make StageParam",
     ):
         parameters.take_gradients(counts)
+
+
+@flat_or_not
+def test_parameters_that_were_replaced_are_noticed(flat):
+    network = made(NETWORKS["edm"])
+    parameters = StageParameters(network, flat)
+    network.load_state_dict(network.state_dict(), assign=True)
+    counts = backward(network, [0, 1, 2])
+    with pytest.raises(RuntimeError, match="were replaced"):
+        parameters.take_gradients(counts)
+
+
+def test_gradients_of_the_step_before_are_noticed():
+    network = made(NETWORKS["edm"])
+    parameters = StageParameters(network)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(2):  # more gradients before the step
+        parameters.take_gradients(backward(network, [0, 2]))
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="gradients of the step before; drop them with drop_gradients"):
+        parameters.take_gradients(backward(network, [0, 1]))
+    parameters.drop_gradients()
+    parameters.take_gradients(backward(network, [0, 1]))
+
+
+def test_parameters_that_are_spread_over_processes_are_refused():
+    class Spread(torch.Tensor):
+        """Stands for PyTorch's DTensor."""
+
+    network = made(NETWORKS["edm"])
+    layer = next(module for module in network.modules() if isinstance(module, StageModule))
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Spread))
+    with pytest.raises(TypeError, match=r"weight is a .*, whose stages do not lie in memory"):
+        StageParameters(network)
 
 
 @flat_or_not
