@@ -27,7 +27,7 @@ __all__ = ["CheckpointFileError", "ReferenceCheckpoint", "load_network", "networ
 
 WEIGHTS = ("ema", "raw")
 FORMAT = "multistage_diffusion.network"
-MOST_ITEMS = 64
+MOST_ITEMS = 500
 LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES = (
     "model.diffusion_model.",
     "model_ema.",
@@ -205,17 +205,27 @@ def _from_records(content: object, weights: str, path: Path) -> ReferenceCheckpo
 
 def _require_plain(config: Mapping, path: Path) -> None:
     """Raises unless a network's arguments are few and plain: a pickle can hold lists that no memory could show."""
+    left = MOST_ITEMS
     for name, value in _named(config, "the network's arguments", path).items():
-        if len(config) > MOST_ITEMS or not _is_plain(value):
+        left = _left_after(value, left - 1)
+        if left < 0:
             raise CheckpointFileError(
-                f"{path}: the network's argument {name[:100]} is neither a number nor short text or a short list"
+                f"{path}: the network's argument {official.shown(name)} is neither a number nor short text or a "
+                "short list"
             )
 
 
-def _is_plain(value: object, depth: int = 3) -> bool:
-    if isinstance(value, (list, tuple)):
-        return depth > 0 and len(value) <= MOST_ITEMS and all(_is_plain(item, depth - 1) for item in value)
-    return isinstance(value, (int, float, type(None))) or (isinstance(value, str) and len(value) <= 1000)
+def _left_after(value: object, left: int, depth: int = 3) -> int:
+    """How many more items may come after a plain value, if ``left`` may; negative for anything else."""
+    if isinstance(value, (list, tuple)) and depth > 0:
+        for item in value:
+            if left < 0:
+                break
+            left = _left_after(item, left - 1, depth - 1)
+        return left
+    small = isinstance(value, int) and abs(value) < 2**63
+    plain = small or isinstance(value, (float, type(None))) or (isinstance(value, str) and len(value) <= 1000)
+    return left if plain else -1
 
 
 def _from_ldm(state: Mapping[str, Tensor], weights: str, path: Path) -> ReferenceCheckpoint:
@@ -282,9 +292,8 @@ def network_of(
         ValueError: neither the file nor the caller knows the configuration, or it does not fit the parameters.
     """
     if preset is not None:
-        network = networks.build(_preset_config(preset, family, checkpoint.tensors))
-        official.fill(network, checkpoint.tensors)
-        return network
+        own = _preset_config(preset, family, checkpoint.tensors)
+        return official.made(lambda: networks.build(own), checkpoint.tensors)
     config = config or checkpoint.config
     if config is None:
         raise ValueError(
@@ -294,8 +303,14 @@ def network_of(
     if (
         family == "ldm" and LDM_CLASSES in checkpoint.tensors
     ):  # the class embedder is not the U-Net's argument
-        config = {"n_classes": checkpoint.tensors[LDM_CLASSES].shape[0], **config}
+        config = {"n_classes": _size_of(checkpoint.tensors, LDM_CLASSES, 0), **config}
     return official.load(checkpoint.tensors, family, config)
+
+
+def _size_of(tensors: Mapping[str, Tensor], name: str, dim: int) -> int:
+    """The size of a matrix in one dimension; 0 without such a matrix."""
+    matrix = tensors.get(name)
+    return matrix.shape[dim] if matrix is not None and matrix.dim() == 2 else 0
 
 
 def _preset_config(name: str, family: str, tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -308,11 +323,9 @@ def _preset_config(name: str, family: str, tensors: Mapping[str, Tensor]) -> dic
     stages = {int(match[1]) for key in tensors if (match := re.match(r"(?:decs|de_modules)\.(\d+)\.", key))}
     changes: dict[str, object] = {}
     if family == "ldm":
-        classes = tensors[LDM_CLASSES].shape[0] if LDM_CLASSES in tensors else 0
-        changes = {"reduced_attention": True, "label_dim": classes}
+        changes = {"reduced_attention": True, "label_dim": _size_of(tensors, LDM_CLASSES, 0)}
     elif family == "edm":
-        augmentation = tensors.get("map_augment.weight")
-        changes = {"augment_dim": 0 if augmentation is None else augmentation.shape[1]}
+        changes = {"augment_dim": _size_of(tensors, "map_augment.weight", 1)}
     if any(key.startswith(("dec.", "all_modules.")) for key in tensors):  # the original EDM or score SDE
         changes["max_groups"] = 32
     return preset.config("multistage" if len(stages) > 1 else "unified", **changes)

@@ -199,6 +199,7 @@ PARAMETER = b"ctorch._utils\n_rebuild_parameter\n"
         (text("posix") + b"K\x01\x93.", "something other than text"),
         (b"]}b.", "changes a list"),
         (b"cbuiltins\nset\n]\x85RN}\x86b.", "changes a set"),
+        (b"}\x8a\x09" + ((1 << 61) - 1).to_bytes(9, "little") + b"Ns.", "huge number as a key"),
         (b"0.", "truncated or no pickle"),
         (b"N\x87.", "truncated or no pickle"),
         (b"h\x07.", "truncated or no pickle"),
@@ -222,6 +223,12 @@ def test_one_long_object_is_not_copied_again_and_again(program, tmp_path):
     again = name + (b"h\x00h\x01\x86R" if b"encode" in name else b"h\x00\x85R")
     refused(tmp_path, b"\x80\x04(" + program + again * 1000 + b"l.", "builds more than it holds|opcode LIST")
     refused(tmp_path, b"\x80\x04](" + program + again * 1000 + b"e.", "builds more than it holds")
+
+
+@pytest.mark.parametrize("again", [b"h\x00h\x01R0", b"h\x02h\x01b"], ids=["calls", "states"])
+def test_one_long_tuple_is_not_handed_over_again_and_again(again, tmp_path):
+    names = b"cnumpy.core.multiarray\n_reconstruct\nq\x00(" + b"N" * 300 + b"tq\x01h\x00h\x01Rq\x02"
+    refused(tmp_path, b"\x80\x04" + names + again * 100_000 + b".", "builds more than it holds")
 
 
 def test_a_module_does_not_contain_itself(tmp_path):
@@ -259,7 +266,9 @@ def test_arguments_are_never_shown_where_they_would_fill_the_memory(tmp_path):
         module._init_kwargs = {"dropout": value}
         refused(tmp_path, {"ema": module}, "argument dropout is neither a number nor short text")
     module._init_kwargs = dict.fromkeys(map(str, range(1000)), 0)
-    refused(tmp_path, {"ema": module}, "argument 0 is neither")
+    refused(tmp_path, {"ema": module}, "argument 500 is neither")
+    module._init_kwargs = {"a": ["x" * 1000] * 400, "b": [1 << 64]}
+    refused(tmp_path, {"ema": module}, "argument b is neither")
 
 
 def test_a_network_far_larger_than_its_file_is_not_allocated():
@@ -270,6 +279,53 @@ def test_a_network_far_larger_than_its_file_is_not_allocated():
     state = official.export(official.build("edm", config | {"model_channels": 8}))
     with pytest.raises(ValueError, match="wrong shapes"):
         official.load(state, "edm", config)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("edm", "num_blocks"), ("ncsnpp", "num_res_blocks"), ("ldm", "transformer_depth"), ("uvit", "depth")],
+)
+def test_a_network_of_far_more_layers_than_the_file_has_tensors_is_not_built(family, name):
+    from multistage_diffusion import official
+
+    with pytest.raises(ValueError, match=rf"{name}=1000000000 is more than the checkpoint's 1 tensors"):
+        official.load({"a": torch.zeros(1)}, family, {name: 10**9})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).expand(128, 10**9), "repeats its values"),
+        (torch.zeros(3), "unexpected|missing"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [("edm-cifar10", "map_augment.weight"), ("ldm-imagenet256", "cond_stage_model.embedding.weight")],
+)
+def test_a_preset_takes_no_sizes_from_what_is_no_matrix(preset, name, tensor, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    state = {"model.diffusion_model.a": torch.zeros(1), name: tensor}
+    torch.save({"state_dict": state} if preset.startswith("ldm") else {name: tensor}, path)
+    with pytest.raises(ValueError, match=message):
+        convert.network_of(convert.read(path, "raw"), preset.partition("-")[0], None, preset)
+
+
+def test_names_of_a_file_do_not_reach_the_terminal_as_they_are():
+    from multistage_diffusion import official
+
+    assert official.shown("dec.\x1b[2J") == r"'dec.\x1b[2J'"
+    assert len(official.shown("x" * 100_000)) < 110
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_large_tensors_arrays_and_sets_of_every_protocol_are_read(protocol, tmp_path):
+    path = tmp_path / "large.pkl"
+    module = nn.Sequential()
+    module.array, module.numbers = np.arange(1000.0), {1, 2}
+    module.register_buffer("large", torch.randn(1 << 20))
+    path.write_bytes(pickle.dumps({"ema": module}, protocol=protocol))
+    assert torch.equal(convert.read(path).tensors["large"], module.large)
 
 
 def test_state_given_to_a_dictionary_has_no_effect(tmp_path):

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     if args.start_multistage:
         network, report = official.start_multistage(network, args.start_multistage)
         print(report)
-    convert.save_network(args.out, network, {"source": args.file.name, "weights": checkpoint.weights})
+    source = args.file.name.encode(errors="backslashreplace").decode()  # names of files need be no text
+    convert.save_network(args.out, network, {"source": source, "weights": checkpoint.weights})
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(
         f"{args.out}: {args.family}, {network.num_stages} stage(s), {parameters / 1e6:.3f} M parameters, "

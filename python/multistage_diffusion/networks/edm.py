@@ -4,6 +4,7 @@ with one decoder per stage (arXiv 2312.09181)."""
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -310,4 +311,4 @@ class EDMUNet(StageNetwork):
 
 def _check_type(name: str, value: str, allowed) -> None:
     if value not in allowed:
-        raise ValueError(f"EDMUNet: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"EDMUNet: {name} must be one of {', '.join(allowed)}, got {reprlib.repr(value)}")

@@ -7,7 +7,7 @@ Checkpoints of the original, unified networks of a family are taken as well.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from multistage_diffusion.layers import OnStages, StageModule
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
-from multistage_diffusion.official.entries import Family, Place, tensors
+from multistage_diffusion.official.entries import Family, Place, shown, tensors
 
-__all__ = ["FAMILIES", "build", "export", "fill", "irregular", "load", "start_multistage"]
+__all__ = ["FAMILIES", "build", "export", "fill", "irregular", "load", "made", "shown", "start_multistage"]
 
 VALUES = ("parameters", "gradients")
 FAMILIES: dict[str, Family] = {
@@ -27,6 +27,8 @@ FAMILIES: dict[str, Family] = {
     "ldm": ldm.FAMILY,
     "uvit": uvit.FAMILY,
 }
+# Arguments that count layers, each of which has tensors.
+DEPTHS = ("num_blocks", "num_res_blocks", "transformer_depth", "depth")
 
 
 def build(family: str, config: Mapping[str, object]) -> nn.Module:
@@ -39,9 +41,9 @@ def build(family: str, config: Mapping[str, object]) -> nn.Module:
     try:
         return rules.build(config)
     except (TypeError, AttributeError, KeyError, IndexError, OverflowError, ZeroDivisionError) as error:
-        shown = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in config.items())
+        arguments = ", ".join(f"{shown(name)}={reprlib.repr(value)}" for name, value in config.items())
         raise ValueError(
-            f"official: {family} cannot be built of {shown}: {error}; check the types of these arguments"
+            f"official: {family} cannot be built of {arguments}: {error}; check the types of these arguments"
         ) from error
 
 
@@ -61,9 +63,23 @@ def load(state_dict: Mapping[str, Tensor], family: str, config: Mapping[str, obj
             another shape, not dense, not floating point or not finite in float32, or constants that contradict
             ``config``; the message names the first ones.
     """
-    with torch.device("meta"):  # a config of far too large a network takes no memory
-        _fitting(build(family, config), state_dict)
-    network = build(family, config)
+    for name in DEPTHS:
+        if isinstance(depth := config.get(name), int) and depth > len(state_dict):
+            raise ValueError(
+                f"official.load: {name}={reprlib.repr(depth)} is more than the checkpoint's {len(state_dict)} tensors"
+            )
+    return made(lambda: build(family, config), state_dict)
+
+
+def made(make: Callable[[], nn.Module], state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """A network that holds the parameters of a reference checkpoint; one of another size takes no memory.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    with torch.device("meta"):
+        _fitting(make(), state_dict)
+    network = make()
     fill(network, state_dict)
     return network
 
@@ -105,6 +121,8 @@ def irregular(tensor: object) -> str:
         return f"is of the layout {str(tensor.layout).removeprefix('torch.')}, not dense"
     if tensor.is_meta:
         return "is on the device meta, without values"
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "repeats its values without holding them"
     return "" if tensor.is_floating_point() else f"is of {tensor.dtype}, not floating point"
 
 
@@ -254,4 +272,4 @@ def _summary(kind: str, names: list[str], most: int = 3) -> str:
     if not names:
         return f"nothing {kind}"
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}"
+    return f"{len(names)} {kind}: {', '.join(map(shown, names[:most]))}{more}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,7 +138,8 @@ class Arguments:
             given = self.rest.pop(name, value)
             if given != value:
                 raise ValueError(
-                    f"official: {self.family} networks with {name}={given!r} are not supported, only {value!r}"
+                    f"official: {self.family} networks with {name}={reprlib.repr(given)} are not supported, only "
+                    f"{value!r}"
                 )
 
     def ignored(self, *names: str) -> None:
@@ -148,14 +150,25 @@ class Arguments:
     def finish(self, decoder_widths: Sequence[int], stages: Sequence | str | None) -> None:
         """Raises ValueError for arguments left over, and unless there is one stage per decoder."""
         if self.rest:
-            raise ValueError(f"official: unknown arguments for {self.family}: {', '.join(sorted(self.rest))}")
+            raise ValueError(
+                f"official: unknown arguments for {self.family}: {', '.join(map(shown, sorted(self.rest)))}"
+            )
         if isinstance(stages, str):
-            stages = json.loads(stages.replace("inf", "Infinity"))
+            try:
+                stages = json.loads(stages.replace("inf", "Infinity"))
+            except (ValueError, RecursionError):
+                raise ValueError(f"official: stage_interval {shown(stages)} is no list of stages") from None
         if stages is not None and len(stages) != len(decoder_widths):
             raise ValueError(
                 f"official: stage_interval names {len(stages)} stages, but {len(decoder_widths)} decoder widths "
                 f"were given: {list(decoder_widths)}"
             )
+
+
+def shown(name: str) -> str:
+    """A name of a file for a message: what cannot be printed escaped, and not too long."""
+    printable = name if name.isprintable() else ascii(name)
+    return printable if len(printable) <= 100 else f"{printable[:100]}..."
 
 
 def separable_filter(taps: Sequence[float]) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .unpickling import Builder, CheckpointFileError, Filled, interpret, refused
+from .unpickling import Builder, CheckpointFileError, Filled, checked_key, interpret, refused
 
 __all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors"]
 
@@ -226,9 +226,9 @@ def _dictionary(*items: object) -> dict:
 
 
 def _set(items: object = ()) -> set:
-    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-        raise refused("the pickle builds a set of something other than names")
-    return set(items)
+    if not isinstance(items, (list, tuple)):
+        raise refused("the pickle builds a set of something other than a list")
+    return set(map(checked_key, items))
 
 
 MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -255,6 +255,7 @@ FUNCTIONS: dict[str, Callable[..., object] | None] = {
     "numpy.ndarray": None,
     "numpy.dtype": _DType,
     **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
     **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), _dictionary),
     **dict.fromkeys(("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"), _set),

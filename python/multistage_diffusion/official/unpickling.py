@@ -13,11 +13,14 @@ from typing import BinaryIO
 
 __all__ = ["Builder", "CheckpointFileError", "Filled", "interpret", "refused"]
 
-# What calls may hand over beyond the length of the file: strings and empty containers that many of them share.
+# What calls may hand over beyond twice the length of the file (protocol 2 hands over what it has encoded once more):
+# strings and empty containers that many of them share.
 SLACK = 1 << 20
 # Their hash takes no recursion.
 KEYS = (str, bytes, int, float, bool, type(None))
-SIZED = (str, bytes, tuple, list, dict, set, frozenset)
+# Beyond this, many integers may have one hash.
+LARGEST_KEY = 1 << 31
+SIZED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
 
 
 class CheckpointFileError(ValueError):
@@ -93,7 +96,7 @@ class _Machine:
         self.stack: list = []
         self.below: list[list] = []
         self.memo: dict[int, object] = {}
-        self.left = size + SLACK
+        self.left = 2 * size + SLACK
         self.globals, self.persistent = find, persistent
 
     def mark(self, _) -> None:
@@ -187,14 +190,14 @@ class _Machine:
         state = self.pop()
         target = self.stack[-1]
         if isinstance(target, Filled):
-            self.account(state if isinstance(state, tuple) else ())
+            self.account(state if isinstance(state, tuple) else (state,))
             target.fill(state)
         elif not isinstance(target, dict):  # a dictionary's attributes are of no use
             raise refused(f"the pickle changes a {type(target).__name__}")
 
     def account(self, arguments: tuple) -> None:
         """Raises once the calls have been given more than the file holds."""
-        self.left -= sum(len(item) for item in arguments if isinstance(item, SIZED))
+        self.left -= 1 + len(arguments) + sum(len(item) for item in arguments if isinstance(item, SIZED))
         if self.left < 0:
             raise refused("the pickle builds more than it holds")
 
@@ -208,13 +211,23 @@ def checked_key(key: object) -> object:
     """A key of a dictionary or an element of a set, if it is a plain value."""
     if type(key) not in KEYS:
         raise refused(f"the pickle uses a {type(key).__name__} as a key")
+    if isinstance(key, int) and abs(key) > LARGEST_KEY:
+        raise refused("the pickle uses a huge number as a key")
     return key
 
 
 IGNORED = {"PROTO", "FRAME", "STOP"}
 LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *(
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "SHORT_BINBYTES",
+        "BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    ),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 STEPS: dict[str, Callable[[_Machine, object], object]] = {
