@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from operator import index
 
 
@@ -19,3 +21,8 @@ def integer(user: str, name: str, value: int, least: int) -> int:
     if found < least:
         raise ValueError(f"{user}: {name}={found} must be at least {least}")
     return found
+
+
+def are_shares(values: Sequence[float]) -> bool:
+    """Whether numbers are shares of a whole: none negative or NaN, with the sum 1."""
+    return all(value >= 0 for value in values) and math.isclose(math.fsum(values), 1, abs_tol=1e-6)

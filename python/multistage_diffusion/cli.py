@@ -11,7 +11,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib import metadata
 
 from .commands import load_commands
 from .streams import release, tell
@@ -35,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"msd {_version()}")
+    parser.add_argument(
+        "--version", action=Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for module in load_commands():
         command = module.add_parser(subparsers)
@@ -65,11 +66,18 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _version() -> str:
-    try:
-        return metadata.version("msd-kernels")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+class Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes longer than all that comes before a command."""
+
+    def __call__(self, parser, *_):
+        from importlib import metadata
+
+        try:
+            version = metadata.version("msd-kernels")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"msd {version}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

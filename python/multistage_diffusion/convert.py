@@ -78,7 +78,10 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
     if isinstance(content.get("model"), Mapping):
         return _from_score_sde(content, weights, path)
     if not any(isinstance(value, Tensor) for value in content.values()):
-        names = ", ".join(name for name in list(content)[:6] if isinstance(name, str)) or "nothing"
+        names = (
+            ", ".join(official.shown(name) for name in list(content)[:6] if isinstance(name, str))
+            or "nothing"
+        )
         raise CheckpointFileError(
             f"{path}: unknown layout; expected tensors by name, or one of the entries model and ema (score SDE), "
             f"state_dict (latent diffusion); got {names}"
@@ -179,7 +182,7 @@ def _named_tensors(found: object, where: str, path: Path) -> dict[str, Tensor]:
     for name, tensor in _named(found, where, path).items():
         if reason := irregular(tensor):
             raise CheckpointFileError(
-                f"{path}: {name} in {where} {reason}; weights are dense floating point tensors"
+                f"{path}: {official.shown(name)} in {where} {reason}; weights are dense floating point tensors"
             )
     return dict(found)
 

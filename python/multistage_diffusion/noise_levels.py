@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import are_shares
 from .schedules import LogNormal, Uniform
 from .stages import Stages
 
@@ -173,7 +174,7 @@ class StratifiedNoise(_EvenlySpaced):
         q = [1 / n] * n if probabilities is None else [float(v) for v in probabilities]
         if len(q) != n:
             raise ValueError(f"StratifiedNoise: {len(q)} probabilities {q} for {n} stage(s)")
-        if any(not v >= 0 for v in q) or not math.isclose(math.fsum(q), 1, abs_tol=1e-6):
+        if not are_shares(q):
             raise ValueError(f"StratifiedNoise: probabilities must be at least 0 and sum to 1, got {q}")
         p = stages.probabilities(self.distribution)
         for k in range(n):

@@ -152,7 +152,9 @@ class StageParameters:
             absent = part.stage is not None and not counts[part.stage]
             unused = absent or not part.parameter.requires_grad
             part.parameter.grad = None if unused else part.gradient()
-        self._given = [part for part in self._parts if part.span and part.parameter.grad is not None]
+        self._given = [
+            part for part in self._parts if part.span is not None and part.parameter.grad is not None
+        ]
 
     def drop_gradients(self) -> None:
         """Sets all gradients to None, the network's own among them; flat ones become 0."""

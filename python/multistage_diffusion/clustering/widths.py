@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from ..checks import integer
+from ..checks import are_shares, integer
 from .similarity import Similarity
 from .splits import Split
 
@@ -47,11 +46,7 @@ def suggest_widths(
     if similarity.restored is None:
         raise ValueError("suggest_widths: needs a similarity that comes from the optimal denoiser")
     shares = [1 / split.num_stages] * split.num_stages if shares is None else list(shares)
-    if (
-        len(shares) != split.num_stages
-        or not all(share >= 0 for share in shares)
-        or not math.isclose(sum(shares), 1, abs_tol=1e-6)
-    ):
+    if len(shares) != split.num_stages or not are_shares(shares):
         raise ValueError(
             f"suggest_widths: shares must be {split.num_stages} numbers >= 0 with sum 1, got {shares}"
         )

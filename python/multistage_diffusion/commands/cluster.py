@@ -163,7 +163,7 @@ def run(args) -> None:
     plot_matrix(similarity, found, matrix, schedule, title=f"{images.name}, {args.schedule}")
     plot_curves(similarity, found, curves, level=args.level)
     _print_stages(similarity, found, by_sigma, own, args.budget)
-    _print_sweep(sweep(similarity, min_levels=args.min_levels or 1))
+    _print_sweep(sweep(similarity, min_levels=args.min_levels))
     print(f"{args.out}: {', '.join(OUTPUTS)}")
 
 
@@ -183,7 +183,8 @@ def _settle_method(args) -> None:
         raise ValueError(f"--level is for --method ends, not {args.method}")
     if args.min_levels is not None and args.method not in ("optimal", "gradient"):
         raise ValueError(f"--min-levels is for --method optimal and gradient, not {args.method}")
-    least = args.stages * (args.min_levels or 1)
+    args.min_levels = args.min_levels or 1
+    least = args.stages * args.min_levels
     if least > args.grid:
         raise ValueError(f"--grid {args.grid} is too small: these stages need {least} levels")
 
@@ -196,7 +197,7 @@ def _split(args, similarity, schedule):
     if args.method.startswith("uniform-"):
         by = args.method.removeprefix("uniform-").replace("-", "_")
         return split_uniformly(similarity, schedule, args.stages, by)
-    return split(similarity, args.stages, min_levels=args.min_levels or 1)
+    return split(similarity, args.stages, min_levels=args.min_levels)
 
 
 @contextmanager

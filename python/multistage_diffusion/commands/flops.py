@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 
+from ..checks import are_shares
 from ..presets import PRESETS, SAMPLERS
 from ._options import add_command, numbers, whole, wholes
 
@@ -57,7 +57,7 @@ def report(args: argparse.Namespace) -> dict:
         )
     changes = {"decoder_widths": list(args.decoder_widths)} if args.decoder_widths else {}
     shares = args.shares or preset.stage_shares()
-    if len(shares) != len(stages) or min(shares) < 0 or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
+    if len(shares) != len(stages) or not are_shares(shares):
         given = ",".join(f"{share:g}" for share in shares)
         raise ValueError(
             f"--shares {given}: one share per stage ({len(stages)}) is needed, none negative, with the sum 1"

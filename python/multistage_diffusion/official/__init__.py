@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from multistage_diffusion.layers import OnStages, StageModule
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
-from multistage_diffusion.official.entries import Family, Place, shown, tensors
+from multistage_diffusion.official.entries import Family, Place, tensors
+from multistage_diffusion.official.unpickling import shown
 
 __all__ = ["FAMILIES", "build", "export", "fill", "irregular", "load", "made", "shown", "start_multistage"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.layers import OnStages, StageModule
+from multistage_diffusion.official.unpickling import shown
 
 View = Callable[[Tensor], Tensor]
 
@@ -163,12 +164,6 @@ class Arguments:
                 f"official: stage_interval names {len(stages)} stages, but {len(decoder_widths)} decoder widths "
                 f"were given: {list(decoder_widths)}"
             )
-
-
-def shown(name: str) -> str:
-    """A name of a file for a message: what cannot be printed escaped, and not too long."""
-    printable = name if name.isprintable() else ascii(name)
-    return printable if len(printable) <= 100 else f"{printable[:100]}..."
 
 
 def separable_filter(taps: Sequence[float]) -> Tensor:

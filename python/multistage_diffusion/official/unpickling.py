@@ -11,7 +11,7 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import BinaryIO
 
-__all__ = ["Builder", "CheckpointFileError", "Filled", "interpret", "refused"]
+__all__ = ["Builder", "CheckpointFileError", "Filled", "checked_key", "interpret", "refused", "shown"]
 
 # What calls may hand over beyond twice the length of the file (protocol 2 hands over what it has encoded once more):
 # strings and empty containers that many of them share.
@@ -25,6 +25,12 @@ SIZED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
 
 class CheckpointFileError(ValueError):
     """A checkpoint file cannot be read: it is truncated, holds something else, or wants to run code."""
+
+
+def shown(name: str) -> str:
+    """A name of a file for a message: what cannot be printed escaped, and not too long."""
+    printable = name if name.isprintable() else ascii(name)
+    return printable if len(printable) <= 100 else f"{printable[:100]}..."
 
 
 def refused(reason: str) -> CheckpointFileError:
@@ -173,7 +179,7 @@ class _Machine:
         full_name = f"{module}.{name}"
         if full_name not in self.globals:
             raise refused(
-                f"the pickle asks for {full_name[:200]}, which is no builder of tensors or containers"
+                f"the pickle asks for {shown(full_name)}, which is no builder of tensors or containers"
             )
         self.stack.append(self.globals[full_name])
 
