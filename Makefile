@@ -1,9 +1,11 @@
 # Every target sets up what it needs: a virtual environment in .venv with PyTorch, Triton and this package, compiled.
-# Variables: PYTHON (the interpreter that makes .venv), VENV (its folder), RUN (where the demo writes).
+# Variables: PYTHON (the interpreter that makes .venv), VENV (its folder), RUN (where the demo writes), TORCH (what pip
+# installs as PyTorch: the version that all of this was tried with; the package itself takes any from 2.11 on).
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
+TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
@@ -43,7 +45,7 @@ install: $(VENV)/.installed  ## the environment, without doing anything with it
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade "setuptools>=77" wheel
-	$(BIN)/python -m pip install "torch>=2.11,<2.14" "numpy>=1.26,<3" "ninja>=1.11,<2" "pybind11>=2.13,<4"
+	$(BIN)/python -m pip install "$(TORCH)" "numpy>=1.26,<3" "ninja>=1.11,<2" "pybind11>=2.13,<4"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
