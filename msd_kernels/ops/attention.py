@@ -255,7 +255,9 @@ def _(dy, q, k, v, y, log_sum, counts, heads, head_dims, tokens, context, order,
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
+    y, log_sum = output
+    ctx.mark_non_differentiable(log_sum)
+    ctx.save_for_backward(*inputs[:3], y, log_sum)
     ctx.layout = inputs[3:]
     ctx.set_materialize_grads(False)
 

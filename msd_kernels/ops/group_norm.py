@@ -329,6 +329,7 @@ def _(
 def _save_for_backward(ctx, inputs, output):
     x, weight, bias, scale, shift = inputs[:5]
     _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
     ctx.layout = inputs[5:]
     ctx.set_materialize_grads(False)

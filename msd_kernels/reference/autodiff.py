@@ -10,28 +10,6 @@ from torch import Tensor
 Tensors = Sequence[Tensor | None]
 
 
-def vjp(
-    function: Callable[..., Tensor | Sequence[Tensor]],
-    inputs: Tensors,
-    cotangents: Tensors,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """Vector-Jacobian product of ``function`` at ``inputs``: one gradient per input, None where not wanted.
-
-    ``function`` runs again, on detached inputs, with gradients enabled. A wanted input that the outputs do not
-    depend on gets zeros; a cotangent of None stands for zeros.
-    """
-    with torch.enable_grad():
-        leaves = [
-            None if t is None else t.detach().requires_grad_(flag)
-            for t, flag in zip(inputs, wanted, strict=True)
-        ]
-        outputs = function(*leaves)
-    if isinstance(outputs, Tensor):
-        outputs = (outputs,)
-    return gradients(outputs, cotangents, leaves)
-
-
 def gradients(
     outputs: Tensors, cotangents: Tensors, leaves: Tensors, *, create_graph: bool = False
 ) -> list[Tensor | None]:
@@ -69,12 +47,25 @@ def second_vjp(
     """Derivative of an op's backward: gradients for ``(cotangent, *inputs)``.
 
     ``wanted`` says which inputs the backward computed gradients for, ``grad_gradients`` holds the cotangents of
-    those gradients, None elsewhere.
+    those gradients, None elsewhere. Where gradients are enabled, which ``create_graph=True`` does while a backward
+    runs, the result is itself a differentiable function of all these tensors, and so are its derivatives.
     """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(True) for t in inputs]
-        outer = cotangent.detach().requires_grad_(True)
+        outer, *leaves = (_independent(t, create_graph) for t in (cotangent, *inputs))
         output = function(*leaves)
         first = gradients([output], [outer], leaves, create_graph=True)
     first = [g if flag else None for g, flag in zip(first, wanted, strict=True)]
-    return gradients(first, grad_gradients, [outer, *leaves])
+    return gradients(first, grad_gradients, [outer, *leaves], create_graph=create_graph)
+
+
+def _independent(t: Tensor | None, keep_graph: bool) -> Tensor | None:
+    """``t`` as a variable that does not depend on the other inputs: a gradient with respect to it stops there.
+
+    With ``keep_graph`` later derivatives go on to what ``t`` was computed from.
+    """
+    if t is None:
+        return None
+    if keep_graph and t.requires_grad:
+        return t.view_as(t)
+    return t.detach().requires_grad_(True)
