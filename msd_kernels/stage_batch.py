@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,7 +58,10 @@ class StageBatch:
         if not isinstance(self.values, Tensor):
             raise TypeError(f"StageBatch: values must be a tensor, got {type(self.values).__name__}")
         total = _total(_elements_of_batch, *self.layout)
-        if self.values.dim() != 1 or self.values.numel() != total:
+        values, shape = fixed_shape(self.values)
+        if values is not self.values:
+            object.__setattr__(self, "values", values)
+        if shape != (total,):
             raise ValueError(
                 f"StageBatch: values must be flat with {total} elements for counts={self.counts}, "
                 f"channels={self.channels}, height={self.height}, width={self.width}, "
@@ -67,6 +71,12 @@ class StageBatch:
 
     def _make_integers(self) -> None:
         """Turns what stands for integers, as NumPy's do, into those: remembered calls are told apart by equality."""
+        sizes = (*self.counts, *self.channels, self.height, self.width)
+        if torch.jit.is_tracing() and any(isinstance(size, Tensor) for size in sizes):
+            raise TypeError(
+                "StageBatch: counts, channels, height and width must be integers, got tensors; torch.jit.trace, which "
+                "makes tensors of sizes, would keep them as constants: use StageBatch.from_dense or torch.export"
+            )
         try:
             counts, channels = (tuple(map(as_integer, sizes)) for sizes in (self.counts, self.channels))
             layout = (counts, channels, as_integer(self.height), as_integer(self.width))
@@ -94,13 +104,15 @@ class StageBatch:
                 raise TypeError(
                     f"StageBatch: segment of stage {stage} must be a tensor, got {type(segment).__name__}"
                 )
+        segments, shapes = map(list, zip(*map(fixed_shape, segments), strict=True))
+        for stage, segment in enumerate(segments):
             if segment.dim() != 4:
                 raise ValueError(
                     f"StageBatch: segment of stage {stage} must be [n, C, H, W], got {tuple(segment.shape)}"
                 )
-            if segment.shape[2:] != segments[0].shape[2:]:
+            if shapes[stage][2:] != shapes[0][2:]:
                 raise ValueError(
-                    f"StageBatch: segment of stage {stage} must be [n, C, {', '.join(map(str, segments[0].shape[2:]))}]"
+                    f"StageBatch: segment of stage {stage} must be [n, C, {', '.join(map(str, shapes[0][2:]))}]"
                     f" like stage 0, got {tuple(segment.shape)}"
                 )
             if segment.dtype != segments[0].dtype or segment.device != segments[0].device:
@@ -111,10 +123,9 @@ class StageBatch:
         flat = [segment.permute(0, 2, 3, 1).reshape(-1) for segment in segments]
         return StageBatch(
             flat[0] if len(flat) == 1 else torch.cat(flat),
-            tuple(segment.shape[0] for segment in segments),
-            tuple(segment.shape[1] for segment in segments),
-            segments[0].shape[2],
-            segments[0].shape[3],
+            tuple(shape[0] for shape in shapes),
+            tuple(shape[1] for shape in shapes),
+            *shapes[0][2:],
         )
 
     @staticmethod
@@ -133,14 +144,15 @@ class StageBatch:
             raise ValueError(
                 f"StageBatch: from_dense takes [B, C, H, W] or [B, C], got shape {tuple(x.shape)}"
             )
-        counts = (x.shape[0],) if counts is None else tuple(counts)
-        if sum(counts) != x.shape[0]:
+        x, (batch, channels, *size) = fixed_shape(x)
+        counts = (batch,) if counts is None else tuple(counts)
+        if sum(counts) != batch:
             raise ValueError(
-                f"StageBatch: counts must sum up to the batch size {x.shape[0]}, got {counts} (sum {sum(counts)})"
+                f"StageBatch: counts must sum up to the batch size {batch}, got {counts} (sum {sum(counts)})"
             )
-        height, width = (x.shape[2], x.shape[3]) if x.dim() == 4 else (1, 1)
-        values = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
-        return StageBatch(values.reshape(-1), counts, (x.shape[1],) * len(counts), height, width)
+        height, width = size or (1, 1)
+        values = x.permute(0, 2, 3, 1) if size else x
+        return StageBatch(values.reshape(-1), counts, (channels,) * len(counts), height, width)
 
     @property
     def layout(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
@@ -256,7 +268,10 @@ class StageWeights:
         if not isinstance(self.values, Tensor):
             raise TypeError(f"StageWeights: values must be a tensor, got {type(self.values).__name__}")
         total = _total(_elements_of_weights, self.shapes)
-        if self.values.dim() != 1 or self.values.numel() != total:
+        values, shape = fixed_shape(self.values)
+        if values is not self.values:
+            object.__setattr__(self, "values", values)
+        if shape != (total,):
             raise ValueError(
                 f"StageWeights: values must be flat with {total} elements for shapes={self.shapes}, "
                 f"got shape {tuple(self.values.shape)}"
@@ -279,10 +294,9 @@ class StageWeights:
                 raise TypeError(
                     f"StageWeights: the weight of stage {stage} must be a tensor, got {type(tensor).__name__}"
                 )
+        tensors, shapes = zip(*map(fixed_shape, tensors), strict=True)
         flat = [t.permute(0, 2, 3, 1).reshape(-1) if t.dim() == 4 else t.reshape(-1) for t in tensors]
-        return StageWeights(
-            flat[0] if len(flat) == 1 else torch.cat(flat), tuple(tuple(t.shape) for t in tensors)
-        )
+        return StageWeights(flat[0] if len(flat) == 1 else torch.cat(flat), shapes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -297,6 +311,22 @@ class StageWeights:
     def with_values(self, values: Tensor) -> StageWeights:
         """The same shapes over another flat tensor of the same size."""
         return StageWeights(values, self.shapes)
+
+
+def fixed_shape(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` and its shape. What ``torch.jit.trace`` records of it refuses another shape than the example's.
+
+    A trace makes a tensor of each size. A layout of integers cannot follow those and stays the example's; other shapes
+    of as many elements would be read by it.
+    """
+    if not x.dim() or not isinstance(x.shape[0], Tensor):
+        return x, x.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        shape = tuple(int(size) for size in x.shape)
+    for dim, size in enumerate(shape):
+        (x,) = x.split_with_sizes([size], dim)
+    return x, shape
 
 
 def _close_gaps(packed: StageBatch | StageWeights) -> None:

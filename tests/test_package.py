@@ -25,7 +25,7 @@ SOURCES = sorted([*KERNELS.rglob("*.py"), *MODELS.rglob("*.py")])
 # The storeys of msd_kernels, lowest first. A part imports from its own storey and from those below; what is not
 # listed stands on top.
 STOREYS = (
-    {"reference"},
+    {"_private", "reference"},
     {"allocate", "tuned"},
     {"library", "native", "triton"},
     {"backends", "stage_batch"},

@@ -11,8 +11,9 @@ from operator import index
 import torch
 from torch import Tensor
 
+from msd_kernels import _private
 from msd_kernels.ops._operators import PLAIN
-from msd_kernels.stage_batch import StageBatch, StageWeights, as_integer
+from msd_kernels.stage_batch import StageBatch, StageWeights, as_integer, fixed_shape
 
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,7 +23,7 @@ class Remembered:
     """The layouts of calls that passed their checks: a step repeats its calls, and checking takes longer than this.
 
     A call is known by what checks look at in its tensors (shapes, dtypes, devices, strides of the first) and by its
-    settings. Nothing is remembered while compiling or under a mode, where sizes may be symbolic.
+    settings. Nothing is remembered while compiling or tracing or under a mode, where sizes may be symbolic.
     """
 
     MOST = 4096
@@ -37,7 +38,8 @@ class Remembered:
         """
         if (
             torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
+            or _private.dispatch_modes()
+            or _private.is_tracing()
             or tensors[0] is None
             or not PLAIN.issuperset(map(type, tensors))
         ):
@@ -157,7 +159,10 @@ def pack_weights(
 ) -> StageWeights:
     """One weight per stage, packed; ``shapes`` holds what each must be, with None where any size goes."""
     require_weights(op, name, weights)
-    given = weights.shapes if isinstance(weights, StageWeights) else tuple(tuple(w.shape) for w in weights)
+    if not isinstance(weights, StageWeights):
+        weights, given = zip(*map(fixed_shape, weights), strict=True) if len(weights) else ((), ())
+    else:
+        given = weights.shapes
     if len(given) != len(shapes):
         raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(shapes)}), got {len(given)}")
     for stage, (shape, expected) in enumerate(zip(given, shapes, strict=True)):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from msd_kernels import _private
 from msd_kernels.backends import FallbackWarning, use
 
 Context = torch.autograd.function.FunctionCtx
@@ -25,10 +25,11 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # With only this key left below autograd, no mode, subclass, transform or lazy view waits for the call.
-_DEVICE_ALONE = frozenset(DispatchKeySet(key).raw_repr() for key in (DispatchKey.CPU, DispatchKey.CUDA))
+_DEVICE_ALONE = frozenset(
+    _private.DispatchKeySet(key).raw_repr() for key in (_private.DispatchKey.CPU, _private.DispatchKey.CUDA)
+)
 # Types of tensors that nobody has overridden, and of an absent one.
 PLAIN = frozenset((Tensor, Parameter, type(None)))
-_BELOW = torch._C._after_ADInplaceOrView_keyset
 
 
 class Operator:
@@ -84,12 +85,12 @@ class Operator:
         )
         LIBRARY.impl(self._name, self._differentiable, "Autograd", with_keyset=True)
 
-    def _differentiable(self, keyset: DispatchKeySet | None, *args: Any) -> Any:
+    def _differentiable(self, keyset: Any, *args: Any) -> Any:
         """``keyset`` is the dispatcher's, None for a call around it."""
         tensors = args[: self._num_tensors]
-        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-        transformed = differentiated and torch._C._are_functorch_transforms_active()
-        if transformed or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
+        differentiated = torch.is_grad_enabled() and _private.any_requires_grad(*tensors)
+        transformed = differentiated and _private.transforms_active()
+        if transformed or (_private.forward_mode() and any(map(_has_tangent, tensors))):
             return self._plain(*args)
         if differentiated:
             return self._function.apply(*args, keyset)
@@ -107,18 +108,18 @@ class Operator:
         with use("reference"):
             return self._kernel(*args)
 
-    def _below_autograd(self, keyset: DispatchKeySet | None, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            if keyset is None or (keyset & _BELOW).raw_repr() in _DEVICE_ALONE:
+    def _below_autograd(self, keyset: Any, *args: Any) -> Any:
+        with _private.below_autograd():
+            if keyset is None or (keyset & _private.below_autograd_keyset).raw_repr() in _DEVICE_ALONE:
                 return self._kernel(*args)
-            return self._overload.redispatch(keyset & _BELOW, *args)
+            return self._overload.redispatch(keyset & _private.below_autograd_keyset, *args)
 
 
 def _observed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher must see the call: for a compiler, profiler, mode, transform or subclass."""
-    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+    """Whether the dispatcher must see the call: for a compiler, trace, profiler, mode, transform or subclass."""
+    if torch.compiler.is_compiling() or _private.profiler_enabled() or _private.is_tracing():
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if _private.dispatch_modes() or _private.transforms_active():
         return True
     if tensors[0].is_meta or not PLAIN.issuperset(map(type, tensors)):
         return True

@@ -9,7 +9,7 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import attention as library
-from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops import _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import attention as reference
 from msd_kernels.reference import autodiff
@@ -84,6 +84,10 @@ def attention(
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.scaled_dot_product_attention``.
     """
+    if isinstance(q, _tracing.Proxy):
+        return _tracing.symbolic(attention, q, k, v, num_heads=num_heads, scale=scale, layout=layout)
+    if _tracing.is_traced(q):
+        return _tracing.attention(_prepare, q, k, v, num_heads, scale, layout)
     call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     y, _ = _forward(*call)
     if isinstance(q, StageBatch):

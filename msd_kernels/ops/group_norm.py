@@ -14,7 +14,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import group_norm as library
 from msd_kernels.native import cuda_group_norm
 from msd_kernels.native import group_norm as native
-from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops import _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import group_norm as reference
@@ -81,6 +81,12 @@ def group_norm(
 
     Under autocast: float32 on CUDA, unchanged on the CPU, as ``torch.nn.functional.group_norm``.
     """
+    if isinstance(x, _tracing.Proxy):
+        return _tracing.symbolic(
+            group_norm, x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
+        )
+    if _tracing.is_traced(x):
+        return _tracing.group_norm(_prepare, x, num_groups, weight, bias, eps, scale, shift, activation)
     call = _prepare(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
     y, _, _ = _forward(*call)
     if isinstance(x, StageBatch):

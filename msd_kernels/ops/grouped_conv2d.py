@@ -9,11 +9,11 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_conv2d as library
-from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops import _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_conv2d as reference
-from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
 from msd_kernels.triton import grouped_conv2d as triton
 from msd_kernels.triton.launch import devices
 from msd_kernels.triton.problems import Layout
@@ -80,9 +80,11 @@ def grouped_conv2d(
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
     """
-    call, (out_height, out_width) = _prepare(
-        x, weight, bias, skip=skip, sample_bias=sample_bias, residual=residual, scale=scale, resample=resample
-    )
+    options = {"skip": skip, "sample_bias": sample_bias, "residual": residual, "scale": scale}
+    options["resample"] = resample
+    if isinstance(x, _tracing.Proxy):
+        return _tracing.symbolic(grouped_conv2d, x, weight, bias, **options)
+    call, (out_height, out_width) = _prepare(x, weight, bias, **options)
     return StageBatch(_forward(*call), x.counts, call[9], out_height, out_width)
 
 
@@ -181,10 +183,9 @@ def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch |
     if skip is None:
         return None
     if isinstance(skip, Tensor):
-        if skip.dim() != 4 or skip.shape[0] != x.num_samples:
-            raise ValueError(
-                f"{OP}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(skip.shape)}"
-            )
+        skip, shape = fixed_shape(skip)
+        if len(shape) != 4 or shape[0] != x.num_samples:
+            raise ValueError(f"{OP}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(shape)}")
         skip = StageBatch.from_dense(skip, x.counts)
     if not isinstance(skip, StageBatch):
         raise TypeError(f"{OP}: skip must be a StageBatch or a dense tensor, got {type(skip).__name__}")

@@ -9,11 +9,11 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_linear as library
-from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops import _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_linear as reference
-from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
 from msd_kernels.triton import grouped_linear as triton
 from msd_kernels.triton.launch import devices
 
@@ -61,6 +61,8 @@ def grouped_linear(
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.linear``.
     """
+    if isinstance(x, _tracing.Proxy):
+        return _tracing.symbolic(grouped_linear, x, weight, bias, counts=counts)
     batch, call = _prepare(x, weight, bias, counts=counts)
     return StageBatch(_forward(*call), batch.counts, call[5], batch.height, batch.width)
 
@@ -113,6 +115,7 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
     _checks.require_floating(OP, "x", x)
     if x.dim() != 2:
         raise ValueError(f"{OP}: a dense x must be [B, I], got shape {tuple(x.shape)}")
+    x, (batch, _) = fixed_shape(x)
     _checks.require_weights(OP, "weight", weight)
     if counts is None:
         num_stages = len(weight.shapes) if isinstance(weight, StageWeights) else len(weight)
@@ -120,9 +123,9 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
             raise ValueError(
                 f"{OP}: a dense x with the weights of {num_stages} stages needs counts, got None"
             )
-        counts = (x.shape[0],)
-    if sum(counts) != x.shape[0]:
-        raise ValueError(f"{OP}: counts must sum up to the batch size {x.shape[0]}, got {counts}")
+        counts = (batch,)
+    if sum(counts) != batch:
+        raise ValueError(f"{OP}: counts must sum up to the batch size {batch}, got {counts}")
     return StageBatch.from_dense(x, counts)
 
 

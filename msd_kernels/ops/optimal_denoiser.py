@@ -17,7 +17,7 @@ from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import optimal_denoiser as library
 from msd_kernels.native import optimal_denoiser as native
-from msd_kernels.ops import _checks
+from msd_kernels.ops import _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import optimal_denoiser as reference
@@ -109,6 +109,10 @@ def optimal_denoiser(
     the derivative in ``x`` is the posterior covariance over sigma². Data that require a gradient are an
     error.
     """
+    if isinstance(x, _tracing.Proxy):
+        return _tracing.symbolic(
+            optimal_denoiser, x, sigma, data, data_range=data_range, statistics=statistics, group=group
+        )
     queries, sigma = _prepare_queries(x, sigma)
     chunks = (_rows(chunk, x) for chunk in _chunks(data))
     if group is None and isinstance(data, (Tensor, np.ndarray)):

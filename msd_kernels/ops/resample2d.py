@@ -12,7 +12,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import resample2d as library
 from msd_kernels.native import cuda_resample2d
 from msd_kernels.native import resample2d as native
-from msd_kernels.ops import _autocast, _checks
+from msd_kernels.ops import _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import resample2d as reference
 from msd_kernels.stage_batch import StageBatch
@@ -72,6 +72,10 @@ def resample2d(
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
     """
+    if isinstance(x, _tracing.Proxy):
+        return _tracing.symbolic(resample2d, x, filter, up, down)
+    if _tracing.is_traced(x):
+        return _tracing.resample2d(_prepare, x, filter, up, down)
     call = _prepare(x, filter, up, down)
     y = _forward(*call)
     out_height, out_width, channels_last = call[8:]

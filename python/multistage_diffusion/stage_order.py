@@ -10,6 +10,8 @@ from operator import index
 import torch
 from torch import Tensor
 
+from msd_kernels.stage_batch import fixed_shape
+
 from .transfer import host_to_device
 
 __all__ = ["StageOrder"]
@@ -118,7 +120,10 @@ class StageOrder:
 
     def sort(self, x: Tensor | None) -> Tensor | None:
         """Samples along dimension 0, from the caller's order to stage order."""
-        return x if x is None or self.order is None else x.index_select(0, self.to(x.device).order)
+        if x is None or self.order is None:
+            return x
+        x, _ = fixed_shape(x)  # a traced selection would drop the samples of a larger batch
+        return x.index_select(0, self.to(x.device).order)
 
     def restore(self, x: Tensor) -> Tensor:
         """Samples along dimension 0, from stage order back to the caller's."""
@@ -144,6 +149,11 @@ def _listed(stage: Tensor) -> list[int]:
         raise ValueError(f"stage: ids must be a vector, got shape {tuple(stage.shape)}")
     if stage.is_meta:
         raise ValueError("stage: ids must have values, got a tensor on the meta device")
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "stage: torch.jit.trace would keep the ids of a tensor as constants; give a list or a StageOrder, "
+            "whose ids are meant to be constant, or use torch.export"
+        )
     return stage.reshape(-1).tolist()
 
 

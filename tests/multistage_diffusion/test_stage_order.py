@@ -117,3 +117,15 @@ def test_orders_are_made_inside_a_compiled_graph():
 
     for ids in ((1, 0, 1), (2, 0, 1), (2, 2, 0)):
         assert torch.equal(sort(x, ids), StageOrder.of(ids, 3, 3).sort(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_stage_order_traces_keep_their_batch():
+    trace = torch.jit.trace(lambda x: StageOrder.of([1, 0, 1], 2, x.shape[0]).sort(x), torch.zeros(3, 2))
+    assert torch.equal(trace(torch.eye(3)[:, :2]), torch.eye(3)[[1, 0, 2], :2])
+    for batch in (2, 4):
+        with pytest.raises(RuntimeError, match="split_with_sizes expects split_sizes to sum exactly"):
+            trace(torch.zeros(batch, 2))
+    with pytest.raises(ValueError, match=r"stage: torch\.jit\.trace would keep the ids of a tensor"):
+        torch.jit.trace(lambda stage: StageOrder.of(stage, 2, 3).sort(stage), torch.tensor([1, 0, 1]))
