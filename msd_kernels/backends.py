@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -27,8 +28,8 @@ VARIABLE = "MSD_KERNELS_BACKEND"
 MOST_CHOSEN = 4096
 # The ops that have backends, for settings that name one.
 _ops: set[str] = set()
-# Process-wide and not a context variable: autograd runs CUDA backwards in threads of its own.
-_forced: list[str] = []
+# The choice of this thread or task alone. Autograd runs CUDA backwards in threads of its own, hence `own_choice`.
+_forced: ContextVar[str | None] = ContextVar("msd_kernels_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -197,8 +198,14 @@ def _current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
+def own_choice() -> str | None:
+    """What :func:`use` forces in this thread, or None. An op's forward keeps it for its backward."""
+    return _forced.get()
+
+
 def _setting() -> str:
-    return _forced[-1] if _forced else os.environ.get(VARIABLE, "auto")
+    own = _forced.get()
+    return os.environ.get(VARIABLE, "auto") if own is None else own
 
 
 def forced_backend(op: str) -> str | None:
@@ -235,10 +242,16 @@ def forced_backend(op: str) -> str | None:
 
 @contextmanager
 def use(setting: str) -> Iterator[None]:
-    """Forces a backend inside a ``with`` block; ``setting`` as in ``MSD_KERNELS_BACKEND``, over which it wins."""
-    _forced.append(setting)
+    """Forces a backend inside a ``with`` block; ``setting`` as in ``MSD_KERNELS_BACKEND``, over which it wins.
+
+    It holds for the calling thread, or the asyncio task, alone; a thread that is started inside begins without it. The
+    backward of a call keeps the choice that the call was made with, wherever and in whichever thread it runs. Where the
+    call was made without one, that of the thread in which its backward runs decides: on a CPU the one that calls
+    ``backward``, on a GPU one of autograd's, which has none.
+    """
+    token = _forced.set(setting)
     try:
         forced_backend("")
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)

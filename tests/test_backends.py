@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch
 
 from msd_kernels import BackendError, FallbackWarning, StageBatch, explain, group_norm, grouped_linear
 from msd_kernels.backends import NAMES, VARIABLE, Candidate, OpBackends, forced_backend, use
+from msd_kernels.ops import group_norm as group_norm_op
 from msd_kernels.triton import launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -177,6 +180,77 @@ def test_backends_unknown_op_is_an_error():
 def test_backends_two_for_the_same_ops_are_an_error(setting, target):
     with pytest.raises(ValueError, match=f"{setting}' names two backends for {target}"), use(setting):
         pytest.fail("the block must not run")
+
+
+def in_a_thread(function):
+    """What ``function`` returns in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(60)
+
+
+def test_backends_use_is_the_choice_of_its_thread(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "group_norm=library")
+    with use("reference"):
+        assert in_a_thread(lambda: forced_backend("group_norm")) == "library"
+        assert forced_backend("group_norm") == "reference"
+    assert forced_backend("group_norm") == "library"
+
+
+def test_backends_use_is_the_choice_of_its_task():
+    async def task(name, entered, leave):
+        with use(name):
+            entered.set()
+            await leave.wait()
+            return forced_backend("group_norm")
+
+    async def both():
+        first, second, leave = (asyncio.Event() for _ in range(3))
+        tasks = asyncio.gather(task("reference", first, leave), task("library", second, leave))
+        await first.wait()
+        await second.wait()
+        assert forced_backend("group_norm") is None
+        leave.set()
+        return await tasks
+
+    assert asyncio.run(both()) == ["reference", "library"]
+
+
+def test_backends_forward_mode_is_no_choice_of_other_threads(monkeypatch):
+    """The reference serves it; while it computes, another thread asks."""
+    seen = []
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(group_norm_op._forward, "_warned", True)
+    kernel = group_norm_op.reference.group_norm
+
+    def asked_meanwhile(*args):
+        seen.append((forced_backend("group_norm"), in_a_thread(lambda: forced_backend("group_norm"))))
+        return kernel(*args)
+
+    monkeypatch.setattr(group_norm_op.reference, "group_norm", asked_meanwhile)
+    x = torch.randn(1, 4, 2, 2)
+    torch.func.jvp(lambda t: group_norm(t, 2), (x,), (x,))
+    assert seen == [("reference", None)]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "in a thread"])
+def test_backends_a_backward_keeps_the_choice_of_its_forward(inside, monkeypatch):
+    seen = []
+    monkeypatch.delenv(VARIABLE, raising=False)
+    kernel = group_norm_op.BACKENDS.choose
+    monkeypatch.setattr(
+        group_norm_op.BACKENDS,
+        "choose",
+        lambda *args: (seen.append(forced_backend("group_norm")), kernel(*args))[1],
+    )
+    x = torch.randn(1, 4, 2, 2, requires_grad=True)
+    with use("reference"):
+        chosen = group_norm(x, 2)
+    free = group_norm(x, 2)
+    run = in_a_thread if inside else lambda function: function()
+    with use("library"):
+        run(lambda: torch.autograd.grad(chosen.sum(), x))
+        run(lambda: torch.autograd.grad(free.sum(), x))
+    assert seen == ["reference", None, "reference", None if inside else "library"]
 
 
 def test_backends_use_restores_after_an_error():

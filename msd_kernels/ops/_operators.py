@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from msd_kernels import _private
-from msd_kernels.backends import FallbackWarning, use
+from msd_kernels.backends import FallbackWarning, own_choice, use
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -73,10 +74,12 @@ class Operator:
             *args, keyset = args_and_keyset
             output = self._below_autograd(keyset, *args)
             setup_context(ctx, args, output)
+            ctx.backend = own_choice()
             return output
 
         def backward_with_keyset(ctx: Context, *cotangents: Any) -> tuple:
-            return (*backward(ctx, *cotangents), None)
+            with nullcontext() if ctx.backend is None else use(ctx.backend):
+                return (*backward(ctx, *cotangents), None)
 
         self._function = type(
             f"{self._name}_autograd",
