@@ -109,10 +109,11 @@ void resample2d(Tensor x, std::vector<double> taps, bool upward, int64_t stride,
                 std::vector<int64_t> counts, std::vector<int64_t> channels, int64_t height,
                 int64_t width, int64_t out_height, int64_t out_width, bool channels_last, Tensor y,
                 int64_t stream) {
-  const auto shape = msd::resample_shape(x, counts, channels, height, width, out_height, out_width,
-                                         channels_last, y);
-  msd::cuda::resample2d(shape, msd::resample_filter(taps, upward, stride), x.const_data_ptr(),
-                        y.mutable_data_ptr(), x.get_device_index(), stream_of(stream));
+  const auto filter = msd::resample_filter(taps, upward, stride);
+  const auto shape = msd::resample_shape(x, filter, counts, channels, height, width, out_height,
+                                         out_width, channels_last, y);
+  msd::cuda::resample2d(shape, filter, x.const_data_ptr(), y.mutable_data_ptr(),
+                        x.get_device_index(), stream_of(stream));
 }
 
 }  // namespace

@@ -29,10 +29,12 @@ struct GroupNormSizes {
     STD_TORCH_CHECK(width >= 1 && groups >= 1 && width % groups == 0,
                     "group_norm: num_groups=", groups, " does not divide channels=", width,
                     " of stage ", s);
-    elements += checked_product(checked_product(count, width), shape.spatial);
-    channels += width;
-    sample_channels += count * width;
-    sample_groups += count * groups;
+    // An empty stage, too, must have a sample's size that fits.
+    const int64_t sample = checked_product(width, shape.spatial);
+    elements = checked_sum(elements, checked_product(count, sample));
+    channels = checked_sum(channels, width);
+    sample_channels = checked_sum(sample_channels, checked_product(count, width));
+    sample_groups = checked_sum(sample_groups, checked_product(count, groups));
   }
 };
 

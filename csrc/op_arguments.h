@@ -24,6 +24,13 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
+inline int64_t checked_sum(int64_t a, int64_t b) {
+  int64_t sum = 0;
+  STD_TORCH_CHECK(!__builtin_add_overflow(a, b, &sum), "msd_kernels: size ", a, " + ", b,
+                  " does not fit 64 bits");
+  return sum;
+}
+
 // Whether the elements lie without gaps in the order of the dimensions, or with the channels
 // (dimension 1) last. A flat tensor holds them in either order.
 inline bool is_dense(const Tensor& tensor, bool channels_last) {

@@ -129,7 +129,8 @@ void optimal_denoiser_centre(Tensor data, Tensor shift, double step, Tensor cent
   msd::CentreJob job;
   job.rows = data.size(0);
   job.dim = data.size(1);
-  check_buffer("optimal_denoiser", "data", data, job.rows * job.dim, data.scalar_type());
+  check_buffer("optimal_denoiser", "data", data, checked_product(job.rows, job.dim),
+               data.scalar_type());
   job.data = data.const_data_ptr();
   job.type = data_type(data);
   job.shift = doubles("shift", shift, job.dim);
@@ -144,7 +145,7 @@ void optimal_denoiser_update_softmax(Tensor products, Tensor half_norms, Tensor 
   msd::SoftmaxJob job;
   job.batch = precision.numel();
   job.rows = half_norms.numel();
-  job.products = mutable_doubles("products", products, job.batch * job.rows);
+  job.products = mutable_doubles("products", products, checked_product(job.batch, job.rows));
   job.half_norms = doubles("half_norms", half_norms, job.rows);
   job.precision = doubles("precision", precision, job.batch);
   job.peak = mutable_doubles("peak", peak, job.batch);
@@ -157,10 +158,10 @@ void resample2d(Tensor x, std::vector<double> taps, bool upward, int64_t stride,
                 std::vector<int64_t> counts, std::vector<int64_t> channels, int64_t height,
                 int64_t width, int64_t out_height, int64_t out_width, bool channels_last,
                 Tensor y) {
-  const auto shape = msd::resample_shape(x, counts, channels, height, width, out_height, out_width,
-                                         channels_last, y);
-  msd::resample2d(shape, msd::resample_filter(taps, upward, stride), x.const_data_ptr(),
-                  y.mutable_data_ptr());
+  const auto filter = msd::resample_filter(taps, upward, stride);
+  const auto shape = msd::resample_shape(x, filter, counts, channels, height, width, out_height,
+                                         out_width, channels_last, y);
+  msd::resample2d(shape, filter, x.const_data_ptr(), y.mutable_data_ptr());
 }
 
 std::string cpu_isa() { return msd::name(msd::cpu_isa()); }

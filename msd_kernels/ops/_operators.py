@@ -18,6 +18,10 @@ from torch.nn import Parameter
 
 from msd_kernels import _private
 from msd_kernels.backends import FallbackWarning, own_choice, use
+from msd_kernels.ops import _arguments
+
+# Calls to remember per op: a compiled step repeats its calls.
+MOST_PASSED = 4096
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -39,13 +43,17 @@ class Operator:
     Args:
         name: its name below ``torch.ops.msd_kernels``.
         kernel: computes it for every device; the annotations of its arguments make the schema. Tensors come first.
+        check: raises for arguments that do not fit each other. It sees the calls that come through the dispatcher, the
+            fake ones included; this library's own are checked before.
     """
 
-    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
+    def __init__(self, name: str, kernel: Callable[..., Any], check: Callable[..., None]) -> None:
         self._kernel = kernel
         self._name = name
+        self._check = check
+        self._passed: set[tuple] = set()
         LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=TAGS)
-        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, self._checked(kernel), "CompositeExplicitAutograd")
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         types = [str(argument.type) for argument in self._overload._schema.arguments]
         self._num_tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in types)
@@ -59,8 +67,31 @@ class Operator:
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: ``fake`` allocates what the kernel returns, without computing it."""
-        torch.library.register_fake(f"{NAMESPACE}::{self._name}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{self._name}", self._checked(fake), lib=LIBRARY)
         return fake
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            self._require(args)
+            return function(*args)
+
+        return checked
+
+    def _require(self, args: Sequence[Any]) -> None:
+        """Checks arguments, or knows them by a call that has passed; of symbolic sizes nothing is known yet."""
+        try:
+            key = tuple([_arguments.seen_of(arg) for arg in args])
+            if key in self._passed:
+                return
+        except (TypeError, RuntimeError):  # symbols have no hash, sparse tensors no strides
+            if _arguments.are_symbolic(args):
+                return
+            key = None
+        self._check(*args)
+        if len(self._passed) >= MOST_PASSED:
+            self._passed.clear()
+        if key is not None:
+            self._passed.add(key)
 
     def register_autograd(
         self,
@@ -90,6 +121,8 @@ class Operator:
 
     def _differentiable(self, keyset: Any, *args: Any) -> Any:
         """``keyset`` is the dispatcher's, None for a call around it."""
+        if keyset is not None:
+            self._require(args)
         tensors = args[: self._num_tensors]
         differentiated = torch.is_grad_enabled() and _private.any_requires_grad(*tensors)
         transformed = differentiated and _private.transforms_active()
@@ -136,6 +169,6 @@ def _has_tangent(tensor: Tensor | None) -> bool:
     return tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+def operator(name: str, check: Callable[..., None]) -> Callable[[Callable[..., Any]], Operator]:
     """A decorator that makes an :class:`Operator` of its kernel."""
-    return lambda kernel: Operator(name, kernel)
+    return lambda kernel: Operator(name, kernel, check)

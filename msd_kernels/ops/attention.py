@@ -9,10 +9,11 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import attention as library
-from msd_kernels.ops import _autocast, _checks, _tracing
+from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import attention as reference
 from msd_kernels.reference import autodiff
+from msd_kernels.reference.dtypes import wide
 from msd_kernels.stage_batch import StageBatch
 from msd_kernels.triton import attention as triton
 from msd_kernels.triton.attention_plans import Layout
@@ -30,6 +31,7 @@ PACKED_ORDERS = {
     "blocked": ("ntphd", "nphdt"),
 }
 TOKENS_FIRST, HEADS_FIRST = "nthd", "nhtd"
+ORDERS = (TOKENS_FIRST, HEADS_FIRST, *(order for pair in PACKED_ORDERS.values() for order in pair))
 
 BACKENDS = OpBackends(
     OP,
@@ -206,7 +208,37 @@ def _predicate_arguments(q: Tensor, *layout, backward: bool = False) -> dict:
     return triton.call_of(q, Layout.of(*layout), backward)
 
 
-@operator("attention")
+def _require(q, k, v, counts, heads, head_dims, tokens, context, order, scale) -> None:
+    _arguments.require_stages(OP, {"counts": 0}, counts=counts, heads=heads, head_dims=head_dims)
+    _arguments.require_positive(OP, tokens=tokens, context=context)
+    if order not in ORDERS:
+        raise ValueError(f"{OP}: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    packed = "p" in order
+    if (k is None, v is None) != (packed, packed) or (packed and tokens != context):
+        raise ValueError(
+            f"{OP}: order {order!r} goes with {'q alone and as much context as tokens' if packed else 'q, k and v'}, "
+            f"got k={'None' if k is None else 'a tensor'}, v={'None' if v is None else 'a tensor'}, "
+            f"tokens={tokens} and context={context}"
+        )
+    _checks.require_floating(OP, "q", q)
+    keys = _arguments.total(OP, counts, heads, head_dims, context)
+    queries = _arguments.total(OP, counts, heads, head_dims, tokens, 3 if packed else 1)
+    _arguments.require_flat(OP, q, {"q": (q, queries), "k": (k, keys), "v": (v, keys)})
+
+
+def _require_backward(dy, q, k, v, y, log_sum, *layout_and_wanted) -> None:
+    *layout, wanted = layout_and_wanted
+    _require(q, k, v, *layout)
+    counts, heads, head_dims, tokens = layout[:4]
+    size = _arguments.total(OP, counts, heads, head_dims, tokens)
+    _arguments.require_flat(OP, q, {"dy": (dy, size), "y": (y, size)})
+    _arguments.require_like(OP, "log_sum", log_sum, q, wide(q.dtype))
+    _arguments.require_shape(OP, "log_sum", log_sum, _arguments.total(OP, counts, heads, tokens))
+    _arguments.require_dense(OP, "log_sum", log_sum)
+    _arguments.require_wanted(OP, wanted, 3)
+
+
+@operator("attention", _require)
 def _forward(
     q: Tensor,
     k: Tensor | None,
@@ -229,7 +261,7 @@ def _(q, k, v, counts, heads, head_dims, tokens, context, order, scale):
     return allocate.attention_outputs(q, counts, heads, head_dims, tokens)
 
 
-@operator("attention_backward")
+@operator("attention_backward", _require_backward)
 def _backward(
     dy: Tensor,
     q: Tensor,

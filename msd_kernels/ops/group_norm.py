@@ -14,10 +14,11 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import group_norm as library
 from msd_kernels.native import cuda_group_norm
 from msd_kernels.native import group_norm as native
-from msd_kernels.ops import _autocast, _checks, _tracing
+from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import group_norm as reference
+from msd_kernels.reference.dtypes import wide
 from msd_kernels.stage_batch import StageBatch, StageWeights
 from msd_kernels.triton import group_norm as triton
 from msd_kernels.triton.launch import devices
@@ -234,7 +235,49 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-@operator("group_norm")
+def _require(
+    x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last=True, eps=0.0, silu=False
+) -> None:
+    _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels, groups=groups)
+    _arguments.require_positive(OP, spatial=spatial)
+    for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
+        if c % g:
+            raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
+    _checks.require_floating(OP, "x", x)
+    _arguments.require_elements(OP, "x", x, _arguments.total(OP, counts, channels, spatial))
+    if x.dim() != 1 and (len(counts) > 1 or tuple(x.shape[:2]) != (counts[0], channels[0])):
+        raise ValueError(
+            f"{OP}: x must be flat, or dense of one stage with counts={list(counts)} and channels={list(channels)}, "
+            f"got {list(x.shape)}"
+        )
+    per_channel, per_sample = _arguments.total(OP, channels), _arguments.total(OP, counts, channels)
+    sizes = {
+        "weight": (weight, per_channel),
+        "bias": (bias, per_channel),
+        "scale": (scale, per_sample),
+        "shift": (shift, per_sample),
+    }
+    for name, (tensor, size) in sizes.items():
+        if tensor is not None:
+            _arguments.require_like(OP, name, tensor, x, x.dtype, torch.float32)
+            dense = x.dim() != 1 and name in ("scale", "shift") and tensor.dim() != 1
+            _arguments.require_shape(OP, name, tensor, *(x.shape[:2] if dense else (size,)))
+
+
+def _require_backward(dy, x, mean, rstd, weight, bias, scale, shift, *layout_and_wanted) -> None:
+    *layout, wanted = layout_and_wanted
+    _require(x, weight, bias, scale, shift, *layout)
+    _arguments.require_like(OP, "dy", dy, x, x.dtype)
+    _arguments.require_shape(OP, "dy", dy, *x.shape)
+    size = _arguments.total(OP, layout[0], layout[2])
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        _arguments.require_like(OP, name, tensor, x, wide(x.dtype))
+        _arguments.require_shape(OP, name, tensor, size)
+        _arguments.require_dense(OP, name, tensor)
+    _arguments.require_wanted(OP, wanted, 5)
+
+
+@operator("group_norm", _require)
 def _forward(
     x: Tensor,
     weight: Tensor | None,
@@ -266,7 +309,7 @@ def _(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels
     return _like(x, y, channels_last), mean, rstd
 
 
-@operator("group_norm_backward")
+@operator("group_norm_backward", _require_backward)
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_conv2d as library
-from msd_kernels.ops import _autocast, _checks, _tracing
+from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_conv2d as reference
@@ -202,7 +202,45 @@ def _kernel_size(weight: StageWeights) -> int:
     return kernel[0]
 
 
-@operator("grouped_conv2d")
+def _require(
+    x, skip, weight, bias, sample_bias, residual,
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample, scale=1.0,
+) -> None:  # fmt: skip
+    least = {"counts": 0, "skip_channels": 0}
+    lists = {"channels": channels, "skip_channels": skip_channels, "out_channels": out_channels}
+    _arguments.require_stages(OP, least, counts=counts, **lists)
+    _arguments.require_positive(OP, height=height, width=width, kernel=kernel)
+    if kernel % 2 == 0:
+        raise ValueError(f"{OP}: kernel must be odd, got {kernel}")
+    if resample not in ("none", "up", "down") or (resample == "down" and (height % 2 or width % 2)):
+        raise ValueError(
+            f"{OP}: resample must be 'none', 'up' or, with even height and width, 'down', "
+            f"got {resample!r} at {height}x{width}"
+        )
+    if skip is None and any(skip_channels):
+        raise ValueError(f"{OP}: skip must be given for skip_channels={list(skip_channels)}, got None")
+    _checks.require_floating(OP, "x", x)
+    in_channels = [c + d for c, d in zip(channels, skip_channels, strict=True)]
+    out_size = reference.resampled_size(height, width, resample)
+    sizes = {
+        "x": (x, _arguments.total(OP, counts, channels, height, width)),
+        "skip": (skip, _arguments.total(OP, counts, skip_channels, height, width)),
+        "weight": (weight, _arguments.total(OP, out_channels, in_channels, kernel, kernel)),
+        "bias": (bias, _arguments.total(OP, out_channels)),
+        "sample_bias": (sample_bias, _arguments.total(OP, counts, out_channels)),
+        "residual": (residual, _arguments.total(OP, counts, out_channels, *out_size)),
+    }
+    _arguments.require_flat(OP, x, sizes)
+
+
+def _require_backward(dy, x, skip, weight, *layout_and_wanted) -> None:
+    *layout, wanted = layout_and_wanted
+    # The cotangent lies as a residual does.
+    _require(x, skip, weight, None, None, dy, *layout)
+    _arguments.require_wanted(OP, wanted, 5)
+
+
+@operator("grouped_conv2d", _require)
 def _forward(
     x: Tensor,
     skip: Tensor | None,
@@ -234,7 +272,7 @@ def _(
     return allocate.grouped_output(x, [n * out_height * out_width for n in counts], out_channels)
 
 
-@operator("grouped_conv2d_backward")
+@operator("grouped_conv2d_backward", _require_backward)
 def _backward(
     dy: Tensor,
     x: Tensor,

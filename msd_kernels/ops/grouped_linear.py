@@ -9,7 +9,7 @@ from torch import Tensor
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_linear as library
-from msd_kernels.ops import _autocast, _checks, _tracing
+from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_linear as reference
@@ -129,7 +129,24 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
     return StageBatch.from_dense(x, counts)
 
 
-@operator("grouped_linear")
+def _require(x, weight, bias, rows, in_features, out_features) -> None:
+    _arguments.require_stages(OP, {"rows": 0}, rows=rows, in_features=in_features, out_features=out_features)
+    _checks.require_floating(OP, "x", x)
+    sizes = {
+        "x": (x, _arguments.total(OP, rows, in_features)),
+        "weight": (weight, _arguments.total(OP, out_features, in_features)),
+        "bias": (bias, _arguments.total(OP, out_features)),
+    }
+    _arguments.require_flat(OP, x, sizes)
+
+
+def _require_backward(dy, x, weight, rows, in_features, out_features, wanted) -> None:
+    _require(x, weight, None, rows, in_features, out_features)
+    _arguments.require_flat(OP, x, {"dy": (dy, _arguments.total(OP, rows, out_features))})
+    _arguments.require_wanted(OP, wanted, 3)
+
+
+@operator("grouped_linear", _require)
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -147,7 +164,7 @@ def _(x, weight, bias, rows, in_features, out_features):
     return allocate.grouped_output(x, rows, out_features)
 
 
-@operator("grouped_linear_backward")
+@operator("grouped_linear_backward", _require_backward)
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import optimal_denoiser as library
 from msd_kernels.native import optimal_denoiser as native
-from msd_kernels.ops import _checks, _tracing
+from msd_kernels.ops import _arguments, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import optimal_denoiser as reference
@@ -270,7 +270,30 @@ def _shared_center(center: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return center
 
 
-@operator("optimal_denoiser")
+def _require(x, sigma, data, center, low=0.0, step=1.0) -> None:
+    _checks.require_floating(OP, "x", x)
+    _arguments.require_shape(OP, "x", x, x.shape[0] if x.dim() else None, None)
+    batch, dim = x.shape
+    _arguments.require_like(OP, "data", data, x, torch.uint8, *_checks.FLOATING)
+    _arguments.require_shape(OP, "data", data, None, dim)
+    _arguments.require_dense(OP, "x", x)
+    _require_float64(x, {"sigma": (sigma, (batch,)), "center": (center, (dim,))})
+
+
+def _require_backward(dmean, dlog_sum, x, sigma, data, center, mean, log_sum, low, step) -> None:
+    _require(x, sigma, data, center)
+    means = {"dmean": (dmean, x.shape), "mean": (mean, x.shape)}
+    _require_float64(x, means | {"dlog_sum": (dlog_sum, x.shape[:1]), "log_sum": (log_sum, x.shape[:1])})
+
+
+def _require_float64(x: Tensor, shapes: dict[str, tuple[Tensor, Sequence[int]]]) -> None:
+    for name, (tensor, shape) in shapes.items():
+        _arguments.require_like(OP, name, tensor, x, torch.float64)
+        _arguments.require_shape(OP, name, tensor, *shape)
+        _arguments.require_dense(OP, name, tensor)
+
+
+@operator("optimal_denoiser", _require)
 def _forward(
     x: Tensor, sigma: Tensor, data: Tensor, center: Tensor, low: float, step: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +317,7 @@ def _(x, sigma, data, center, low, step):
     return allocate.optimal_denoiser_outputs(x)
 
 
-@operator("optimal_denoiser_backward")
+@operator("optimal_denoiser_backward", _require_backward)
 def _backward(
     dmean: Tensor,
     dlog_sum: Tensor,

@@ -12,7 +12,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import resample2d as library
 from msd_kernels.native import cuda_resample2d
 from msd_kernels.native import resample2d as native
-from msd_kernels.ops import _autocast, _checks, _tracing
+from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
 from msd_kernels.reference import resample2d as reference
 from msd_kernels.stage_batch import StageBatch
@@ -146,7 +146,28 @@ def _predicate_arguments(x: Tensor, taps: Sequence[float], upward: bool, stride:
     return {"device_type": x.device.type, "dtype": x.dtype, "taps": taps, "upward": upward, "stride": stride}
 
 
-@operator("resample2d")
+def _require(
+    x, taps, upward, stride, counts, channels, height, width, out_height, out_width, channels_last
+) -> None:
+    _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels)
+    _arguments.require_positive(OP, height=height, width=width, out_height=out_height, out_width=out_width)
+    if not 1 <= len(taps) <= MAX_TAPS or stride not in (1, 2):
+        raise ValueError(
+            f"{OP}: there must be 1 to {MAX_TAPS} taps and a stride of 1 or 2, got {len(taps)} and {stride}"
+        )
+    for size, out_size in ((height, out_height), (width, out_width)):
+        coarse, fine = (size, out_size) if upward else (out_size, size)
+        if coarse != _out_size(fine, len(taps), 1, stride):
+            raise ValueError(
+                f"{OP}: {len(taps)} taps with a stride of {stride} do not lead {'up' if upward else 'down'} "
+                f"from {height}x{width} to {out_height}x{out_width}"
+            )
+    _checks.require_floating(OP, "x", x)
+    _arguments.total(OP, counts, channels, out_height, out_width)
+    _arguments.require_flat(OP, x, {"x": (x, _arguments.total(OP, counts, channels, height, width))})
+
+
+@operator("resample2d", _require)
 def _forward(
     x: Tensor,
     taps: Sequence[float],

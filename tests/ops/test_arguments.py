@@ -1,0 +1,231 @@
+"""Registered ops called directly with sizes and tensors that lie: refused, at once, by the op's name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from helpers import dispatcher_calls, unavailable
+from msd_kernels import optimal_denoiser
+from msd_kernels.backends import use
+from op_calls import CALLS, Call, forward_and_backward
+
+pytestmark = pytest.mark.filterwarnings("ignore::msd_kernels.FallbackWarning")
+
+NUMBERS = (0, -1, 2**31, 2**62, 2**63 - 1)
+SECONDS = 1.0
+REFUSALS = (ValueError, TypeError, RuntimeError)
+
+NATIVE = torch.ops.msd_kernels_native
+CUDA = torch.ops.msd_kernels_cuda
+
+
+def denoiser(side: int) -> Call:
+    data = torch.linspace(-2, 2, 5 * side).sin().reshape(5, side)
+    return Call([(3, side)], lambda x: optimal_denoiser(x, 0.5, data))
+
+
+EVERY_CALL = {case: build for case, (_, build) in CALLS.items()} | {"optimal_denoiser": denoiser}
+
+
+def mutations(argument) -> Iterator:
+    """Other values in the place of a valid argument."""
+    if isinstance(argument, Tensor):
+        flat = argument.detach().flatten()
+        yield flat[:-1].clone()
+        yield torch.cat([flat, flat])
+        yield flat.new_empty(0)
+        yield argument.detach().to(torch.float16)
+        yield argument.detach().to(torch.int64)
+        yield argument.detach()[None]
+        yield torch.stack([flat, flat], dim=1)[:, 0]
+        yield argument.detach().to("meta")
+    elif isinstance(argument, (list, tuple)):
+        values = list(argument)
+        yield []
+        yield values[:-1]
+        yield [*values, values[-1]]
+        if not isinstance(values[0], int) or isinstance(values[0], bool):
+            return
+        for number in NUMBERS:
+            yield [number, *values[1:]]
+            yield [number] * len(values)
+        yield [values[0] + 1, *values[1:]]
+        yield [2**62] * 4
+    elif isinstance(argument, int) and not isinstance(argument, bool):
+        yield from NUMBERS
+        yield argument + 1
+    elif isinstance(argument, str):
+        yield from ("", "hntd", "sideways")
+    elif argument is None:
+        yield torch.zeros(3)
+
+
+def mutated(arguments: tuple) -> Iterator[tuple[str, tuple]]:
+    for position, argument in enumerate(arguments):
+        for other in mutations(argument):
+            changed = (*arguments[:position], other, *arguments[position + 1 :])
+            shown = tuple(other.shape) if isinstance(other, Tensor) else other
+            yield f"argument {position} as {shown}", changed
+
+
+def outcome(op: Callable, arguments: tuple):
+    """The outputs, or the error that refuses the call; in a second."""
+    begin = time.perf_counter()
+    try:
+        result = op(*arguments)
+    except REFUSALS as error:
+        result = error
+    assert time.perf_counter() - begin < SECONDS
+    return result
+
+
+def tensors(result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize("build", EVERY_CALL.values(), ids=EVERY_CALL)
+def test_arguments_that_lie_are_refused_or_change_nothing(build, generator):
+    call = build(4)
+    calls = dispatcher_calls(lambda: forward_and_backward(call, call.leaves(generator)))
+    assert len(calls) == 2
+    for op, arguments in calls:
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        name = op.name().removeprefix("msd_kernels::").removesuffix("_backward")
+        op(*arguments)
+        for what, changed in mutated(arguments):
+            result = outcome(op, changed)
+            if isinstance(result, Exception):
+                assert name in str(result) or "meta" in str(result), f"{what}: {result}"
+                continue
+            with use("reference"):
+                expected = op(*changed)
+            for ours, theirs in zip(tensors(result), tensors(expected), strict=True):
+                half = any(isinstance(a, Tensor) and a.dtype == torch.float16 for a in changed)
+                tolerance = 1e-2 if half else 1e-4
+                torch.testing.assert_close(
+                    ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
+                )
+
+
+@pytest.mark.parametrize("build", EVERY_CALL.values(), ids=EVERY_CALL)
+def test_arguments_that_lie_are_refused_without_data(build, generator):
+    """By the fake implementations, exactly where the kernels refuse."""
+    call = build(4)
+    calls = dispatcher_calls(lambda: forward_and_backward(call, call.leaves(generator)))
+    mode = FakeTensorMode()
+    for op, arguments in calls:
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        for what, changed in mutated(arguments):
+            if any(isinstance(a, Tensor) and a.is_meta for a in changed):
+                continue
+            real = outcome(op, changed)
+            with mode:
+                pretended = (mode.from_tensor(a) if isinstance(a, Tensor) else a for a in changed)
+                fake = outcome(op, tuple(pretended))
+            assert isinstance(fake, Exception) == isinstance(real, Exception), f"{what}: {fake}, but {real}"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        (
+            "group_norm",
+            ([None] * 4, [2**62] * 4, [1] * 4, [1] * 4, 4, True, 1e-5, False),
+            "group_norm: sizes of stages must fit 64 bits",
+        ),
+        (
+            "resample2d",
+            ([[0.5, 0.5], False, 2], [2**62] * 4, [1] * 4, 4, 4, 2, 2, True),
+            "resample2d: sizes of stages must fit 64 bits",
+        ),
+        ("grouped_linear", ([torch.zeros(4), None], [2**62] * 4, [1] * 4, [1] * 4), "must fit 64 bits"),
+        ("grouped_linear", ([torch.zeros(4), None], [-4, 12], [1, 1], [2, 2]), "rows must be >= 0"),
+        ("grouped_linear", ([torch.zeros(4), None], [], [], []), "must have one entry per stage"),
+    ],
+)
+def test_arguments_whose_sums_overflow_are_refused(op, arguments, message, grad):
+    first, *layout = arguments
+    x = torch.zeros(16, requires_grad=grad)
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.msd_kernels, op)(x, *first, *layout)
+    assert time.perf_counter() - begin < SECONDS
+
+
+def native_calls() -> dict[str, tuple[Callable, tuple]]:
+    x, c, s = torch.randn(48), torch.randn(6), torch.randn(12)
+    layout = ([1, 2], [4, 2], [2, 1], 6, True)
+    x = torch.randn((4 + 4) * 6)
+    sums = torch.randn(4)
+    resample = ([0.5, 0.5], False, 2, [1, 2], [2, 1], 4, 6, 2, 3, True)
+    doubles = [torch.randn(n, dtype=torch.float64) for n in (3, 15, 5, 10, 5, 2, 2, 4, 2)]
+    shift, centred, norms, products, half_norms, precision, peak, both, rescale = doubles
+    return {
+        "group_norm_forward": (
+            NATIVE.group_norm_forward,
+            (x, c, c, s[:8], s[:8], *layout, 1e-5, True),
+        ),
+        "group_norm_backward": (
+            NATIVE.group_norm_backward,
+            (x, False, x, sums, sums, c, c, s[:8], s[:8], *layout, True, 31),
+        ),
+        "resample2d": (NATIVE.resample2d, (torch.randn(96), *resample, torch.empty(24))),
+        "optimal_denoiser_centre": (
+            NATIVE.optimal_denoiser_centre,
+            (torch.randn(5, 3), shift, 1.0, centred, norms),
+        ),
+        "optimal_denoiser_update_softmax": (
+            NATIVE.optimal_denoiser_update_softmax,
+            (products, half_norms, precision, peak, both, rescale),
+        ),
+    }
+
+
+@pytest.mark.skipif(bool(unavailable("cpu")), reason="the compiled kernels are not built")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "group_norm_forward",
+        "group_norm_backward",
+        "resample2d",
+        "optimal_denoiser_centre",
+        "optimal_denoiser_update_softmax",
+    ],
+)
+def test_arguments_of_compiled_kernels_that_lie_are_refused(name):
+    """These take raw pointers: what is not refused here reads or writes outside of the tensors."""
+    op, arguments = native_calls()[name]
+    op(*arguments)
+    refused = 0
+    for _, changed in mutated(arguments):
+        refused += isinstance(outcome(op, changed), Exception)
+    assert refused > 4 * sum(isinstance(a, Tensor) for a in arguments)
+
+
+@pytest.mark.skipif(bool(unavailable("cpu")), reason="the compiled kernels are not built")
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        # Sums of four times 2**62 are 0 in 64 bits.
+        ("group_norm_forward", {5: [2**62] * 4, 6: [1] * 4, 7: [1] * 4, 8: 1}, "does not fit 64 bits"),
+        ("group_norm_forward", {5: [0] * 4, 6: [2**62] * 4, 7: [1] * 4, 8: 1}, "does not fit 64 bits"),
+        ("group_norm_forward", {5: [0, 0], 6: [4, 2], 7: [2, 1], 8: 2**62}, "does not fit 64 bits"),
+        ("group_norm_backward", {9: [2**62] * 4, 10: [1] * 4, 11: [1] * 4, 12: 1}, "does not fit 64 bits"),
+        ("resample2d", {4: [2**62] * 4, 5: [1] * 4}, "does not fit 64 bits"),
+        ("resample2d", {4: [0, 0], 8: 2**50}, "do not follow from each other"),
+        ("resample2d", {4: [0, 0], 6: 2**62, 8: 2**61}, "does not fit 64 bits"),
+    ],
+)
+def test_arguments_of_compiled_kernels_whose_sums_overflow_are_refused(name, change, message):
+    op, arguments = native_calls()[name]
+    arguments = tuple(
+        change.get(i, a.new_empty(0) if isinstance(a, Tensor) else a) for i, a in enumerate(arguments)
+    )
+    assert message in str(outcome(op, arguments))
