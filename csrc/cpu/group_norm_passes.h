@@ -259,7 +259,10 @@ struct ForwardPass {
       });
       const double within = ordered_sum(channels, [&](int64_t c) { return double{moments.m2[c]}; });
       const double variance = (within + between * static_cast<double>(unit.spatial)) / count;
-      const float rstd = static_cast<float>(1.0 / __builtin_sqrt(variance + double{job.eps}));
+      // Where squares overflowed, the variance is infinite; its rstd of 0 would hide that.
+      const double overflow = variance - variance;
+      const float rstd =
+          static_cast<float>(1.0 / __builtin_sqrt(variance + double{job.eps}) + overflow);
       const float mean = static_cast<float>(origin + centre);
       const float rest = static_cast<float>((origin - double{mean}) + centre);
       job.mean[unit.group + g] = mean;

@@ -76,7 +76,7 @@ MSD_INLINE void exp_negative(V* v) {
   for (int i = 1; i < 13; ++i) power = power * r + kInverseFactorials[i];
   // Casts between vectors of one size keep the bits.
   const Int64 scaled = (Int64)power + ((Int64)shifted << 52);
-  *v = *v < lowest ? V{} : (V)scaled;
+  *v = *v >= lowest ? (V)scaled : *v < lowest ? V{} : *v;
 }
 
 template <int kWidth, class T>

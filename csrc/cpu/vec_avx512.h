@@ -21,7 +21,8 @@ MSD_INLINE float sum_of_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
 // Zero for a negative number; a NaN stays one.
 MSD_INLINE Vec clamp_negative(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 
-// SiLU takes t = z kSiluScale, so that exp(-z) = 2^t. It overflows where |z| > 2.3e38.
+// SiLU takes t = z kSiluScale, so that exp(-z) = 2^t. It overflows where |z| > 2.3e38, and then
+// SiLU is no finite number.
 constexpr float kSiluScale = -0x1.715476p0f;
 constexpr float kInverseSiluScale = -0x1.62e43p-1f;
 
@@ -58,20 +59,27 @@ MSD_INLINE Vec reciprocal(Vec d) {
 // Beyond this 1 + 2^t may be infinite; a NaN stays one.
 MSD_INLINE Vec bounded_exponent(Vec t) { return _mm512_min_ps(broadcast(126.0f), t); }
 
+// 1 / d for d = 1 + 2^bounded_exponent(t) or a multiple of it, but 0 beyond t = 150, where t / d
+// would grow again; a NaN stays one.
+MSD_INLINE Vec sigmoid_reciprocal(Vec d, Vec t) {
+  const __mmask16 counts = _mm512_cmp_ps_mask(t, broadcast(150.0f), _CMP_NGT_UQ);
+  return _mm512_maskz_mov_ps(counts, reciprocal(d));
+}
+
 // z sigmoid(z) = t / (kSiluScale (1 + 2^t)). The relative error for BFloat16 is at most 1.4e-4, a
 // fourteenth of half a unit in the last place of what is stored.
 template <class T>
 MSD_INLINE Vec silu(Vec t) {
   const Vec scale = broadcast(kSiluScale);
   if (std::is_same_v<T, BFloat16>) return t * _mm512_rcp14_ps(scale + power<3>(t, kSiluScale));
-  return t * reciprocal(scale + power<5>(bounded_exponent(t), kSiluScale));
+  return t * sigmoid_reciprocal(scale + power<5>(bounded_exponent(t), kSiluScale), t);
 }
 
 // dy s (1 + z (1 - s)) with s = sigmoid(z) = 1 / (1 + 2^t)
 template <class T>
 MSD_INLINE Vec silu_gradient(Vec dy, Vec t) {
   constexpr int kDegree = std::is_same_v<T, BFloat16> ? 4 : 5;
-  const Vec s = reciprocal(broadcast(1.0f) + power<kDegree>(bounded_exponent(t), 1.0f));
+  const Vec s = sigmoid_reciprocal(broadcast(1.0f) + power<kDegree>(bounded_exponent(t), 1.0f), t);
   const Vec rest = fma(s, broadcast(-kInverseSiluScale), broadcast(kInverseSiluScale));
   return dy * fma(t * s, rest, s);
 }

@@ -8,7 +8,8 @@ namespace msd::MSD_ISA {
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
 // 1 / (1 + exp(-z)), with exp(-z) = 2^n exp(r), n an integer found by adding 1.5 2^23, whose last
-// mantissa bit is 1, and |r| <= log(2)/2. Beyond |z| = 87 the value no longer changes.
+// mantissa bit is 1, and |r| <= log(2)/2. Beyond |z| = 87 the value no longer changes, and below
+// -104, where z times it would, it is 0.
 MSD_INLINE Vec sigmoid(Vec z) {
   const Vec limit = broadcast(87.0f);
   const Vec below = z < limit ? z : limit;
@@ -25,7 +26,8 @@ MSD_INLINE Vec sigmoid(Vec z) {
   series = fma(series, r, broadcast(1.0f));
   series = fma(series, r, broadcast(1.0f));
   const Vec exponential = (Vec)((Bits)series + ((Bits)shifted << 23));
-  return broadcast(1.0f) / (broadcast(1.0f) + exponential);
+  const Vec value = broadcast(1.0f) / (broadcast(1.0f) + exponential);
+  return z < broadcast(-104.0f) ? broadcast(0.0f) : value;
 }
 
 // SiLU takes z kSiluScale. Its precision does not depend on the type here.

@@ -46,7 +46,8 @@ struct WalkMoments {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       const float shift = sum[j] * each;
-      const float chunk_m2 = fmaxf(fmaf(-sum[j], shift, squares[j]), 0.0f);
+      const float rounded_m2 = fmaf(-sum[j], shift, squares[j]);
+      const float chunk_m2 = rounded_m2 < 0.0f ? 0.0f : rounded_m2;  // a NaN stays one
       const float difference = (pivot[j] - origin[j]) + shift - mean[j];
       mean[j] = fmaf(difference, weight, mean[j]);
       m2[j] += fmaf(spread * difference, difference, chunk_m2);
@@ -203,7 +204,9 @@ __device__ void merge_groups(const Block<T, kChannelsLast>& block) {
 
 __device__ inline float rstd_of(float m2, const Unit& unit, int64_t pixels, float eps) {
   const float count = static_cast<float>(unit.group_channels()) * static_cast<float>(pixels);
-  return 1.0f / sqrtf(m2 / count + eps);
+  const float variance = m2 / count;
+  // Where squares overflowed, the variance is infinite; its rstd of 0 would hide that.
+  return 1.0f / sqrtf(variance + eps) + (variance - variance);
 }
 
 // The moments of a group over all shares of its unit, which are the blocks of the cluster from rank

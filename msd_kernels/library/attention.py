@@ -89,7 +89,7 @@ def attention_backward(
 
 def _write_gradients(dy, q, k, v, y, log_sum, scale, targets) -> None:
     """Writes the gradients of one stage into ``targets``, views for q, k and v; None where not wanted."""
-    if not _takes_fused_backward(q, k):
+    if not (_takes_fused_backward(q, k) and _is_regular(log_sum)):
         _write_gradients_by_products(dy, q, k, v, scale, targets)
         return
     inputs = [_with_dense_rows(part) for part in (dy, q, k, v, y)]
@@ -114,7 +114,8 @@ def _takes_fused_backward(q: Tensor, k: Tensor) -> bool:
 def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp from the kernel that SDPA would take, or None where none takes this call."""
     if q.is_cpu:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        y, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return (y, log_sum) if _is_regular(log_sum) else None
     head_dim = q.shape[-1]
     if q.dtype == torch.float64 or head_dim * q.element_size() % 16:
         return None
@@ -122,6 +123,17 @@ def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
     y, log_sum, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
     return y, log_sum[..., : q.shape[-2]]
+
+
+def _is_regular(log_sum: Tensor) -> bool:
+    """Whether the CPU's fused kernels serve these scores.
+
+    They take a row of NaN for a masked one, which gets zeros and the log-sum 0, and infinite scores of half precision
+    for none. From 2^24 on float32 has no fractions, so that exp(score - log_sum) would be any number. A log-sum that is
+    0 for good is so rare that its products may be taken again.
+    """
+    least, most = log_sum.abs().aminmax()
+    return least.item() > 0 and most.item() < 1 << 24
 
 
 def _forward_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

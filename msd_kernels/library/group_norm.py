@@ -129,7 +129,13 @@ def _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channel
 def _normalise(planes, weight, bias, groups, eps):
     n, c, height, width = planes.shape
     weight, bias = _as_kernel_takes(planes, weight, bias)
-    return torch.native_group_norm(planes, weight, bias, n, c, height * width, groups, eps)
+    y, mean, rstd = torch.native_group_norm(planes, weight, bias, n, c, height * width, groups, eps)
+    if planes.is_cpu and rstd.all():
+        return y, mean, rstd
+    # An rstd of 0 hides that squares overflowed. Looking for one would make the host wait for a GPU.
+    overflow = torch.zeros_like(rstd).masked_fill_(rstd == 0, torch.nan)
+    y.add_(overflow.to(y.dtype).repeat_interleave(c // groups, dim=1)[:, :, None, None])
+    return y, mean, rstd.add_(overflow)
 
 
 def _as_kernel_takes(planes, weight, bias):

@@ -105,7 +105,9 @@ def _stage_gradients(dy: Tensor, stage: _Stage, eps: float, silu: bool) -> tuple
 def _normalise(stage: _Stage, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = stage.group_mean(stage.x)
     centred = stage.x - mean
-    rstd = torch.rsqrt(stage.group_mean(centred.square()) + eps)
+    variance = stage.group_mean(centred.square())
+    # Where squares overflowed, the variance is infinite; its rstd of 0 would hide that.
+    rstd = torch.rsqrt(variance + eps).masked_fill(variance == torch.inf, torch.nan)
     return centred * rstd, mean, rstd
 
 

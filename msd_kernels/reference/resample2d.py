@@ -1,10 +1,11 @@
-"""FIR resampling by 2: the matrix of the filter along one axis, applied to both."""
+"""FIR resampling by 2: the sum over the taps along one axis, then along the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msd_kernels.reference.dtypes import wide
@@ -24,27 +25,29 @@ def resample2d(
     channels_last: bool,
 ) -> Tensor:
     """As the dispatcher op ``msd_kernels::resample2d``; differentiable in plain autograd."""
-    rows = _filter_matrix(x, taps, upward, stride, height, out_height)
-    columns = _filter_matrix(x, taps, upward, stride, width, out_width)
-    equation = "ij,njlc,kl->nikc" if channels_last else "ij,ncjl,kl->ncik"
+    axes = ((1, out_height), (2, out_width)) if channels_last else ((2, out_height), (3, out_width))
     ys = []
     for plane in stage_planes(x, counts, channels, height, width, channels_last):
-        y = torch.einsum(equation, rows, plane.to(wide(x.dtype)), columns)
+        y = plane.to(wide(x.dtype))
+        for dim, out_size in axes:
+            y = _filter_axis(y, dim, taps, upward, stride, out_size)
         ys.append(y.reshape(-1).to(x.dtype))
     return torch.cat(ys)
 
 
-def _filter_matrix(
-    x: Tensor, taps: Sequence[float], upward: bool, stride: int, size: int, out_size: int
+def _filter_axis(
+    x: Tensor, dim: int, taps: Sequence[float], upward: bool, stride: int, out_size: int
 ) -> Tensor:
-    """``[out_size, size]``. Downward, row i holds tap t in column ``stride * i + t - padding``."""
-    coarse, fine = (size, out_size) if upward else (out_size, size)
-    row, column = (torch.arange(n, device=x.device) for n in (coarse, fine))
-    position = column - stride * row[:, None] + (len(taps) - 1) // 2  # of a matrix element among the taps
-    matrix = x.new_zeros(coarse, fine, dtype=wide(x.dtype))
-    for t, tap in enumerate(taps):
-        matrix += (position == t).to(matrix.dtype) * tap
-    return matrix.t() if upward else matrix
+    """The sum of shifted copies of ``x``, one per tap; upward with ``stride - 1`` zeros behind each element first."""
+    x = x.movedim(dim, -1)
+    padding, step = (len(taps) - 1) // 2, stride
+    if upward:
+        x = F.pad(x[..., None], (0, stride - 1)).flatten(-2)
+        taps, padding, step = taps[::-1], len(taps) - 1 - padding, 1
+    reach = step * (out_size - 1) + 1
+    x = F.pad(x, (padding, reach + len(taps) - 1 - padding - x.shape[-1]))
+    y = sum(tap * x[..., t : t + reach : step] for t, tap in enumerate(taps))
+    return y.movedim(-1, dim)
 
 
 def stage_planes(

@@ -10,7 +10,6 @@ import triton.language as tl
 from msd_kernels.triton import attention_parts
 from msd_kernels.triton.attention_parts import (
     KIND,
-    LN_2,
     LOG2_E,
     K,
     Q,
@@ -21,6 +20,7 @@ from msd_kernels.triton.attention_parts import (
     find_tile,
     lengths,
     load,
+    log_sum_of,
     products,
     store,
 )
@@ -59,7 +59,7 @@ def _attention_row_forward_kernel(
     top = tl.max(scores, axis=1)
     p = tl.exp2(scores - top[:, None])
     total = tl.sum(p, axis=1)
-    tl.store(log_sum + rows + row, (top + tl.log2(total)) * LN_2, mask=row < tokens)
+    tl.store(log_sum + rows + row, log_sum_of(top, total), mask=row < tokens)
     p = p.to(q.dtype.element_ty)
     share = 1.0 / total
     for first in tl.range(0, head_dim, DEPTH, num_stages=STAGES):
@@ -113,7 +113,7 @@ def _stream_forward_tile(
         if HIGH > 0:
             values = load(v, column, high, k_step, context, head_dim, PLANAR, PARTS)
             sum_high = tl.dot(p, values, sum_high * rescale[:, None], input_precision=PRECISION)
-    tl.store(log_sum + rows + row, (top + tl.log2(total)) * LN_2, mask=row < tokens)
+    tl.store(log_sum + rows + row, log_sum_of(top, total), mask=row < tokens)
     share = 1.0 / total
     store(y, row, low, y_step, sum_low * share[:, None], tokens, head_dim, PLANAR, 1)
     if HIGH > 0:

@@ -104,6 +104,16 @@ def products(
     return total
 
 
+@triton.jit
+def log_sum_of(top, total):
+    """The log-sum-exp of scores from the largest, in units of log(2), and the sum relative to it.
+
+    From 2^24 on float32 has no fractions, so that exp(score - log_sum) would be any number: NaN instead.
+    """
+    log_sum = (top + tl.log2(total)) * LN_2
+    return tl.where(tl.abs(log_sum) < 16777216.0, log_sum, float("nan"))
+
+
 # The launches that count: head dimensions per stage, tokens, memory order.
 _HALF = {
     "EDM": ((384, 256, 32), 256, "nthd"),

@@ -58,7 +58,7 @@ def _columns(
     per_channel = tl.load(field + CHANNEL_OFFSET * PROBLEMS) + channel
     group = tl.arange(0, GB)
     per_stats = tl.load(field + STATS_OFFSET * PROBLEMS) + sample * groups + first_group + group
-    return (base, stride, first_of_group, in_block, member.to(tl.float32), per_sample, per_channel, per_stats,
+    return (base, stride, first_of_group, in_block, member, per_sample, per_channel, per_stats,
             group < num_groups, per_group)  # fmt: skip
 
 
@@ -93,13 +93,13 @@ def _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAS
 @triton.jit
 def _to_columns(per_group_values, member):
     """A value per group at every column of the group."""
-    return tl.sum(member * per_group_values[None, :], axis=1)
+    return tl.sum(tl.where(member, per_group_values[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def _to_groups(per_column_values, member):
     """The sum over each group's columns."""
-    return tl.sum(member * per_column_values[:, None], axis=0)
+    return tl.sum(tl.where(member, per_column_values[:, None], 0.0), axis=0)
 
 
 @triton.jit
@@ -147,7 +147,8 @@ def _group_norm_forward_kernel(
     mu = _to_columns(group_mean, member)
     between = tl.where(in_block, column_mean - mu, 0.0)
     variance = _to_groups(column_m2 + seen * between * between, member) / (per_group * seen)
-    group_rstd = 1.0 / tl.sqrt(variance + eps)
+    # Where squares overflowed, the variance is infinite; its rstd of 0 would hide that.
+    group_rstd = tl.where(variance == float("inf"), float("nan"), 1.0 / tl.sqrt(variance + eps))
     group_pivot = _to_groups(tl.where(first_of_group == base, pivot, 0.0), member)
     tl.store(mean + per_stats, group_pivot + group_mean, mask=in_groups)
     tl.store(rstd + per_stats, group_rstd, mask=in_groups)
