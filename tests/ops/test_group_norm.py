@@ -171,6 +171,55 @@ def test_group_norm_on_every_instruction_set(isa, backend, generator, monkeypatc
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("std", [0.5, 1.0])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
+def test_group_norm_of_means_of_1000_is_as_exact_as_of_centred_inputs(
+    isa, std, backend, generator, monkeypatch
+):
+    """What rounding takes from such a mean is 3e-5, which the standard deviation does not make small."""
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
+    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    shapes = [((2, 96, 16, 16), 16), ((1, 4, 9, 9), 2), ((2, 40, 3, 5), 8), ((1, 8, 64, 64), 2), ((3, 48), 4)]
+    for (shape, groups), dtype, channels_last in itertools.product(
+        shapes, (torch.float32, torch.bfloat16, torch.float16), (False, True)
+    ):
+        inputs = make_inputs(generator, shape, channels_last=channels_last)
+        inputs = replace(inputs, x=(1000 + std * inputs.x.detach()).to(dtype))
+        exact = inputs.map(double_leaf)
+        arguments = (torch.zeros_like(exact.x), groups, 1e-5, False, False)
+        terms = magnitudes(exact, *arguments)["y"].detach()
+        expected = formula(exact, groups, 1e-5, silu=False).detach()
+        y = call(inputs, groups, 1e-5, silu=False)
+        assert_elements_close(
+            y, expected, rtol=ROUNDING[dtype], atol=ROUNDINGS * ROUNDING[torch.float32] * terms
+        )
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
+def test_silu_of_huge_numbers_on_every_instruction_set(isa, backend, monkeypatch):
+    """As bias: z sigmoid(z) is 0 where exp(-z) overflows, its derivative 0 or 1, and what is no number stays none."""
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
+    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    values = torch.tensor([-2e38, -1e36, -1e30, -200.0, 0.0, 200.0, 1e36, 2e38, torch.nan, -torch.inf])
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = values.repeat(4).to(dtype)
+        x = torch.zeros(1, 40, 2, 2, dtype=dtype, requires_grad=True)
+        shift = torch.zeros(1, 40, dtype=dtype, requires_grad=True)
+        y = group_norm(x, 40, None, bias, shift=shift, activation="silu")
+        (dshift,) = torch.autograd.grad(y, shift, torch.ones_like(y))
+        exact = bias.double().requires_grad_()
+        expected = exact * torch.sigmoid(exact)
+        (derivative,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+        for found, wanted in ((y[0, :, 0, 0], expected), (dshift[0] / 4, derivative)):
+            finite = wanted.isfinite()
+            assert_elements_close(found[finite], wanted[finite].detach(), rtol=0.01, atol=1e-30)
+            assert not found[~finite].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_group_norm_refuses_an_unknown_instruction_set(backend, monkeypatch):
     monkeypatch.setenv("MSD_KERNELS_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match=r"MSD_KERNELS_CPU_ISA=sse9 is none of .*avx2, portable"):

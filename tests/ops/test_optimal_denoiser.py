@@ -304,6 +304,27 @@ def test_optimal_denoiser_backends_agree_on_exponentials(generator):
     torch.testing.assert_close(found["cpu"], found["library"], rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_optimal_denoiser_exponential_keeps_what_is_no_number(isa, backend, monkeypatch):
+    """Whatever stands in the low bits of a NaN, where the exponential has its integer part."""
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
+    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    rows = 11
+    bits = 0x7FF8000000000000 + torch.tensor([0, 1, 0x7FF, 0x801])
+    products = torch.zeros(len(bits), rows, dtype=torch.float64)
+    products[:, 4] = bits.view(torch.float64)
+    peak, rescale = products.new_full((2, len(bits)), -torch.inf)
+    sums = products.new_zeros(2, len(bits))
+    precision = torch.ones_like(peak)
+    torch.ops.msd_kernels_native.optimal_denoiser_update_softmax(
+        products, products.new_zeros(rows), precision, peak, sums, rescale
+    )
+    assert products[:, 4].isnan().all()
+    assert sums.isnan().all()
+
+
 INTERPRETED = """
 import interpreter_sanitizer
 import torch

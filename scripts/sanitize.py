@@ -1,0 +1,91 @@
+"""Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the ops' tests on them.
+
+The package is copied to ``build/sanitize`` and built there, so that the ordinary build stays as it is. The exit status
+is 0 only if the tests pass and neither sanitizer found anything; what they found is shown. Needs GCC with the libraries
+of its sanitizers; where they are missing, it says so and does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "sanitize"
+REPORTS = COPY / "reports"
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from toolchain import BuildError, find_cxx  # noqa: E402
+
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "msd_kernels", "python", "tests")
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+# After -O3, which is setup.py's: -O1 keeps the accesses that a report names apart.
+CXXFLAGS = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS}"
+# Python does not load the C++ library, whose exceptions AddressSanitizer wants to watch from the start.
+PRELOADED = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+TESTS = ("-m", "not slow", "-k", "cpu or native", "tests/ops")
+
+
+def main() -> int:
+    try:
+        cxx = find_cxx(None)
+    except BuildError as error:
+        print(f"nothing to do: {error}")
+        return 0
+    libraries = [find_library(cxx, name) for name in PRELOADED]
+    if missing := [name for name, path in zip(PRELOADED, libraries, strict=True) if path is None]:
+        print(f"nothing to do: {cxx[0]} has no {', '.join(missing)}")
+        return 0
+    copy_sources()
+    build = {**os.environ, "CXXFLAGS": CXXFLAGS, "LDFLAGS": FLAGS, "MSD_KERNELS_CUDA": "0"}
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=COPY, env=build, check=True)
+    failed = run_tests([str(path) for path in libraries])
+    found = sorted(REPORTS.iterdir())
+    for report in found:
+        print(f"\n{report.name}\n{report.read_text()}")
+    print(f"tests {'failed' if failed else 'passed'}, {len(found) or 'no'} reports of the sanitizers")
+    return 1 if failed or found else 0
+
+
+def find_library(cxx: tuple[str, ...], name: str) -> Path | None:
+    """The compiler's own library of that name; it prints the bare name where it has none."""
+    path = Path(subprocess.check_output([*cxx, f"-print-file-name={name}"], text=True).strip())
+    return path if path.is_absolute() else None
+
+
+def copy_sources() -> None:
+    """Copies what the build and the tests need. Times stay, so that only what has changed is compiled again."""
+    for name in SOURCES:
+        source, target = ROOT / name, COPY / name
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            COPY.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    shutil.rmtree(REPORTS, ignore_errors=True)
+    REPORTS.mkdir()
+
+
+def run_tests(libraries: list[str]) -> bool:
+    """Whether they failed. A finding ends its process and is written to a file."""
+    options = f"log_path={REPORTS}/report:halt_on_error=1"
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        # The interpreter frees little at its end; PyTorch asks for more memory than there is and copes.
+        "ASAN_OPTIONS": f"{options}:detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
+        "PYTHONPATH": f"{COPY}{os.pathsep}{COPY / 'python'}",
+        "OMP_NUM_THREADS": "2",
+    }
+    parallel = ("-n", str(min(2, os.cpu_count() or 1)))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *TESTS]
+    return subprocess.run(command, cwd=COPY, env=environment).returncode != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
