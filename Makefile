@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test bench gpu-check lint cuda-check format install clean
+.PHONY: help demo test bench gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -38,6 +38,9 @@ format: install  ## apply ruff and clang-format
 
 cuda-check: install  ## compile the CUDA sources for sm_80, sm_90a and sm_100, where nvcc is found
 	$(BIN)/python scripts/compile_cuda.py
+
+sanitize: install  ## build the CPU kernels with AddressSanitizer and UBSan in build/sanitize and run the ops' tests on them
+	$(BIN)/python scripts/sanitize.py
 
 install: $(VENV)/.installed  ## the environment, without doing anything with it
 

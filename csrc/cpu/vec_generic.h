@@ -8,12 +8,11 @@ namespace msd::MSD_ISA {
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
 // 1 / (1 + exp(-z)), with exp(-z) = 2^n exp(r), n an integer found by adding 1.5 2^23, whose last
-// mantissa bit is 1, and |r| <= log(2)/2. Beyond |z| = 87 the value no longer changes, and below
-// -104, where z times it would, it is 0.
+// mantissa bit is 1, and |r| <= log(2)/2. Above z = 87 the value no longer changes, below -87 it is
+// 0, so that z times it vanishes, too.
 MSD_INLINE Vec sigmoid(Vec z) {
   const Vec limit = broadcast(87.0f);
-  const Vec below = z < limit ? z : limit;
-  const Vec bounded = below > -limit ? below : -limit;
+  const Vec bounded = z < limit ? z : limit;
   const Vec magic = broadcast(0x1.8p23f);
   const Vec shifted = fma(bounded, broadcast(-0x1.715476p0f), magic);
   const Vec n = shifted - magic;
@@ -27,7 +26,7 @@ MSD_INLINE Vec sigmoid(Vec z) {
   series = fma(series, r, broadcast(1.0f));
   const Vec exponential = (Vec)((Bits)series + ((Bits)shifted << 23));
   const Vec value = broadcast(1.0f) / (broadcast(1.0f) + exponential);
-  return z < broadcast(-104.0f) ? broadcast(0.0f) : value;
+  return z < -limit ? broadcast(0.0f) : value;
 }
 
 // SiLU takes z kSiluScale. Its precision does not depend on the type here.

@@ -20,7 +20,7 @@ from msd_kernels.backends import use  # noqa: E402
     [
         ("group_norm of stages", (math.nan,)),
         ("group_norm without parameters", (-(2.0**83),)),
-        ("attention of dense tensors", (math.nan, -(2.0**83))),
+        ("attention of dense tensors", (-(2.0**83),)),
         ("resample2d of a dense tensor", (math.inf,)),
     ],
 )
