@@ -401,10 +401,12 @@ def load_model(
         raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
     if build is None:
         from .networks import build
+    from .networks import in_effect
+
     path = find_checkpoint(path)
     metadata = read_metadata(path)
     config = metadata["config"]
-    network = build(config["network"])
+    network = build(in_effect(config["network"]))
     load_weights(network, read_tensors(path, weights), path)
     named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
     denoiser = precondition(

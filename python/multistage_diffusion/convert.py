@@ -119,7 +119,7 @@ def load_network(path: str | Path) -> nn.Module:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except SafetensorError as error:
         raise CheckpointFileError(f"{path} is truncated or no safetensors file: {error}") from error
-    network = networks.build(json.loads(metadata["config"]))
+    network = networks.build(networks.in_effect(json.loads(metadata["config"])))
     network.load_state_dict(tensors)
     return network
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import checkpoints
 from .augmentation import Augmentation
+from .networks import in_effect
 from .noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
 from .preconditioning import PREDICTIONS, Preconditioner, precondition, stages_in_sigma
 from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
@@ -241,7 +242,8 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        return cls(**{**values, "stages": Stages.from_json(values["stages"])})
+        network = in_effect(values["network"])
+        return cls(**{**values, "network": network, "stages": Stages.from_json(values["stages"])})
 
     def differences(self, saved: dict) -> list[str]:
         """What of a saved configuration differs from this one and may not when a run is resumed.
@@ -253,5 +255,7 @@ class TrainingConfig:
             f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING
         }
         saved = {**json.loads(json.dumps(defaults)), **saved}
+        if isinstance(saved.get("network"), dict):
+            saved["network"] = in_effect(saved["network"])
         given = {k: v for k, v in self.to_json().items() if k not in free}
         return checkpoints.differing_keys({k: v for k, v in saved.items() if k not in free}, given)

@@ -206,10 +206,11 @@ def test_help_is_quick_because_presets_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+ATTENDING = {"image_size": 8, "attn_resolutions": [4]}
 SMALL = {
-    "edm": {"image_size": 8, "encoder_widths": [16], "decoder_widths": [32, 16, 8], "num_blocks": 1},
-    "ncsnpp": {"image_size": 8, "encoder_widths": [16], "decoder_widths": [32, 16, 8], "num_blocks": 1},
-    "ldm": {"image_size": 8, "encoder_widths": [32], "decoder_widths": [64, 32, 32], "num_blocks": 1},
+    "edm": {**ATTENDING, "encoder_widths": [16], "decoder_widths": [32, 16, 8], "num_blocks": 1},
+    "ncsnpp": {**ATTENDING, "encoder_widths": [16], "decoder_widths": [32, 16, 8], "num_blocks": 1},
+    "ldm": {**ATTENDING, "encoder_widths": [32], "decoder_widths": [64, 32, 32], "num_blocks": 1},
     "uvit": {
         "image_size": 8,
         "encoder_widths": [32],

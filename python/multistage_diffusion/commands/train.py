@@ -167,7 +167,10 @@ def _add_network_options(parser) -> None:
     )
     group.add_argument("--num-blocks", type=whole(1), metavar="N", help="residual blocks per resolution")
     group.add_argument(
-        "--attn-resolutions", type=wholes, metavar="LIST", help="pixels per side at which there is attention"
+        "--attn-resolutions",
+        type=wholes,
+        metavar="LIST",
+        help="pixels per side at which there is attention: the image size, its half and so on; an empty text: none",
     )
     group.add_argument("--dropout", type=number(low=0), metavar="P", help="dropout probability")
     group.add_argument("--depth", type=whole(3), metavar="N", help="transformer blocks of a uvit")
@@ -349,6 +352,7 @@ def _saved_config(args) -> dict | None:
 
 def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
     """The configuration: that of the run being resumed or of the preset, changed by what was given."""
+    from ..networks import in_effect
     from ..stages import Stages
     from ..training_config import TrainingConfig
 
@@ -356,7 +360,7 @@ def make_config(args: argparse.Namespace, saved: dict | None, source: str, data)
         if args.variant is not None:
             raise ValueError("--variant: is that of a preset; give --preset, too")
         values = {**saved, "stages": Stages.from_json(saved["stages"])}
-        network = dict(saved["network"])
+        network = in_effect(saved["network"])
     else:
         values, network = _from_preset(args, source, data)
     network |= _given(args, NETWORK_OPTIONS)

@@ -15,7 +15,17 @@ from multistage_diffusion.stage_order import StageOrder
 
 FAMILIES = {network.family: network for network in (EDMUNet, NCSNpp, LDMUNet, UViT)}
 
-__all__ = ["FAMILIES", "EDMUNet", "LDMUNet", "NCSNpp", "StageNetwork", "StageOrder", "UViT", "build"]
+__all__ = [
+    "FAMILIES",
+    "EDMUNet",
+    "LDMUNet",
+    "NCSNpp",
+    "StageNetwork",
+    "StageOrder",
+    "UViT",
+    "build",
+    "in_effect",
+]
 
 
 def build(config: Mapping[str, object]) -> nn.Module:
@@ -32,3 +42,13 @@ def build(config: Mapping[str, object]) -> nn.Module:
         return FAMILIES[family](**arguments)
     except TypeError as error:
         raise ValueError(f"build: {family} does not take these arguments: {error}") from error
+
+
+def in_effect(config: Mapping[str, object]) -> dict[str, object]:
+    """What :func:`build` takes, of the saved configuration of a network that exists.
+
+    Earlier versions took ``attn_resolutions`` that the image never has, saved them and ignored them; ``build`` refuses
+    them. They are left out here, and the network is what it was. Any other configuration stays as it is.
+    """
+    family = config.get("family")
+    return FAMILIES[family].in_effect(config) if family in tuple(FAMILIES) else dict(config)

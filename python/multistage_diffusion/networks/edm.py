@@ -92,7 +92,8 @@ class EDMUNet(StageNetwork):
         decoder_widths: base width of each stage's decoder.
         channel_mult: per level, finest first, the multiple of the base width.
         num_blocks: residual blocks per level.
-        attn_resolutions: resolutions with attention.
+        attn_resolutions: resolutions with attention, all among those of the levels: ``image_size``, its half and so on.
+            The coarsest level has one attention more, whatever its resolution.
         dropout: dropout probability inside the residual blocks.
         channel_mult_emb: the embedding has this multiple of the encoder's base width.
         label_dim, augment_dim: sizes of the class and augmentation labels; 0: none.
@@ -135,7 +136,8 @@ class EDMUNet(StageNetwork):
         max_groups: int = 16,
     ) -> None:
         encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult, resample_filter = tuple(channel_mult), tuple(resample_filter)
+        channel_mult, attn_resolutions = tuple(channel_mult), tuple(attn_resolutions)
+        resample_filter = tuple(resample_filter)
         super().__init__(
             {
                 "image_size": image_size,
@@ -164,7 +166,7 @@ class EDMUNet(StageNetwork):
             encoder_widths=encoder_widths,
             decoder_widths=decoder_widths,
         )
-        check_levels("EDMUNet", image_size, channel_mult, num_blocks)
+        check_levels("EDMUNet", image_size, channel_mult, num_blocks, attn_resolutions)
         _check_type("embedding_type", embedding_type, EMBEDDING_TYPES)
         _check_type("encoder_type", encoder_type, ENCODER_TYPES)
         _check_type("decoder_type", decoder_type, DECODER_TYPES)

@@ -63,8 +63,9 @@ class LDMUNet(StageNetwork):
         decoder_widths: base width of each stage's decoder. Multiples of 32.
         channel_mult: per level, finest first, the multiple of the base width.
         num_blocks: residual blocks per level.
-        attn_resolutions: resolutions (of the latents) with attention after every block.
-        head_channels: channels per attention head.
+        attn_resolutions: resolutions (of the latents) with attention after every block, all among those of the levels:
+            ``image_size``, its half and so on. The middle has one attention more.
+        head_channels: channels per attention head: there are as many heads as fit into a width, and they share it.
         num_heads: heads of every attention, instead of ``head_channels``.
         dropout: dropout probability inside the residual blocks.
         context_dim: channels of the context's tokens; 0: no context.
@@ -128,7 +129,7 @@ class LDMUNet(StageNetwork):
             encoder_widths=encoder_widths,
             decoder_widths=decoder_widths,
         )
-        check_levels("LDMUNet", image_size, channel_mult, num_blocks)
+        check_levels("LDMUNet", image_size, channel_mult, num_blocks, attn_resolutions)
         self.label_dim, self.context_dim = label_dim, context_dim
         emb = tuple(EMB_MULT * w for w in encoder_widths)
         stages = len(encoder_widths)
@@ -173,7 +174,9 @@ class LDMUNet(StageNetwork):
         )
 
     def _heads(self, channels: int) -> int:
-        heads = self.config["num_heads"] or channels // self.config["head_channels"]
+        heads = self.config["num_heads"]
+        if heads is None:
+            heads = channels // self.config["head_channels"]
         if heads < 1 or channels % heads:
             raise ValueError(
                 f"LDMUNet: {channels} channels are no multiple of head_channels={self.config['head_channels']} "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -61,6 +63,23 @@ class StageNetwork(nn.Module):
         self.config = {"family": self.family, **config}
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.num_stages, self.shared_encoder = len(decoder_widths), len(encoder_widths) == 1
+
+    @classmethod
+    def in_effect(cls, arguments: Mapping[str, object]) -> dict[str, object]:
+        """The arguments without those of ``attn_resolutions`` that the image never has.
+
+        For the configurations of networks that exist: earlier versions and the reference implementations take such
+        resolutions and ignore them, where the constructor raises.
+        """
+        known = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | dict(arguments)
+        if "attn_resolutions" not in known:
+            return dict(arguments)
+        try:
+            there = _resolutions(known["image_size"], known["channel_mult"])
+            kept = [size for size in known["attn_resolutions"] if size in there]
+        except TypeError:  # something else is wrong, which the constructor says
+            return dict(arguments)
+        return {**arguments, "attn_resolutions": kept}
 
     def prepared(self, batch: int, **conditioning: Tensor | None) -> dict[str, Tensor | None]:
         """The conditioning as :meth:`run` gets it, still in the caller's order; ``batch`` is the number of samples.
@@ -127,8 +146,15 @@ class StageNetwork(nn.Module):
         return next(self.parameters()).dtype
 
 
-def check_levels(name: str, image_size: int, channel_mult: Widths, num_blocks: int) -> None:
-    """Raises ValueError unless a U-Net of these levels can halve its image at each of them."""
+def _resolutions(image_size: int, channel_mult: Widths) -> list[int]:
+    """Those of a U-Net's levels, finest first."""
+    return [image_size >> level for level in range(len(channel_mult))]
+
+
+def check_levels(
+    name: str, image_size: int, channel_mult: Widths, num_blocks: int, attn_resolutions: Sequence[int]
+) -> None:
+    """Raises ValueError unless a U-Net can halve its image at each of these levels and has these resolutions."""
     if not channel_mult or min(channel_mult) < 1 or num_blocks < 1:
         raise ValueError(
             f"{name}: channel_mult and num_blocks must be >= 1, got channel_mult={channel_mult}, "
@@ -138,4 +164,13 @@ def check_levels(name: str, image_size: int, channel_mult: Widths, num_blocks: i
     if image_size < factor or image_size % factor:
         raise ValueError(
             f"{name}: image_size must be a multiple of {factor} for {len(channel_mult)} levels, got {image_size}"
+        )
+    there = _resolutions(image_size, channel_mult)
+    if missing := [size for size in attn_resolutions if size not in there]:
+        nearest = {min(there, key=lambda size: abs(size - other)) for other in missing}
+        instead = sorted(nearest.union(attn_resolutions).difference(missing), reverse=True)
+        raise ValueError(
+            f"{name}: attn_resolutions={list(attn_resolutions)} names {', '.join(map(str, missing))}, but with "
+            f"image_size={image_size} and {len(there)} levels the resolutions are {', '.join(map(str, there))}; "
+            f"choose among these, for example attn_resolutions={instead}, or give none"
         )

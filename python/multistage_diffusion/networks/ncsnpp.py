@@ -72,7 +72,8 @@ class NCSNpp(StageNetwork):
         decoder_widths: base width of each stage's decoder.
         channel_mult: per level, finest first, the multiple of the base width.
         num_blocks: residual blocks per level.
-        attn_resolutions: resolutions with attention, after every encoder block and once in the decoder.
+        attn_resolutions: resolutions with attention, after every encoder block and once in the decoder; all among those
+            of the levels: ``image_size``, its half and so on. The middle has one attention more.
         dropout: dropout probability inside the residual blocks.
         resample_filter: taps of the resampling filter, an even number.
         skip_rescale: the sum of residual and skip is scaled by √½.
@@ -124,7 +125,7 @@ class NCSNpp(StageNetwork):
             encoder_widths=encoder_widths,
             decoder_widths=decoder_widths,
         )
-        check_levels("NCSNpp", image_size, channel_mult, num_blocks)
+        check_levels("NCSNpp", image_size, channel_mult, num_blocks, attn_resolutions)
         emb = tuple(EMB_MULT * w for w in encoder_widths)
         scale = SKIP_SCALE if skip_rescale else 1.0
         style = {

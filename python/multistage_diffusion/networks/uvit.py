@@ -55,7 +55,8 @@ class UViT(StageNetwork):
         in_channels: channels of the images.
         encoder_widths: width of the in-blocks: one if they are shared, or one per stage; even.
         decoder_widths: width of each stage's out-blocks.
-        depth: blocks in all: depth // 2 in-blocks, one in the middle, depth // 2 out-blocks.
+        depth: blocks in all, an odd number: depth // 2 in-blocks, one in the middle, depth // 2 out-blocks. An even
+            depth has one block more, as in the reference.
         num_heads: heads of every attention; divides the widths.
         patch_size: height and width of a patch.
         mlp_ratio: width of the feed-forward layers in multiples of the block's.

@@ -56,7 +56,7 @@ def build(config: Mapping[str, object]) -> EDMUNet:
     arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
     if "image_size" not in own:
         raise ValueError("official: edm needs the argument img_resolution")
-    return EDMUNet(**own)
+    return EDMUNet(**EDMUNet.in_effect(own))
 
 
 def entries(network: EDMUNet) -> Iterator[Entry]:

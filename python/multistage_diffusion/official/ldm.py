@@ -47,7 +47,8 @@ def build(config: Mapping[str, object]) -> LDMUNet:
     arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
     if "image_size" not in own:
         raise ValueError("official: ldm needs the argument image_size")
-    own["attn_resolutions"] = [own["image_size"] // factor for factor in factors]
+    levels = [1 << level for level in range(len(own["channel_mult"]))]
+    own["attn_resolutions"] = [own["image_size"] // factor for factor in factors if factor in levels]
     if stages not in (None, len(own["decoder_widths"])):
         raise ValueError(f"official: ldm got stage_num={stages} for de_nfs={own['decoder_widths']}")
     return LDMUNet(**own)

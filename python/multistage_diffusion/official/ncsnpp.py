@@ -63,7 +63,7 @@ def build(config: Mapping[str, object]) -> NCSNpp:
     arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
     if "image_size" not in own:
         raise ValueError("official: ncsnpp needs the argument image_size")
-    return NCSNpp(**own)
+    return NCSNpp(**NCSNpp.in_effect(own))
 
 
 def entries(network: NCSNpp) -> Iterator[Entry]:
