@@ -17,7 +17,7 @@ from torch import nn
 
 from .schedules import SCHEDULES, Schedule
 from .stage_order import StageOrder
-from .stages import Stages
+from .stages import Stages, StagesError
 from .transfer import host_to_device
 
 
@@ -271,12 +271,26 @@ def stages_in_sigma(stages: Stages, schedule: Schedule) -> Stages:
     The ends of the schedule's domain become 0 and infinity.
 
     Raises:
-        StagesError: the stages are neither in sigma nor in the schedule's variable.
+        StagesError: the stages are neither in sigma nor in the schedule's variable, do not cover its domain, or have
+            none of its noise levels in an interval.
     """
     if stages.variable == "sigma":
         return stages
     stages.require_variable(schedule.variable, "stages_in_sigma")
     lowest, highest = schedule.domain
+    if stages.domain != schedule.domain:
+        given = " to ".join(f"{end:g}" for end in stages.domain)
+        raise StagesError(
+            f"stages_in_sigma: the stages cut {stages.variable} from {given}, but this {type(schedule).__name__} has "
+            f"{lowest:g} to {highest:g}; cut that, as with Stages.from_boundaries(boundaries, {schedule.variable!r}, "
+            "schedule.domain)"
+        )
+    for stage, intervals in enumerate(stages.intervals):
+        if not all(schedule.holds(low, high) for low, high in intervals):
+            raise StagesError(
+                f"stages_in_sigma: stage {stage}, {stages.describe(stage)}, has no {schedule.variable} of this "
+                f"{type(schedule).__name__} in one of its intervals"
+            )
 
     def sigma(value: float) -> float:
         if value <= lowest:

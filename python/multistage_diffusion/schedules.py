@@ -245,7 +245,7 @@ class Schedule:
     Attributes:
         name: what the command line calls it.
         variable: the name of the variable, as in ``Stages``.
-        domain: its lowest and highest value.
+        domain: what stages in this variable cover. Of steps they cover 0 to their number, one beyond the last.
     """
 
     name: str
@@ -263,6 +263,13 @@ class Schedule:
     def cut(self, sigma) -> torch.Tensor:
         """The cut at ``sigma`` in this variable: what lies at or below the one lies at or below the other."""
         return self.value(sigma)
+
+    def holds(self, low: float, high: float) -> bool:
+        """Whether any value lies in (low, high]; the lowest of all belongs to the interval that begins there."""
+        if self.variable != "step":
+            return low < high
+        lowest, end = self.domain
+        return min(math.floor(high), end - 1) > (math.floor(low) if low > lowest else -1)
 
     def grid(self, points: int = 21) -> torch.Tensor:
         """Ascending values that represent all noise levels, for the clustering."""
@@ -284,6 +291,7 @@ class VP(Schedule):
             raise ValueError(
                 f"VP: beta_d={self.beta_d} must be at least 0 and beta_min={self.beta_min} above 0, both finite"
             )
+        _check_finite(self, self.sigma(1.0))
 
     def sigma(self, value) -> torch.Tensor:
         return vp_sigma(value, self.beta_d, self.beta_min)
@@ -383,7 +391,7 @@ class LDM(Schedule):
         """sigma of steps 0 to num_steps − 1, float64."""
         ends = math.sqrt(self.linear_start), math.sqrt(self.linear_end)
         beta = torch.linspace(*ends, self.num_steps, dtype=torch.float64).square()
-        return torch.expm1(-torch.log1p(-beta).cumsum(0)).sqrt()
+        return _check_finite(self, torch.expm1(-torch.log1p(-beta).cumsum(0)).sqrt())
 
     def sigma(self, value) -> torch.Tensor:
         step = _host64(value)
@@ -419,6 +427,13 @@ class LDM(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (VP, VE, EDM, LDM)}
+
+
+def _check_finite(schedule: Schedule, sigmas: torch.Tensor) -> torch.Tensor:
+    """The noise levels; raises ValueError where float64 cannot hold them."""
+    if not bool(sigmas.isfinite().all()):
+        raise ValueError(f"{schedule} has noise levels that float64 cannot hold; take smaller betas")
+    return sigmas
 
 
 def _check_ends(schedule: str, sigma_min: float, sigma_max: float) -> None:

@@ -15,7 +15,7 @@ from .atomic_files import replacing
 
 Interval = tuple[float, float]
 
-# What the stages of each named variable must cover together.
+# What the stages of each named variable must cover together, where no other domain is given.
 DOMAINS = {"sigma": (0.0, math.inf), "t": (0.0, 1.0), "step": (0.0, 1000.0)}
 
 EDM_BOUNDARIES = (0.0, 2.5103, 7.6577, math.inf)
@@ -34,15 +34,22 @@ class Stages:
 
     Args:
         intervals: for each stage its intervals ``[(low, high), ...]``.
-        variable: what the numbers measure: ``"sigma"`` (must cover 0 to inf), ``"t"`` (0 to 1) or
-            ``"step"`` (0 to 1000). Any other name is allowed, and then the stages may begin and end anywhere.
+        variable: what the numbers measure: ``"sigma"``, ``"t"`` or ``"step"``. Any other name is allowed, and then the
+            stages may begin and end anywhere.
+        domain: the lowest and the highest value, which the stages must cover, as the schedule has them that they are
+            meant for (``Schedule.domain``); default: 0 to inf for sigma, 0 to 1 for t, 0 to 1000 for step.
 
     Raises:
-        StagesError: (a ValueError) for an empty stage, decreasing ends, overlaps and gaps; names stage and
-            numbers.
+        StagesError: (a ValueError) for an empty stage, decreasing ends, overlaps, gaps, and cuts outside of the domain;
+            names stage and numbers.
     """
 
-    def __init__(self, intervals: Sequence[Sequence[Interval]], variable: str = "sigma"):
+    def __init__(
+        self,
+        intervals: Sequence[Sequence[Interval]],
+        variable: str = "sigma",
+        domain: Interval | None = None,
+    ):
         self.variable = str(variable)
         self.intervals = tuple(
             _checked_intervals(k, stage)
@@ -51,7 +58,7 @@ class Stages:
         if not self.intervals:
             raise StagesError("stages: at least one stage is needed, none was given")
         pieces = sorted((low, high, k) for k, stage in enumerate(self.intervals) for low, high in stage)
-        _check_partition(pieces, DOMAINS.get(self.variable))
+        _check_partition(pieces, DOMAINS.get(self.variable) if domain is None else _ends(domain))
         self._low = pieces[0][0]
         self._uppers = np.array([high for _, high, _ in pieces], dtype=np.float64)
         self._owners = np.array([k for _, _, k in pieces], dtype=np.int64)
@@ -64,17 +71,20 @@ class Stages:
         return cls.from_boundaries(EDM_BOUNDARIES)
 
     @classmethod
-    def single(cls, variable: str = "sigma") -> Stages:
+    def single(cls, variable: str = "sigma", domain: Interval | None = None) -> Stages:
         """One stage that holds every noise level: the unified (ordinary) diffusion model."""
-        return cls([[DOMAINS.get(variable, (0.0, math.inf))]], variable)
+        interval = DOMAINS.get(variable, (0.0, math.inf)) if domain is None else domain
+        return cls([[interval]], variable, domain)
 
     @classmethod
-    def from_boundaries(cls, boundaries: Iterable[float], variable: str = "sigma") -> Stages:
+    def from_boundaries(
+        cls, boundaries: Iterable[float], variable: str = "sigma", domain: Interval | None = None
+    ) -> Stages:
         """Stage k is (boundaries[k], boundaries[k + 1]]."""
         edges = [_number(b) for b in _items(boundaries, "boundaries must be a list of numbers")]
         if len(edges) < 2:
             raise StagesError(f"stages: at least two boundaries are needed, got {edges}")
-        return cls([[pair] for pair in itertools.pairwise(edges)], variable)
+        return cls([[pair] for pair in itertools.pairwise(edges)], variable, domain)
 
     @classmethod
     def from_json(cls, description: dict) -> Stages:
@@ -86,9 +96,10 @@ class Stages:
         variable = description.get("variable", "sigma")
         if not isinstance(variable, str):
             raise StagesError(f"stages: variable must be a name such as sigma, got {variable!r}")
+        domain = description.get("domain")
         if "stages" in description:
-            return cls(description["stages"], variable)
-        return cls.from_boundaries(description["boundaries"], variable)
+            return cls(description["stages"], variable, domain)
+        return cls.from_boundaries(description["boundaries"], variable, domain)
 
     @classmethod
     def load(cls, path: str | Path) -> Stages:
@@ -106,7 +117,10 @@ class Stages:
         stages = [
             [[_json_number(low), _json_number(high)] for low, high in stage] for stage in self.intervals
         ]
-        return {"variable": self.variable, "stages": stages}
+        found = {"variable": self.variable, "stages": stages}
+        if self.domain != DOMAINS.get(self.variable, self.domain):
+            found["domain"] = [_json_number(end) for end in self.domain]
+        return found
 
     def save(self, path: str | Path) -> None:
         """Writes ``stages.json``; missing folders are made, and an error leaves a file that was there as it was."""
@@ -166,6 +180,11 @@ class Stages:
             raise StagesError(f"{user}: needs stages of {variable!r}, got stages of {self.variable!r}")
 
     @property
+    def domain(self) -> Interval:
+        """The lowest and the highest value of all stages."""
+        return self._low, float(self._uppers[-1])
+
+    @property
     def num_stages(self) -> int:
         return len(self.intervals)
 
@@ -213,16 +232,19 @@ def _number(value) -> float:
         raise StagesError(f"stages: {value!r} is not a number") from None
 
 
+def _ends(interval, rule: str = "domain must be a pair (low, high)") -> Interval:
+    ends = _items(interval, rule)
+    if len(ends) != 2:
+        raise StagesError(f"stages: {rule}, got {interval!r}")
+    return _number(ends[0]), _number(ends[1])
+
+
 def _checked_intervals(stage: int, intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     """The intervals of one stage, sorted, neighbours merged."""
     merged: list[Interval] = []
     pairs = []
     for interval in _items(intervals, f"stage {stage} must be a list of intervals (low, high)"):
-        rule = f"stage {stage}: an interval is a pair (low, high)"
-        ends = _items(interval, rule)
-        if len(ends) != 2:
-            raise StagesError(f"stages: {rule}, got {interval!r}")
-        low, high = map(_number, ends)
+        low, high = _ends(interval, f"stage {stage}: an interval is a pair (low, high)")
         if not low < high:
             raise StagesError(
                 f"stages: stage {stage} has the interval {_span(low, high)}; "

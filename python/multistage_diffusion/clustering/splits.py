@@ -59,12 +59,12 @@ class Split:
         low, high = schedule.domain
         edges = (low, *schedule.cut(list(self.cuts)).tolist(), high)
         for stage, (first, last) in enumerate(itertools.pairwise(edges)):
-            if not first < last:
+            if not (first < last and schedule.holds(first, last)):
                 raise ValueError(
                     f"split: stage {stage} of {self.num_stages} would be ({first:g}, {last:g}] in {schedule.variable} "
                     f"of {schedule.name}, which is empty; take fewer stages or more levels in each (min_levels)"
                 )
-        return Stages.from_boundaries(edges, schedule.variable)
+        return Stages.from_boundaries(edges, schedule.variable, schedule.domain)
 
 
 def split(similarity: Similarity | Tensor, num_stages: int = 3, *, min_levels: int = 1) -> Split:

@@ -455,7 +455,7 @@ def parse_stages(text: str, schedule: str = "edm"):
     The ends of what the variable covers may be left out of the boundaries.
     """
     from ..schedules import SCHEDULES
-    from ..stages import DOMAINS, Stages
+    from ..stages import Stages
 
     variable = SCHEDULES[schedule].variable
     if text == "edm":
@@ -470,7 +470,7 @@ def parse_stages(text: str, schedule: str = "edm"):
         raise ValueError(
             f'--stages {text}: give "edm", "single", a .json file, or boundaries such as 2.5103,7.6577'
         ) from None
-    low, high = DOMAINS[variable]
+    low, high = SCHEDULES[schedule]().domain
     edges = edges if edges[0] == low else [low, *edges]
     edges = edges if edges[-1] == high else [*edges, high]
     return Stages.from_boundaries(edges, variable)
