@@ -78,10 +78,14 @@ def test_a_saved_configuration_keeps_the_attention_that_its_network_had(family):
     kept = networks.in_effect(config)
     assert kept == {**config, "attn_resolutions": [14]}
     assert built(kept).config["attn_resolutions"] == [14]
-    assert (
-        networks.in_effect({"family": family, "image_size": 24, "channel_mult": (1,)})["attn_resolutions"]
-        == []
-    )
+
+
+@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize(("size", "attending"), [(32, [16, 32]), (28, []), (16, [8, 16])])
+def test_the_default_is_what_there_is_of_the_published_resolutions(family, size, attending):
+    network = built({"family": family, **TWO_LEVELS, **UNETS[family], "image_size": size})
+    published = {8, 16, 32} if family == "ldm" else {16}
+    assert network.config["attn_resolutions"] == [r for r in attending if r in published]
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,14 @@ from multistage_diffusion.networks.embeddings import (
     drop_labels,
     label_batch,
 )
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels
+from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
 from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["EDMUNet"]
 
 ATTENTION = xavier_uniform(math.sqrt(0.2))
 MIN_CHANNELS_PER_GROUP, EPS = 4, 1e-6
+ATTENDING = (16,)
 
 EMBEDDING_TYPES = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 ENCODER_TYPES = {"standard": None, "skip": SkipInput, "residual": ResidualInput}
@@ -93,7 +94,7 @@ class EDMUNet(StageNetwork):
         channel_mult: per level, finest first, the multiple of the base width.
         num_blocks: residual blocks per level.
         attn_resolutions: resolutions with attention, all among those of the levels: ``image_size``, its half and so on.
-            The coarsest level has one attention more, whatever its resolution.
+            Default: 16, where that is one. The coarsest level has one attention more, whatever its resolution.
         dropout: dropout probability inside the residual blocks.
         channel_mult_emb: the embedding has this multiple of the encoder's base width.
         label_dim, augment_dim: sizes of the class and augmentation labels; 0: none.
@@ -122,7 +123,7 @@ class EDMUNet(StageNetwork):
         decoder_widths: Sequence[int] = (192, 128, 16),
         channel_mult: Sequence[int] = (2, 2, 2),
         num_blocks: int = 4,
-        attn_resolutions: Sequence[int] = (16,),
+        attn_resolutions: Sequence[int] | None = None,
         dropout: float = 0.13,
         channel_mult_emb: int = 4,
         label_dim: int = 0,
@@ -136,8 +137,9 @@ class EDMUNet(StageNetwork):
         max_groups: int = 16,
     ) -> None:
         encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult, attn_resolutions = tuple(channel_mult), tuple(attn_resolutions)
-        resample_filter = tuple(resample_filter)
+        channel_mult, resample_filter = tuple(channel_mult), tuple(resample_filter)
+        if attn_resolutions is None:
+            attn_resolutions = present(ATTENDING, image_size, channel_mult)
         super().__init__(
             {
                 "image_size": image_size,

@@ -33,7 +33,7 @@ from multistage_diffusion.networks.blocks import (
     encoder_blocks,
 )
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding, label_batch
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels
+from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
 from multistage_diffusion.networks.transformer import SpatialTransformer
 from multistage_diffusion.stage_order import StageOrder
 
@@ -41,6 +41,7 @@ __all__ = ["LDMUNet"]
 
 GROUPS, EPS, TRANSFORMER_EPS = 32, 1e-5, 1e-6
 EMB_MULT = 4
+ATTENDING = (8, 16, 32)
 ZERO = xavier_uniform(1e-5)
 
 
@@ -64,7 +65,8 @@ class LDMUNet(StageNetwork):
         channel_mult: per level, finest first, the multiple of the base width.
         num_blocks: residual blocks per level.
         attn_resolutions: resolutions (of the latents) with attention after every block, all among those of the levels:
-            ``image_size``, its half and so on. The middle has one attention more.
+            ``image_size``, its half and so on. Default: those of 8, 16 and 32 that there are.
+            The middle has one attention more.
         head_channels: channels per attention head: there are as many heads as fit into a width, and they share it.
         num_heads: heads of every attention, instead of ``head_channels``.
         dropout: dropout probability inside the residual blocks.
@@ -92,7 +94,7 @@ class LDMUNet(StageNetwork):
         decoder_widths: Sequence[int] = (256, 192, 128),
         channel_mult: Sequence[int] = (1, 2, 3, 4),
         num_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (8, 16, 32),
+        attn_resolutions: Sequence[int] | None = None,
         head_channels: int = 32,
         num_heads: int | None = None,
         dropout: float = 0.0,
@@ -103,7 +105,9 @@ class LDMUNet(StageNetwork):
         reduced_attention: bool = False,
     ) -> None:
         encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult, attn_resolutions = tuple(channel_mult), tuple(attn_resolutions)
+        channel_mult = tuple(channel_mult)
+        if attn_resolutions is None:
+            attn_resolutions = present(ATTENDING, image_size, channel_mult)
         super().__init__(
             {
                 "image_size": image_size,

@@ -72,11 +72,10 @@ class StageNetwork(nn.Module):
         resolutions and ignore them, where the constructor raises.
         """
         known = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | dict(arguments)
-        if "attn_resolutions" not in known:
+        if known.get("attn_resolutions") is None:
             return dict(arguments)
         try:
-            there = _resolutions(known["image_size"], known["channel_mult"])
-            kept = [size for size in known["attn_resolutions"] if size in there]
+            kept = list(present(known["attn_resolutions"], known["image_size"], known["channel_mult"]))
         except TypeError:  # something else is wrong, which the constructor says
             return dict(arguments)
         return {**arguments, "attn_resolutions": kept}
@@ -149,6 +148,12 @@ class StageNetwork(nn.Module):
 def _resolutions(image_size: int, channel_mult: Widths) -> list[int]:
     """Those of a U-Net's levels, finest first."""
     return [image_size >> level for level in range(len(channel_mult))]
+
+
+def present(attn_resolutions: Sequence[int], image_size: int, channel_mult: Widths) -> tuple[int, ...]:
+    """Those that a U-Net of these levels has."""
+    there = _resolutions(image_size, channel_mult)
+    return tuple(size for size in attn_resolutions if size in there)
 
 
 def check_levels(

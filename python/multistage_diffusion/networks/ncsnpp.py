@@ -32,12 +32,13 @@ from multistage_diffusion.networks.blocks import (
     encoder_blocks,
 )
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels
+from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
 
 __all__ = ["NCSNpp"]
 
 ATTENTION, ZERO = xavier_uniform(0.1**0.5), xavier_uniform(1e-5)
 MIN_CHANNELS_PER_GROUP, EPS = 4, 1e-6
+ATTENDING = (16,)
 EMB_MULT = 4
 
 
@@ -73,7 +74,8 @@ class NCSNpp(StageNetwork):
         channel_mult: per level, finest first, the multiple of the base width.
         num_blocks: residual blocks per level.
         attn_resolutions: resolutions with attention, after every encoder block and once in the decoder; all among those
-            of the levels: ``image_size``, its half and so on. The middle has one attention more.
+            of the levels: ``image_size``, its half and so on. Default: 16, where that is one.
+            The middle has one attention more.
         dropout: dropout probability inside the residual blocks.
         resample_filter: taps of the resampling filter, an even number.
         skip_rescale: the sum of residual and skip is scaled by √½.
@@ -95,7 +97,7 @@ class NCSNpp(StageNetwork):
         decoder_widths: Sequence[int] = (192, 128, 16),
         channel_mult: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 8,
-        attn_resolutions: Sequence[int] = (16,),
+        attn_resolutions: Sequence[int] | None = None,
         dropout: float = 0.1,
         resample_filter: Sequence[float] = (1, 3, 3, 1),
         skip_rescale: bool = True,
@@ -103,7 +105,9 @@ class NCSNpp(StageNetwork):
         max_groups: int = 16,
     ) -> None:
         encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult, attn_resolutions = tuple(channel_mult), tuple(attn_resolutions)
+        channel_mult = tuple(channel_mult)
+        if attn_resolutions is None:
+            attn_resolutions = present(ATTENDING, image_size, channel_mult)
         super().__init__(
             {
                 "image_size": image_size,
