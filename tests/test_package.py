@@ -26,7 +26,7 @@ SOURCES = sorted([*KERNELS.rglob("*.py"), *MODELS.rglob("*.py")])
 # listed stands on top.
 STOREYS = (
     {"_private", "reference"},
-    {"allocate", "tuned"},
+    {"allocate", "batch_invariance", "processor", "tuned"},
     {"library", "native", "triton"},
     {"backends", "stage_batch"},
     {"ops"},

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.batch_invariance import elementwise
 from msd_kernels.library.segments import gather, split
 from msd_kernels.reference.dtypes import wide
 
@@ -153,7 +154,7 @@ def _modulate(y, scale, shift, silu):
         y = y * (1 + scale.to(y.dtype))
     if shift is not None:
         y = y + shift.to(y.dtype)
-    return F.silu(y) if silu else y
+    return elementwise(F.silu, y) if silu else y
 
 
 def _flatten(y: Tensor, channels_last: bool) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
+from msd_kernels import batch_invariance
 from msd_kernels.backends import Explanation
 
 NAMES = ("attention", "group_norm", "grouped_conv2d", "grouped_linear", "optimal_denoiser", "resample2d")
@@ -21,4 +23,10 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     """
     if op not in NAMES:
         raise ValueError(f"explain: unknown op {op!r}; there are {', '.join(NAMES)}")
-    return import_module(f"msd_kernels.ops.{op}").explain(*args, **kwargs)
+    module = import_module(f"msd_kernels.ops.{op}")
+    explanation = module.explain(*args, **kwargs)
+    if batch_invariance.active() and hasattr(getattr(module, op), "by_sample"):
+        return replace(
+            explanation, why=f"{explanation.why}; called sample by sample inside of batch_invariant()"
+        )
+    return explanation

@@ -11,6 +11,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import attention as library
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
+from msd_kernels.ops._samples import sample_by_sample
 from msd_kernels.reference import attention as reference
 from msd_kernels.reference import autodiff
 from msd_kernels.reference.dtypes import wide
@@ -43,6 +44,7 @@ BACKENDS = OpBackends(
 )
 
 
+@sample_by_sample(("q", "k", "v"), ("num_heads",))
 def attention(
     q: Tensor | StageBatch,
     k: Tensor | StageBatch | None = None,

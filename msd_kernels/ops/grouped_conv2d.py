@@ -11,6 +11,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_conv2d as library
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
+from msd_kernels.ops._samples import sample_by_sample
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_conv2d as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
@@ -35,6 +36,7 @@ BACKENDS = OpBackends(
 )
 
 
+@sample_by_sample(("x", "skip", "sample_bias", "residual"), ("weight", "bias"))
 def grouped_conv2d(
     x: StageBatch,
     weight: StageWeights | Sequence[Tensor],

@@ -11,6 +11,7 @@ from msd_kernels.backends import Candidate, Explanation, OpBackends
 from msd_kernels.library import grouped_linear as library
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
+from msd_kernels.ops._samples import sample_by_sample
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import grouped_linear as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
@@ -33,6 +34,7 @@ BACKENDS = OpBackends(
 )
 
 
+@sample_by_sample(("x",), ("weight", "bias"))
 def grouped_linear(
     x: Tensor | StageBatch,
     weight: StageWeights | Sequence[Tensor],

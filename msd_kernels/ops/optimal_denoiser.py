@@ -19,6 +19,7 @@ from msd_kernels.library import optimal_denoiser as library
 from msd_kernels.native import optimal_denoiser as native
 from msd_kernels.ops import _arguments, _checks, _tracing
 from msd_kernels.ops._operators import operator
+from msd_kernels.ops._samples import sample_by_sample
 from msd_kernels.reference import autodiff
 from msd_kernels.reference import optimal_denoiser as reference
 from msd_kernels.triton import optimal_denoiser as triton
@@ -61,6 +62,7 @@ class DenoiserPosterior(NamedTuple):
     effective_samples: Tensor
 
 
+@sample_by_sample(("x", "sigma"))
 def optimal_denoiser(
     x: Tensor,
     sigma: float | Tensor,

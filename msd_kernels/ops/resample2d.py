@@ -14,6 +14,7 @@ from msd_kernels.native import cuda_resample2d
 from msd_kernels.native import resample2d as native
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
+from msd_kernels.ops._samples import sample_by_sample
 from msd_kernels.reference import resample2d as reference
 from msd_kernels.stage_batch import StageBatch
 from msd_kernels.triton import resample2d as triton
@@ -36,6 +37,7 @@ BACKENDS = OpBackends(
 )
 
 
+@sample_by_sample(("x",))
 def resample2d(
     x: Tensor | StageBatch, filter: Sequence[float], up: int = 1, down: int = 1
 ) -> Tensor | StageBatch:

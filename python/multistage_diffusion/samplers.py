@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from operator import index
 
 import torch
+
+import msd_kernels
 
 from .checks import integer
 from .dpm_solver import DDIMConfig, Denoise, DPMMultistepConfig, DPMSinglestepConfig, Draw
@@ -303,6 +306,7 @@ def generate(
     seeds: Sequence[int],
     shape: Sequence[int],
     config: AnyConfig | None = None,
+    batch_invariant: bool = False,
     *,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float64,
@@ -314,9 +318,11 @@ def generate(
 
     Args:
         denoiser: D(x; sigma), in eval mode.
-        seeds: one integer per sample; sample i depends on seeds[i] only.
+        seeds: one integer per sample; sample i depends on seeds[i] only, to rounding.
         shape: (C, H, W).
         config: which sampler, and its settings; default: EDM's, 18 deterministic steps.
+        batch_invariant: on the CPU, sample i depends on seeds[i] only bit for bit: it is the same image whatever
+            ``batch_size``, the other seeds and their order; slower. See :func:`msd_kernels.batch_invariant`.
         batch_size: samples per network evaluation.
         dtype: of x between the steps; float64 as in EDM, float32 is faster on devices with slow float64.
         device: default: where the denoiser's weights are.
@@ -325,10 +331,15 @@ def generate(
 
     Returns:
         ``Samples`` with the images on the CPU.
+
+    Raises:
+        NotImplementedError: ``batch_invariant`` on another device than the CPU, or for a compiled network.
     """
     batch_size = integer("generate", "batch_size", batch_size, 1)
     seeds = require_seeds(seeds, "generate")
-    device = device if device is not None else _device_of(denoiser)
+    device = torch.device(device if device is not None else _device_of(denoiser))
+    if batch_invariant and device.type != "cpu":
+        raise NotImplementedError(f"generate: batch_invariant holds on the CPU, got device={device}")
     starts = range(0, len(seeds), batch_size)
     parts = []
     for b, start in enumerate(starts):
@@ -340,7 +351,8 @@ def generate(
                 progress(finished * steps + step, len(starts) * steps)
 
         noise = SeededNoise(seeds[window], shape, device, dtype)
-        result = sample(denoiser, noise, config, progress=report, **part)
+        with msd_kernels.batch_invariant() if batch_invariant else nullcontext():
+            result = sample(denoiser, noise, config, progress=report, **part)
         parts.append(result)
         result.images = result.images.cpu()
     if not parts:

@@ -88,7 +88,12 @@ def add_parser(subparsers):
     group.add_argument(
         "--batch", type=whole(1), default=64, metavar="N", help="images per network evaluation; default: 64"
     )
-
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="on the CPU: an image depends on its seed alone bit for bit, whatever --batch and the other seeds, not "
+        "just to rounding; slower",
+    )
     group.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; default: fp32"
     )
@@ -226,6 +231,8 @@ def _sample(args, processes) -> None:
     processes.first_does(lambda: check_replaceable(args.out, "--out"))
     sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
     device = set_up_machine(args)
+    if args.batch_invariant and device.type != "cpu":
+        raise ValueError(f"--batch-invariant: holds on the CPU, got {device}; try --device cpu")
     model = load_model(args.source, args.weights, device)
     if args.cuda_graphs:
         model.denoiser.network = GraphedNetwork(model.denoiser.network)
@@ -243,6 +250,7 @@ def _sample(args, processes) -> None:
             own_seeds,
             (network.in_channels, network.image_size, network.image_size),
             config,
+            args.batch_invariant,
             batch_size=args.batch,
             device=device,
             progress=_progress if processes.is_first and sys.stderr.isatty() else None,
