@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from multistage_diffusion import networks
+from multistage_diffusion import EDMPreconditioner, Stages, networks
 from multistage_diffusion.cli import build_parser
 from multistage_diffusion.commands import load_commands
 from multistage_diffusion.convert import save_network
@@ -27,9 +27,8 @@ def blocks(document: str, language: str) -> list[str]:
 def _converted_file(tmp_path, monkeypatch):
     """What the documents' ``msd convert`` writes: the working folder has a small one."""
     network = {"family": "edm", "image_size": 8, "encoder_widths": [8], "decoder_widths": [8, 8, 4]}
-    save_network(
-        tmp_path / "model.safetensors", networks.build(network | {"channel_mult": [1], "num_blocks": 1})
-    )
+    network = networks.build(network | {"channel_mult": [1], "num_blocks": 1})
+    save_network(tmp_path / "model.safetensors", EDMPreconditioner(network, Stages.edm()))
     monkeypatch.chdir(tmp_path)
 
 

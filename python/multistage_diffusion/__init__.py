@@ -9,7 +9,13 @@ import importlib
 
 _EXPORTS = {
     "stages": ("Stages", "StagesError"),
-    "preconditioning": ("EDMPreconditioner", "Preconditioner", "SchedulePreconditioner", "precondition"),
+    "preconditioning": (
+        "EDMPreconditioner",
+        "IDDPMPreconditioner",
+        "Preconditioner",
+        "SchedulePreconditioner",
+        "precondition",
+    ),
     "losses": ("denoising_loss", "edm_loss"),
     "noise_levels": ("MixedNoise", "StratifiedNoise", "SystematicNoise"),
     "schedules": ("LogNormal", "Uniform", "edm_sigmas", "vp_sigma", "vp_t"),
@@ -19,6 +25,7 @@ _EXPORTS = {
     "presets": ("PRESETS",),
     "ema": ("EMA",),
     "checkpoints": ("CheckpointError", "load_model"),
+    "network_files": ("CheckpointFileError", "load_denoiser", "load_network"),
     "cuda_graphs": ("GraphedFunction", "GraphedNetwork"),
     "data_parallel": ("Processes",),
     "stage_order": ("StageOrder",),

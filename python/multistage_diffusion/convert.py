@@ -1,4 +1,4 @@
-"""Reads the checkpoint files of the published models, and saves networks in one file that executes nothing.
+"""Reads the checkpoint files of the published models; what they become is saved and loaded by ``network_files``.
 
 EDM's ``.pkl`` goes through a restricted unpickler (``official.pickles``), score SDE's ``.pth`` and latent diffusion's
 ``.ckpt`` through ``torch.load(weights_only=True)``.
@@ -6,7 +6,6 @@ EDM's ``.pkl`` goes through a restricted unpickler (``official.pickles``), score
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -14,25 +13,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import networks, official
-from .atomic_files import replacing
-from .checkpoints import write_tensors
-from .official import irregular
+from .network_files import load_denoiser, load_network, save_network
+from .official import denoisers, irregular
 from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors
+from .presets import find
+from .stages import Stages
 
-__all__ = ["CheckpointFileError", "ReferenceCheckpoint", "load_network", "network_of", "read", "save_network"]
+__all__ = [
+    "CheckpointFileError",
+    "ReferenceCheckpoint",
+    "denoiser_of",
+    "load_denoiser",
+    "load_network",
+    "network_of",
+    "read",
+    "save_network",
+    "schedule_name",
+]
 
 WEIGHTS = ("ema", "raw")
-FORMAT = "multistage_diffusion.network"
 MOST_ITEMS = 500
-LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES = (
+LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES, LDM_BETAS = (
     "model.diffusion_model.",
     "model_ema.",
     "cond_stage_model.embedding.weight",
+    "betas",
 )
+ZIP_START = b"PK\x03\x04"
+# Of the weights' bytes in relation to the file's: some layers are saved under several names.
+MOST_COPIES, SLACK = 2, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,15 @@ class ReferenceCheckpoint:
         tensors: the chosen weights under the reference's names.
         config: the constructor's arguments, where the file has them.
         weights: which weights they are: averaged, raw, or the only ones of the file.
+        preconditioner: schedule and constants of the denoiser, where the file has them, as ``precondition`` takes them.
+        unknown_preconditioner: the class of one that the file has, but that is not known here.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, object] | None
     weights: str
+    preconditioner: dict[str, object] | None = None
+    unknown_preconditioner: str | None = None
 
 
 def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
@@ -58,7 +74,8 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
         weights: ``"ema"`` (averaged) or ``"raw"`` (as trained), where the file has both.
 
     Raises:
-        CheckpointFileError: the file wants to run code (the message names what), is truncated, or has no network in it.
+        CheckpointFileError: the file wants to run code (the message names what), is truncated, has no network in it, or
+            would become far larger in memory than it is.
         ValueError: ``weights`` is neither, or the file lacks them.
         OSError: the file cannot be read.
     """
@@ -66,8 +83,21 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
     if weights not in WEIGHTS:
         raise ValueError(f"convert: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     with path.open("rb") as file:  # here, so that a missing file is an OSError, whatever reads it then
-        _refuse_text(file.read(1024), path)
-    is_zip = zipfile.is_zipfile(path)
+        head = file.read(1024)
+    _refuse_text(head, path)
+    is_zip = head.startswith(ZIP_START) or zipfile.is_zipfile(path)
+    if is_zip:
+        _require_unpacked(path)
+    found = _read(path, weights, is_zip)
+    size, limit = sum(t.numel() * t.element_size() for t in found.tensors.values()), path.stat().st_size
+    if size > MOST_COPIES * limit + SLACK:
+        raise CheckpointFileError(
+            f"{path}: the weights would take {size:,} bytes, the file has {limit:,}: many names share the same values"
+        )
+    return found
+
+
+def _read(path: Path, weights: str, is_zip: bool) -> ReferenceCheckpoint:
     if path.suffix == ".pkl" and not is_zip:
         return _from_records(read_pickle(path), weights, path)
     content = _load_tensors(path)
@@ -90,40 +120,6 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
     return ReferenceCheckpoint(_without_prefix(tensors, "module."), None, "the only ones")
 
 
-def save_network(path: str | Path, network: nn.Module, notes: Mapping[str, str] | None = None) -> None:
-    """Writes weights and configuration of a network to one ``.safetensors`` file; see :func:`load_network`.
-
-    Missing folders are made. An error leaves a file that was there as it was.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be made or written.
-    """
-    metadata = {"format": FORMAT, "config": json.dumps(network.config), **(notes or {})}
-    with replacing(path) as temporary:
-        write_tensors(temporary, network.state_dict(), metadata)
-
-
-def load_network(path: str | Path) -> nn.Module:
-    """The network that :func:`save_network` wrote, on the CPU.
-
-    Raises:
-        CheckpointFileError: the file is truncated, or was written by something else.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointFileError(
-                    f"{path} was not written by msd convert: it has no {FORMAT} metadata"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except SafetensorError as error:
-        raise CheckpointFileError(f"{path} is truncated or no safetensors file: {error}") from error
-    network = networks.build(networks.in_effect(json.loads(metadata["config"])))
-    network.load_state_dict(tensors)
-    return network
-
-
 def _refuse_text(head: bytes, path: Path) -> None:
     """Says what a file of text is that was taken for a checkpoint."""
     start = head.lstrip().lower()
@@ -138,6 +134,25 @@ def _refuse_text(head: bytes, path: Path) -> None:
     else:
         return
     raise CheckpointFileError(f"{path} is no checkpoint, but {found}")
+
+
+def _require_unpacked(path: Path) -> None:
+    """Raises unless a zip holds the records as they are, as PyTorch writes them: packed ones may be of any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise CheckpointFileError(
+            f"{path} is truncated or no PyTorch checkpoint ({_reason(error)}); copy it again"
+        ) from None
+    if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
+        raise CheckpointFileError(
+            f"{path}: its record {official.shown(packed[0])} is compressed, which PyTorch's records are not; save the "
+            "weights again with torch.save"
+        )
+    size, limit = sum(record.file_size for record in records), path.stat().st_size
+    if size > limit:
+        raise CheckpointFileError(f"{path}: its records claim {size:,} bytes, but the file has {limit:,}")
 
 
 def _load_tensors(path: Path):
@@ -199,11 +214,18 @@ def _from_records(content: object, weights: str, path: Path) -> ReferenceCheckpo
     else:
         raise CheckpointFileError(f"{path} holds no network: expected an EDM snapshot with the entry {key}")
     inner = record.entries("_modules").get("model")
-    record = inner if isinstance(inner, Record) else record
+    said, unknown = None, None
+    if isinstance(inner, Record):
+        try:
+            said = denoisers.of_record(record)
+        except ValueError as error:
+            raise CheckpointFileError(f"{path}: {error}") from None
+        unknown = record.class_name if said is None else None
+        record = inner
     config = record.entries("_init_kwargs")
     _require_plain(config, path)
     tensors = _named_tensors(dict(record_tensors(record)), f"the network {key}", path)
-    return ReferenceCheckpoint(tensors, dict(config) or None, weights)
+    return ReferenceCheckpoint(tensors, dict(config) or None, weights, said, unknown)
 
 
 def _require_plain(config: Mapping, path: Path) -> None:
@@ -244,7 +266,8 @@ def _from_ldm(state: Mapping[str, Tensor], weights: str, path: Path) -> Referenc
     found = {own: state[name] for own, name in raw.items()}
     if LDM_CLASSES in state:
         found[LDM_CLASSES] = state[LDM_CLASSES]
-    return ReferenceCheckpoint(_named_tensors(found, "state_dict", path), None, weights)
+    said = denoisers.of_betas(state.get(LDM_BETAS))
+    return ReferenceCheckpoint(_named_tensors(found, "state_dict", path), None, weights, said)
 
 
 def _from_score_sde(content: Mapping, weights: str, path: Path) -> ReferenceCheckpoint:
@@ -310,6 +333,51 @@ def network_of(
     return official.load(checkpoint.tensors, family, config)
 
 
+def denoiser_of(
+    checkpoint: ReferenceCheckpoint,
+    network: nn.Module,
+    config: Mapping[str, object] | None = None,
+    preset: str | None = None,
+    preconditioning: Mapping[str, object] | None = None,
+    stages: Stages | None = None,
+) -> denoisers.KeptDenoiser:
+    """D(x; sigma) around a converted network, and in words how it is known.
+
+    Schedule and constants are the file's, where it has them, else ``preconditioning``, else those of the preset or the
+    family's published model. Stages are ``stages``, else those of the constructor's arguments, else the published ones.
+
+    Args:
+        checkpoint: what ``read`` gave.
+        network: what ``network_of`` made of it, or a multi-stage network that starts from that.
+        config, preset: as given to ``network_of``.
+        preconditioning: ``{"schedule": name, **constants}``, as ``precondition`` takes them.
+        stages: in sigma or in the schedule's variable.
+
+    Raises:
+        ValueError: ``preconditioning`` contradicts the file, or stages or constants do not fit.
+    """
+    return denoisers.denoiser(
+        network,
+        {} if preset else config or checkpoint.config or {},
+        checkpoint.preconditioner,
+        preconditioning,
+        stages,
+        preset=find(preset) if preset else None,
+        unknown=checkpoint.unknown_preconditioner,
+    )
+
+
+def schedule_name(
+    checkpoint: ReferenceCheckpoint,
+    family: str,
+    preset: str | None = None,
+    preconditioning: Mapping[str, object] | None = None,
+) -> str:
+    """The schedule that ``denoiser_of`` takes for these arguments."""
+    published = find(preset) if preset else denoisers.published_by(family)
+    return denoisers.schedule_name(checkpoint.preconditioner, preconditioning, published)
+
+
 def _size_of(tensors: Mapping[str, Tensor], name: str, dim: int) -> int:
     """The size of a matrix in one dimension; 0 without such a matrix."""
     matrix = tensors.get(name)
@@ -318,8 +386,6 @@ def _size_of(tensors: Mapping[str, Tensor], name: str, dim: int) -> int:
 
 def _preset_config(name: str, family: str, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """The preset as the reference builds it: unified where the names show one decoder."""
-    from .presets import find
-
     preset = find(name)
     if preset.network["family"] != family:
         raise ValueError(f"convert: preset {name} is of the family {preset.network['family']}, not {family}")

@@ -8,14 +8,16 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .schedules import SCHEDULES, Schedule
+from .schedules import IDDPM, SCHEDULES, Schedule
 from .stage_order import StageOrder
 from .stages import Stages, StagesError
 from .transfer import host_to_device
@@ -63,6 +65,28 @@ class Preconditioner(nn.Module):
 
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
         raise NotImplementedError
+
+    def constants(self) -> dict[str, object]:
+        """What, besides network and stages, makes another one of the same: the arguments of ``precondition``."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, object]:
+        """Constants and stages, JSON-able; ``from_json`` inverts it."""
+        return as_json(self.constants()) | {"stages": self.stages.to_json()}
+
+    def require_own_network(self) -> None:
+        """Raises ValueError where the network is known, from the file that it was read from, to be of another denoiser.
+
+        ``network.preconditioning`` is what ``to_json`` said of that one.
+        """
+        said = getattr(self.network, "preconditioning", None)
+        if said is None:
+            return
+        if wrong := differences(said, self.to_json()):
+            raise ValueError(
+                f"{type(self).__name__}: the network is of another denoiser: {'; '.join(wrong)}; load_denoiser gives "
+                "the file's own, and network.preconditioning = None says that you want another one"
+            )
 
     def forward(
         self,
@@ -126,7 +150,11 @@ class Preconditioner(nn.Module):
         F = self.network(
             (c_in * x).to(network_dtype), c_noise.flatten().to(noise_dtype), stage, **conditioning
         )
-        return c_skip * x + c_out * F.to(dtype)
+        return c_skip * x + c_out * self.prediction_in(F, x.shape[1]).to(dtype)
+
+    def prediction_in(self, F: torch.Tensor, channels: int) -> torch.Tensor:
+        """The part of the network's output that D is made of: all of it."""
+        return F
 
     def batched_sigma(self, sigma, batch: int) -> torch.Tensor:
         """One sigma per sample ``[B]``, checked where it is on the host; float64 there. Raises as a call."""
@@ -175,13 +203,31 @@ class EDMPreconditioner(Preconditioner):
     Args:
         network, stages: see ``Preconditioner``.
         sigma_data: standard deviation of the data.
+        sigma_min, sigma_max: the noise levels that the network is said to serve; nothing is computed with them.
     """
 
-    def __init__(self, network: nn.Module, stages: Stages, sigma_data: float = 0.5):
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Stages,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
+    ):
         super().__init__(network, stages)
         if not sigma_data > 0:
             raise ValueError(f"EDMPreconditioner: sigma_data={sigma_data} must be positive")
+        if not 0 <= sigma_min < sigma_max:
+            raise ValueError(
+                f"EDMPreconditioner: 0 <= sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}"
+            )
         self.sigma_data = float(sigma_data)
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self.require_own_network()
+
+    def constants(self) -> dict[str, object]:
+        limits = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return {"schedule": "edm", "sigma_data": self.sigma_data, **limits}
 
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
         return edm_coefficients(sigma, self.sigma_data)
@@ -200,7 +246,7 @@ class SchedulePreconditioner(Preconditioner):
         "x0":       F                           F predicts y
         "v":        s² x - s sigma F            F predicts s (n - sigma y) (arXiv 2202.00512); not for VE
 
-    ``c_noise`` is 999 t for VP, ln(sigma / 2) for VE, and the nearest step for LDM (EDM, arXiv 2206.00364, table 1).
+    ``c_noise`` is (M − 1) t for VP, ln(sigma / 2) for VE, and the nearest step for LDM (arXiv 2206.00364, table 1).
     The stage is that of sigma itself: next to a cut, the step that a decoder is told may be its neighbour's last.
 
     Args:
@@ -210,9 +256,13 @@ class SchedulePreconditioner(Preconditioner):
         prediction: ``"epsilon"``, ``"x0"`` or ``"v"``.
     """
 
+    served = ("vp", "ve", "ldm")
+
     def __init__(self, network: nn.Module, stages: Stages, schedule: Schedule, prediction: str = "epsilon"):
-        if schedule.name not in ("vp", "ve", "ldm"):
-            raise ValueError(f"SchedulePreconditioner: schedule must be VP, VE or LDM, got {schedule!r}")
+        if schedule.name not in self.served:
+            raise ValueError(
+                f"{type(self).__name__}: schedule must be {' or '.join(self.served).upper()}, got {schedule!r}"
+            )
         if prediction not in PREDICTIONS or (prediction == "v" and schedule.name == "ve"):
             raise ValueError(
                 f"SchedulePreconditioner: prediction must be one of {', '.join(PREDICTIONS)} (v not for VE), "
@@ -220,6 +270,13 @@ class SchedulePreconditioner(Preconditioner):
             )
         super().__init__(network, stages_in_sigma(stages, schedule))
         self.schedule, self.prediction = schedule, prediction
+        self.require_own_network()
+
+    def constants(self) -> dict[str, object]:
+        fields = {
+            field.name: getattr(self.schedule, field.name) for field in dataclasses.fields(self.schedule)
+        }
+        return {"schedule": self.schedule.name, **fields, "prediction": self.prediction}
 
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
         """On the host, in float64."""
@@ -237,7 +294,54 @@ class SchedulePreconditioner(Preconditioner):
         if self.schedule.name == "ve":
             return (sigma / 2).log()
         value = self.schedule.value(sigma)
-        return 999 * value if self.schedule.variable == "t" else value.round()
+        return (self.schedule.M - 1) * value if self.schedule.variable == "t" else value.round()
+
+
+class IDDPMPreconditioner(SchedulePreconditioner):
+    """The denoiser around a network of improved DDPM (arXiv 2102.09672), after EDM (arXiv 2206.00364, table 1).
+
+    D(x; sigma) = x − sigma F(x / sqrt(1 + sigma²); c_noise), where ``c_noise`` is the step with the nearest noise
+    level, −1 for what is nearer to 0 than to all of them. Channels of F beyond those of x, the learned variance, are
+    left out.
+
+    Args:
+        network: see ``Preconditioner``.
+        stages: in sigma, or in steps.
+        schedule: ``IDDPM``.
+        prediction: ``"epsilon"``, ``"x0"`` or ``"v"``, as for ``SchedulePreconditioner``.
+    """
+
+    served = ("iddpm",)
+
+    def prediction_in(self, F: torch.Tensor, channels: int) -> torch.Tensor:
+        return F[:, :channels]
+
+    def _c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self.schedule.nearest(sigma)
+
+
+PRECONDITIONINGS: dict[str, type[Schedule]] = {**SCHEDULES, IDDPM.name: IDDPM}
+EDM_CONSTANTS = ("sigma_data", "sigma_min", "sigma_max")
+# They say what a network was made for, but D is the same without them.
+LIMITS = ("sigma_min", "sigma_max", "epsilon_t")
+
+
+def constants_of(schedule: str) -> tuple[str, ...]:
+    """The names of the constants that ``precondition`` takes for a schedule."""
+    if schedule == "edm":
+        return EDM_CONSTANTS
+    return (*(field.name for field in dataclasses.fields(PRECONDITIONINGS[schedule])), "prediction")
+
+
+def require_known(user: str, schedule: object, constants: Iterable[str]) -> None:
+    """Raises ValueError, in the name of ``user``, for an unknown schedule, or a constant that it does not have."""
+    if not isinstance(schedule, str) or schedule not in PRECONDITIONINGS:
+        allowed = ", ".join(PRECONDITIONINGS)
+        raise ValueError(f"{user}: schedule must be one of {allowed}, got {reprlib.repr(schedule)}")
+    for name in constants:
+        if name not in constants_of(schedule):
+            allowed = ", ".join(constants_of(schedule))
+            raise ValueError(f"{user}: {schedule} takes {allowed}, not {reprlib.repr(name)}")
 
 
 def precondition(
@@ -246,23 +350,62 @@ def precondition(
     schedule: str = "edm",
     sigma_data: float = 0.5,
     prediction: str = "epsilon",
+    **constants: object,
 ) -> Preconditioner:
     """D(x; sigma) around a network of a family that has this schedule.
 
     Args:
         network: see ``Preconditioner``.
         stages: in sigma or in the schedule's variable.
-        schedule: "edm": ``EDMPreconditioner`` with ``sigma_data``; or another key of ``schedules.SCHEDULES``:
-            ``SchedulePreconditioner`` with ``prediction``.
+        schedule: "edm": ``EDMPreconditioner`` with ``sigma_data``; "iddpm": ``IDDPMPreconditioner``; or another key of
+            ``schedules.SCHEDULES``: ``SchedulePreconditioner``; the latter two with ``prediction``.
+        **constants: of the schedule, such as ``beta_d`` for "vp"; for "edm" ``sigma_min`` and ``sigma_max``.
 
     Raises:
-        ValueError: an unknown schedule or prediction, or stages of another variable or number.
+        ValueError: an unknown schedule, constant or prediction, or stages of another variable or number.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"precondition: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    require_known("precondition", schedule, constants)
     if schedule == "edm":
-        return EDMPreconditioner(network, stages, sigma_data)
-    return SchedulePreconditioner(network, stages, SCHEDULES[schedule](), prediction)
+        return EDMPreconditioner(network, stages, sigma_data, **constants)
+    kind = IDDPMPreconditioner if schedule == "iddpm" else SchedulePreconditioner
+    return kind(network, stages, PRECONDITIONINGS[schedule](**constants), prediction)
+
+
+def as_json(constants: Mapping[str, object]) -> dict[str, object]:
+    """Constants as JSON has them: infinity is written as "inf", and tuples are lists."""
+    found = {name: "inf" if value == math.inf else value for name, value in constants.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def from_json(network: nn.Module, values: Mapping[str, object]) -> Preconditioner:
+    """The inverse of ``Preconditioner.to_json``, around a network.
+
+    Raises:
+        ValueError: values that are no such description, or do not fit the network.
+    """
+    constants = {name: value for name, value in values.items() if name != "stages"}
+    constants |= {name: math.inf for name, value in constants.items() if value == "inf"}
+    schedule = constants.pop("schedule", None)
+    require_known("from_json", schedule, constants)
+    try:
+        return precondition(network, Stages.from_json(values.get("stages")), schedule, **constants)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"from_json: a constant of {schedule} is no number: {error}") from error
+
+
+def differences(said: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """What of two descriptions, as ``Preconditioner.to_json`` gives them, makes another D, in words.
+
+    What only the first one says, or the second one, does not count.
+    """
+    if said.get("schedule") != other.get("schedule"):
+        return [f"the file says {said.get('schedule')}, not {other.get('schedule')}"]
+    both = (name for name in said if name in other and name not in LIMITS)
+    return [
+        f"the file says {name}={said[name]!r}, not {other[name]!r}"
+        for name in both
+        if said[name] != other[name]
+    ]
 
 
 def stages_in_sigma(stages: Stages, schedule: Schedule) -> Stages:

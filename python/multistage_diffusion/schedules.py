@@ -278,15 +278,23 @@ class Schedule:
 
 @dataclass(frozen=True)
 class VP(Schedule):
-    """The variance-preserving SDE, sigma(t)² = exp(beta_d t²/2 + beta_min t) − 1 (arXiv 2011.13456)."""
+    """The variance-preserving SDE, sigma(t)² = exp(beta_d t²/2 + beta_min t) − 1 (arXiv 2011.13456).
+
+    Its networks are told (M − 1) t, as if there were M steps; epsilon_t is the lowest time of their training.
+    """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
+    M: int = 1000
+    epsilon_t: float = 1e-5
     name = "vp"
     variable = "t"
     domain = (0.0, 1.0)
 
     def __post_init__(self):
+        object.__setattr__(self, "M", _checked_steps("VP", "M", self.M))
+        if not 0 <= self.epsilon_t < 1:
+            raise ValueError(f"VP: epsilon_t={self.epsilon_t} must be at least 0 and below 1")
         if not (0 <= self.beta_d < math.inf and 0 < self.beta_min < math.inf):
             raise ValueError(
                 f"VP: beta_d={self.beta_d} must be at least 0 and beta_min={self.beta_min} above 0, both finite"
@@ -360,43 +368,30 @@ class EDM(Schedule):
         return self.sigma_min ** (1 - share) * self.sigma_max**share
 
 
-@dataclass(frozen=True)
-class LDM(Schedule):
-    """The discrete steps of latent diffusion (arXiv 2112.10752): sqrt(beta) rises evenly from step 0 on.
+class DiscreteSchedule(Schedule):
+    """A schedule of whole steps, each of which has a noise level.
 
-    With alpha_bar_k = prod_{j<=k} (1 − beta_j), sigma_k² = (1 − alpha_bar_k)/alpha_bar_k. Between the steps
-    ln sigma is interpolated, so that ``value`` is the inverse of ``sigma``; ``cut`` is a whole step.
+    Between the steps ln sigma is interpolated, so that ``value`` is the inverse of ``sigma``; ``cut`` is a whole step.
+
+    Attributes:
+        num_steps: how many there are.
+        sigmas: sigma of steps 0 to num_steps − 1, float64, ascending.
     """
 
-    linear_start: float = 0.0015
-    linear_end: float = 0.0195
-    num_steps: int = 1000
-    name = "ldm"
     variable = "step"
-
-    def __post_init__(self):
-        if not 0 < self.linear_start <= self.linear_end < 1:
-            raise ValueError(
-                f"LDM: linear_start={self.linear_start} and linear_end={self.linear_end} must satisfy "
-                "0 < start <= end < 1"
-            )
-        object.__setattr__(self, "num_steps", integer("LDM", "num_steps", self.num_steps, 2))
+    num_steps: int
+    sigmas: torch.Tensor
 
     @property
     def domain(self) -> tuple[float, float]:
         return 0.0, float(self.num_steps)
 
-    @cached_property
-    def sigmas(self) -> torch.Tensor:
-        """sigma of steps 0 to num_steps − 1, float64."""
-        ends = math.sqrt(self.linear_start), math.sqrt(self.linear_end)
-        beta = torch.linspace(*ends, self.num_steps, dtype=torch.float64).square()
-        return _check_finite(self, torch.expm1(-torch.log1p(-beta).cumsum(0)).sqrt())
-
     def sigma(self, value) -> torch.Tensor:
         step = _host64(value)
         if not bool(((step >= 0) & (step <= self.num_steps - 1)).all()):
-            raise ValueError(f"LDM.sigma: steps must lie within 0 and {self.num_steps - 1}, got {value}")
+            raise ValueError(
+                f"{type(self).__name__}.sigma: steps must lie within 0 and {self.num_steps - 1}, got {value}"
+            )
         low = step.floor().long()
         high = (low + 1).clamp(max=self.num_steps - 1)
         fraction = step - low
@@ -426,6 +421,83 @@ class LDM(Schedule):
         return torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64).round()
 
 
+@dataclass(frozen=True)
+class LDM(DiscreteSchedule):
+    """The discrete steps of latent diffusion (arXiv 2112.10752): sqrt(beta) rises evenly from step 0 on.
+
+    With alpha_bar_k = prod_{j<=k} (1 − beta_j), sigma_k² = (1 − alpha_bar_k)/alpha_bar_k. Where ``betas`` are given,
+    one per step, they count in place of the other fields.
+    """
+
+    linear_start: float = 0.0015
+    linear_end: float = 0.0195
+    num_steps: int = 1000
+    betas: tuple[float, ...] | None = None
+    name = "ldm"
+
+    def __post_init__(self):
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+            object.__setattr__(self, "num_steps", len(self.betas))
+            if not all(0 < beta < 1 for beta in self.betas):
+                raise ValueError("LDM: every one of betas must lie between 0 and 1")
+        if not 0 < self.linear_start <= self.linear_end < 1:
+            raise ValueError(
+                f"LDM: linear_start={self.linear_start} and linear_end={self.linear_end} must satisfy "
+                "0 < start <= end < 1"
+            )
+        object.__setattr__(self, "num_steps", _checked_steps("LDM", "num_steps", self.num_steps))
+
+    @cached_property
+    def sigmas(self) -> torch.Tensor:
+        """sigma of steps 0 to num_steps − 1, float64."""
+        if self.betas is not None:
+            beta = torch.tensor(self.betas, dtype=torch.float64)
+        else:
+            ends = math.sqrt(self.linear_start), math.sqrt(self.linear_end)
+            beta = torch.linspace(*ends, self.num_steps, dtype=torch.float64).square()
+        return _check_finite(self, torch.expm1(-torch.log1p(-beta).cumsum(0)).sqrt())
+
+
+@dataclass(frozen=True)
+class IDDPM(DiscreteSchedule):
+    """The steps of improved DDPM (arXiv 2102.09672) as EDM counts them (arXiv 2206.00364, table 1).
+
+    With alpha_bar_j = sin²(pi j / (2 M (C_2 + 1))), u_M = 0 and
+    u_{j−1}² + 1 = (u_j² + 1)/max(alpha_bar_{j−1}/alpha_bar_j, C_1); sigma of step k is u_{M−1−k}.
+    """
+
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+    name = "iddpm"
+
+    def __post_init__(self):
+        object.__setattr__(self, "M", _checked_steps("IDDPM", "M", self.M))
+        if not (0 < self.C_1 < 1 and 0 <= self.C_2 < math.inf):
+            raise ValueError(
+                f"IDDPM: 0 < C_1 < 1 and 0 <= C_2 < inf are needed, got {self.C_1} and {self.C_2}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return self.M
+
+    @cached_property
+    def sigmas(self) -> torch.Tensor:
+        """sigma of steps 0 to M − 1, float64."""
+        j = torch.arange(self.M, -1, -1, dtype=torch.float64)
+        alpha_bar = (math.pi / 2 * j / (self.M * (self.C_2 + 1))).sin().square()
+        ratio = (alpha_bar[1:] / alpha_bar[:-1]).clamp(min=self.C_1)
+        return _check_finite(self, torch.expm1(-ratio.log().cumsum(0)).sqrt())
+
+    def nearest(self, sigma) -> torch.Tensor:
+        """The step whose noise level is nearest to sigma, the higher one of two; −1 where u_M = 0 is."""
+        levels = torch.cat([torch.zeros(1, dtype=torch.float64), self.sigmas])
+        middles = (levels[1:] + levels[:-1]) / 2
+        return torch.searchsorted(middles, _host64(sigma).contiguous(), right=True).double() - 1
+
+
 SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (VP, VE, EDM, LDM)}
 
 
@@ -441,3 +513,10 @@ def _check_ends(schedule: str, sigma_min: float, sigma_max: float) -> None:
         raise ValueError(
             f"{schedule}: sigma_min={sigma_min} and sigma_max={sigma_max} must satisfy 0 < min < max < inf"
         )
+
+
+def _checked_steps(user: str, name: str, value: int, most: int = 1_000_000) -> int:
+    """A number of steps: each takes memory."""
+    if (steps := integer(user, name, value, 2)) > most:
+        raise ValueError(f"{user}: {name}={steps} must be at most {most}")
+    return steps

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
 from pathlib import Path
 
 from ..atomic_files import check_replaceable
 from ..presets import PRESETS
-from ._options import add_command, wholes
+from ._options import add_command, number, wholes
 
 FAMILIES = ("edm", "ncsnpp", "ldm", "uvit")
+PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm", "ldm")
 USE = """\
-  from multistage_diffusion.convert import load_network
-  network = load_network("model.safetensors")
+  from multistage_diffusion import load_denoiser
+  denoiser = load_denoiser("model.safetensors")  # D(x; sigma) with the file's own preconditioning and stages
+  network = denoiser.network                     # also: load_network("model.safetensors")
 """
 EXAMPLES = """\
   msd convert network-snapshot.pkl --family edm --out model.safetensors
   msd convert checkpoint_45.pth --family ncsnpp --preset ncsnpp-cifar10 --out model.safetensors
   msd convert last.ckpt --family ldm --config model.json --weights raw --out model.safetensors
+  msd convert weights.pth --family ncsnpp --config model.json --preconditioning vp,M=4000 --out model.safetensors
   msd convert unified.pkl --family edm --start-multistage 192,128,16 --out start.safetensors
 """
 
@@ -50,6 +54,19 @@ def add_parser(subparsers):
     )
     source.add_argument("--preset", choices=PRESETS, metavar="NAME", help="or one of " + ", ".join(PRESETS))
     parser.add_argument(
+        "--preconditioning",
+        type=preconditioning,
+        metavar="NAME[,CONSTANT=X,...]",
+        help=f"how the network becomes a denoiser, where FILE does not say it: {', '.join(PRECONDITIONINGS)}, with its "
+        "constants where they are not the usual ones; default: that of the family's published models",
+    )
+    parser.add_argument(
+        "--stages",
+        metavar="STAGES",
+        help='"edm", "single", a stages.json, or boundaries such as 2.5103,7.6577 in the variable of the '
+        "preconditioning; default: those in FILE or in --config, else the published ones",
+    )
+    parser.add_argument(
         "--start-multistage",
         type=wholes,
         metavar="WIDTHS",
@@ -64,6 +81,27 @@ def output_path(text: str) -> Path:
     return Path(text)
 
 
+def preconditioning(text: str) -> dict[str, object]:
+    """``vp,M=4000`` is {"schedule": "vp", "M": 4000}."""
+    name, *parts = text.split(",")
+    if name not in PRECONDITIONINGS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PRECONDITIONINGS)}")
+    found: dict[str, object] = {"schedule": name}
+    for part in parts:
+        constant, equals, value = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{part!r} is no constant such as sigma_data=0.5")
+        found[constant] = value if constant == "prediction" else _number(value)
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return number(infinite=True)(text)
+
+
 def run(args: argparse.Namespace) -> None:
     from .. import convert, official
 
@@ -74,20 +112,38 @@ def run(args: argparse.Namespace) -> None:
     if args.start_multistage:
         network, report = official.start_multistage(network, args.start_multistage)
         print(report)
+    kept = convert.denoiser_of(
+        checkpoint, network, config, args.preset, args.preconditioning, _stages(args, checkpoint)
+    )
     source = args.file.name.encode(errors="backslashreplace").decode()  # names of files need be no text
-    convert.save_network(args.out, network, {"source": source, "weights": checkpoint.weights})
+    notes = {"source": source, "weights": checkpoint.weights}
+    convert.save_network(args.out, kept.denoiser or network, notes)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(
         f"{args.out}: {args.family}, {network.num_stages} stage(s), {parameters / 1e6:.3f} M parameters, "
         f"weights: {checkpoint.weights}"
     )
+    print(f"denoiser: {kept.summary}")
+
+
+def _stages(args: argparse.Namespace, checkpoint):
+    """--stages, whose boundaries are in the variable of the preconditioning that is used."""
+    from ..convert import schedule_name
+    from .train import parse_stages
+
+    if args.stages is None:
+        return None
+    name = schedule_name(checkpoint, args.family, args.preset, args.preconditioning)
+    return parse_stages(args.stages, "edm" if name == "iddpm" else name)
 
 
 def _read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {path}: needs a JSON object of constructor arguments, got {config!r}")
+        raise ValueError(
+            f"--config {path}: needs a JSON object of constructor arguments, got {reprlib.repr(config)}"
+        )
     return config

@@ -15,11 +15,23 @@ from torch import Tensor, nn
 
 from multistage_diffusion.layers import OnStages, StageModule
 from multistage_diffusion.networks import build as build_network
+from multistage_diffusion.networks.limits import at_most
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
 from multistage_diffusion.official.entries import Family, Place, tensors
 from multistage_diffusion.official.unpickling import shown
 
-__all__ = ["FAMILIES", "build", "export", "fill", "irregular", "load", "made", "shown", "start_multistage"]
+__all__ = [
+    "FAMILIES",
+    "build",
+    "export",
+    "fill",
+    "irregular",
+    "load",
+    "made",
+    "shown",
+    "start_multistage",
+    "summary",
+]
 
 VALUES = ("parameters", "gradients")
 FAMILIES: dict[str, Family] = {
@@ -28,6 +40,8 @@ FAMILIES: dict[str, Family] = {
     "ldm": ldm.FAMILY,
     "uvit": uvit.FAMILY,
 }
+# So many more than a checkpoint has are still built, without memory, to say which of them are missing.
+MORE_TENSORS = 2000
 # Arguments that count layers, each of which has tensors.
 DEPTHS = ("num_blocks", "num_res_blocks", "transformer_depth", "depth")
 
@@ -79,7 +93,9 @@ def made(make: Callable[[], nn.Module], state_dict: Mapping[str, Tensor]) -> nn.
         ValueError: as :func:`load`.
     """
     with torch.device("meta"):
-        _fitting(make(), state_dict)
+        with at_most(len(state_dict) + MORE_TENSORS):
+            network = make()
+        _fitting(network, state_dict)
     network = make()
     fill(network, state_dict)
     return network
@@ -98,7 +114,7 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     ]
     if contradicted and rules.constants_matter:
         raise ValueError(
-            f"official.load: {_summary('constants that contradict config', contradicted)}; check the filter "
+            f"official.load: {summary('constants that contradict config', contradicted)}; check the filter "
             "in config"
         )
     infinite = [
@@ -106,7 +122,7 @@ def fill(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     ]
     if infinite:
         raise ValueError(
-            f"official.load: {_summary('tensors with values that are not finite in float32', infinite)}; "
+            f"official.load: {summary('tensors with values that are not finite in float32', infinite)}; "
             "the checkpoint is damaged, or its training diverged"
         )
     with torch.no_grad():
@@ -140,12 +156,12 @@ def _fitting(
     if missing or extra:
         raise ValueError(
             f"official.load: the checkpoint does not fit a {network.family} network of this config: "
-            f"{_summary('missing', missing)}; {_summary('unexpected', extra)}; check family and config"
+            f"{summary('missing', missing)}; {summary('unexpected', extra)}; check family and config"
         )
     odd = [f"{name} {reason}" for name, tensor in given.items() if (reason := irregular(tensor))]
     if odd:
         raise ValueError(
-            f"official.load: {_summary('unsuitable', odd)}; weights are dense floating point tensors"
+            f"official.load: {summary('unsuitable', odd)}; weights are dense floating point tensors"
         )
     wrong = [
         f"{name} is {list(given[name].shape)}, the network needs {list(place.shape)}"
@@ -153,7 +169,7 @@ def _fitting(
         if given[name].shape != place.shape
     ]
     if wrong:
-        raise ValueError(f"official.load: {_summary('wrong shapes', wrong)}; check the widths in config")
+        raise ValueError(f"official.load: {summary('wrong shapes', wrong)}; check the widths in config")
     return expected, given
 
 
@@ -203,7 +219,7 @@ class Start:
         for part, total in self.total.items():
             line = f"{part}: {self.copied[part]:,} of {total:,} parameters copied"
             if self.fresh[part]:
-                line += f"; {_summary('fresh layers', self.fresh[part])}"
+                line += f"; {summary('fresh layers', self.fresh[part])}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -269,7 +285,8 @@ def _agrees(given: Tensor, value: Tensor) -> bool:
     return given.shape == value.shape and torch.allclose(given.double(), value.double(), rtol=1e-3, atol=1e-6)
 
 
-def _summary(kind: str, names: list[str], most: int = 3) -> str:
+def summary(kind: str, names: list[str], most: int = 3) -> str:
+    """How many names are of a kind, and the first of them."""
     if not names:
         return f"nothing {kind}"
     more = f" and {len(names) - most} more" if len(names) > most else ""

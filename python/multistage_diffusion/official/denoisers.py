@@ -1,0 +1,223 @@
+"""How the networks of reference checkpoints become denoisers: what a file says of it, and what its family has.
+
+EDM's snapshots hold the preconditioner around the network, with its constants; latent diffusion's checkpoints hold the
+betas of all steps; score SDE's and U-ViT's hold neither. The constructor's arguments may name the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from multistage_diffusion.official.pickles import Record
+from multistage_diffusion.official.unpickling import shown
+from multistage_diffusion.preconditioning import (
+    PRECONDITIONINGS,
+    Preconditioner,
+    as_json,
+    constants_of,
+    differences,
+    precondition,
+    require_known,
+    stages_in_sigma,
+)
+from multistage_diffusion.presets import PRESETS, Preset
+from multistage_diffusion.schedules import LDM, Schedule
+from multistage_diffusion.stages import Stages, StagesError
+
+__all__ = ["KeptDenoiser", "denoiser", "of_betas", "of_record"]
+
+# EDM's classes: which schedule they are, and the attributes that are constants.
+CLASSES = {
+    "EDMPrecond": ("edm", ("sigma_data", "sigma_min", "sigma_max")),
+    "VPPrecond": ("vp", ("beta_d", "beta_min", "M", "epsilon_t")),
+    "VEPrecond": ("ve", ("sigma_min", "sigma_max")),
+    "iDDPMPrecond": ("iddpm", ("C_1", "C_2", "M")),
+}
+# Where they have other values than the schedules here.
+CLASS_DEFAULTS = {"VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0}}
+# float32 keeps this of betas that were computed in float64.
+BETAS_AGREE = 1e-6
+
+
+@dataclass(frozen=True)
+class KeptDenoiser:
+    """What a conversion keeps besides the weights.
+
+    Attributes:
+        denoiser: D(x; sigma) around the network; None where file and options do not say enough.
+        summary: what was kept, and whence it is known, or what is missing.
+    """
+
+    denoiser: Preconditioner | None
+    summary: str
+
+
+def of_record(record: Record) -> dict[str, object] | None:
+    """Schedule and constants of a preconditioner that EDM has pickled; None for a class that is not known.
+
+    Raises:
+        ValueError: a constant is no number.
+    """
+    if record.class_name not in CLASSES:
+        return None
+    schedule, names = CLASSES[record.class_name]
+    given = {**CLASS_DEFAULTS.get(record.class_name, {}), **record.entries("_init_kwargs"), **record.state}
+    found = {name: given[name] for name in names if name in given}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) >= 0:
+            raise ValueError(f"the preconditioner's {name} is no number")
+    return {"schedule": schedule, **found}
+
+
+def of_betas(betas: object) -> dict[str, object] | None:
+    """Schedule and constants that latent diffusion's ``betas`` stand for; None for anything else."""
+    if not isinstance(betas, Tensor) or betas.dim() != 1 or len(betas) < 2 or not betas.is_floating_point():
+        return None
+    # The shortest decimals that are these float32 values, as people write them.
+    start, end = (float(str(betas[i].float().numpy())) for i in (0, -1))
+    if not (0 < start <= end < 1):
+        return {"schedule": "ldm", "betas": tuple(betas.double().tolist())}
+    even = LDM(start, end, len(betas))
+    ours = torch.linspace(math.sqrt(start), math.sqrt(end), len(betas), dtype=torch.float64).square()
+    if torch.allclose(betas.double(), ours, rtol=BETAS_AGREE, atol=0):
+        return {"schedule": "ldm", **{name: getattr(even, name) for name in constants_of("ldm")[:3]}}
+    return {"schedule": "ldm", "betas": tuple(betas.double().tolist())}
+
+
+def denoiser(
+    network: nn.Module,
+    config: Mapping[str, object],
+    said: Mapping[str, object] | None,
+    asked: Mapping[str, object] | None = None,
+    stages: Stages | None = None,
+    *,
+    preset: Preset | None = None,
+    unknown: str | None = None,
+) -> KeptDenoiser:
+    """D(x; sigma) around a converted network.
+
+    Args:
+        network: the converted network.
+        config: the reference constructor's arguments, which may name constants and stages.
+        said: what the file says: schedule and constants; None where it says nothing.
+        asked: what the caller says, in the same form.
+        stages: what the caller says; default: those of ``config``, else the family's published ones.
+        preset: the published configuration of the network, whose schedule and stages are taken before the family's.
+        unknown: the class of a preconditioner in the file that is none of those that are known.
+
+    Raises:
+        ValueError: the caller contradicts the file, or the stages do not fit the network.
+    """
+    if said and asked and (wrong := differences(as_json(said), as_json(asked))):
+        raise ValueError(f"convert: --preconditioning contradicts the file: {'; '.join(wrong)}")
+    if not said and not asked and unknown is not None:
+        reason = f"the file's preconditioner is of the class {shown(unknown)}, which is not known here"
+        return KeptDenoiser(None, f"not kept: {reason}; give --preconditioning if you know what it computes")
+    published = preset or published_by(network.family)
+    name = schedule_name(said, asked, published)
+    constants = _of_config(name, config) | {**(said or {}), **(asked or {})}
+    constants.pop("schedule", None)
+    require_known("convert", name, constants)
+    source = "as the file says" if said else "as asked" if asked else "the family's default"
+    schedule = PRECONDITIONINGS[name](**_fields(name, constants))
+    cut, cut_by = _stages(network, config, schedule, published, stages)
+    if cut is None:
+        return KeptDenoiser(
+            None, f"not kept: nothing says where its {network.num_stages} stages are cut; give --stages"
+        )
+    made = precondition(network, cut, name, **constants)
+    return KeptDenoiser(made, f"{_shown(made)}, {source}; {made.stages!r}, {cut_by}")
+
+
+def published_by(family: str) -> Preset:
+    """The family's published model, the first of several."""
+    return next(preset for preset in PRESETS.values() if preset.network["family"] == family)
+
+
+def schedule_name(
+    said: Mapping[str, object] | None, asked: Mapping[str, object] | None, published: Preset
+) -> str:
+    """The schedule of a converted network: the file's, else the caller's, else the published one."""
+    return (said or asked or {"schedule": published.schedule})["schedule"]
+
+
+def _fields(name: str, constants: Mapping[str, object]) -> dict[str, object]:
+    """Those of the constants that the schedule itself has; EDM's are the preconditioner's."""
+    if name == "edm":
+        return {}
+    return {key: value for key, value in constants.items() if key != "prediction"}
+
+
+def _of_config(name: str, config: Mapping[str, object]) -> dict[str, object]:
+    """Constants among the constructor's arguments, as score SDE has them."""
+    if name == "vp" and {"beta_min", "beta_max"} <= config.keys():
+        return {"beta_min": config["beta_min"], "beta_d": config["beta_max"] - config["beta_min"]}
+    if name == "ve" and {"sigma_min", "sigma_max"} <= config.keys():
+        return {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
+    return {}
+
+
+def _stages(
+    network: nn.Module,
+    config: Mapping[str, object],
+    schedule: Schedule,
+    published: Preset,
+    given: Stages | None,
+) -> tuple[Stages | None, str]:
+    """The stages in sigma and who says so; None where nobody does."""
+    count = network.num_stages
+    if given is not None:
+        if len(given) != count:
+            raise ValueError(
+                f"convert: --stages names {len(given)} stages, the network has {count}: {given!r}"
+            )
+        return stages_in_sigma(given, schedule), "as asked"
+    if count == 1:
+        return Stages.single(), "the only stage"
+    interval = config.get("stage_interval")
+    if (
+        interval is not None and len(interval) != 1
+    ):  # one: of a unified network that a multi-stage one starts from
+        found = _of_interval(interval, network.family, schedule)
+        return found, "as its arguments say" if found is not None else ""
+    usual = PRECONDITIONINGS[published.schedule]()
+    same = schedule.name == usual.name and torch.equal(*(s.sigma(s.grid(11)) for s in (schedule, usual)))
+    if same and count == len(published.stages()):
+        return stages_in_sigma(published.stages(), schedule), "the published ones"
+    return None, ""
+
+
+def _of_interval(interval: object, family: str, schedule: Schedule) -> Stages | None:
+    """The stages in sigma of the reference's argument; None where it is in another variable than the schedule.
+
+    EDM names sigma, score SDE and U-ViT times, latent diffusion the first step of every following stage, and the number
+    of steps.
+    """
+    variable = {"edm": "sigma", "ldm": "step"}.get(family, "t")
+    if variable != schedule.variable:
+        return None
+    try:
+        if isinstance(interval, str):
+            interval = json.loads(interval.replace("inf", "Infinity"))
+        if variable == "step":
+            cuts = [float(schedule.sigma(int(first) - 1)) for first in interval[:-1]]
+            return Stages.from_boundaries([0.0, *cuts, math.inf])
+        return stages_in_sigma(Stages(interval, variable), schedule)
+    except (StagesError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"convert: stage_interval does not cut the noise levels into stages ({error}); give --stages"
+        ) from error
+
+
+def _shown(made: Preconditioner) -> str:
+    constants = {name: value for name, value in made.constants().items() if value is not None}
+    schedule, betas = constants.pop("schedule"), constants.pop("betas", None)
+    if betas is not None:
+        constants = {"betas": f"{len(betas)} of its own", "prediction": constants["prediction"]}
+    return f"{schedule} ({', '.join(f'{name}={value}' for name, value in constants.items())})"
