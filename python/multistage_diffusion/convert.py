@@ -6,9 +6,11 @@ EDM's ``.pkl`` goes through a restricted unpickler (``official.pickles``), score
 
 from __future__ import annotations
 
+import io
+import mmap
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from . import networks, official
 from .network_files import load_denoiser, load_network, save_network
 from .official import denoisers, irregular
-from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors
+from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors, screen_pickles
 from .presets import find
 from .stages import Stages
 
@@ -42,7 +44,7 @@ LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES, LDM_BETAS = (
     "cond_stage_model.embedding.weight",
     "betas",
 )
-ZIP_START = b"PK\x03\x04"
+ZIP_START, PICKLE = b"PK\x03\x04", "data.pkl"
 # Of the weights' bytes in relation to the file's: some layers are saved under several names.
 MOST_COPIES, SLACK = 2, 1 << 20
 
@@ -86,8 +88,6 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
         head = file.read(1024)
     _refuse_text(head, path)
     is_zip = head.startswith(ZIP_START) or zipfile.is_zipfile(path)
-    if is_zip:
-        _require_unpacked(path)
     found = _read(path, weights, is_zip)
     size, limit = sum(t.numel() * t.element_size() for t in found.tensors.values()), path.stat().st_size
     if size > MOST_COPIES * limit + SLACK:
@@ -100,6 +100,7 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
 def _read(path: Path, weights: str, is_zip: bool) -> ReferenceCheckpoint:
     if path.suffix == ".pkl" and not is_zip:
         return _from_records(read_pickle(path), weights, path)
+    _screened(path, is_zip)
     content = _load_tensors(path)
     if not isinstance(content, Mapping):
         raise CheckpointFileError(f"{path} holds no dictionary of weights, but a {type(content).__name__}")
@@ -136,23 +137,40 @@ def _refuse_text(head: bytes, path: Path) -> None:
     raise CheckpointFileError(f"{path} is no checkpoint, but {found}")
 
 
-def _require_unpacked(path: Path) -> None:
-    """Raises unless a zip holds the records as they are, as PyTorch writes them: packed ones may be of any size."""
+def _screened(path: Path, is_zip: bool) -> None:
+    """Raises where what PyTorch is to read would become far larger than the file.
+
+    Its zip files hold the records as they are: packed ones may be of any size. The pickles are screened, too: one in a
+    zip file, and the fourth in a file of the format before, behind three that describe the format.
+    """
     try:
+        if not is_zip:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                screen_pickles(content, len(content), 4)
+            return
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            _require_unpacked(path, records)
+            for record in records:
+                if record.filename.lower().endswith(PICKLE):  # PyTorch finds it whatever its case
+                    screen_pickles(io.BytesIO(archive.read(record)), record.file_size)
+    except CheckpointFileError as error:
+        raise CheckpointFileError(f"{path}: {error}") from None
     except Exception as error:  # a damaged archive can raise nearly anything
         raise CheckpointFileError(
             f"{path} is truncated or no PyTorch checkpoint ({_reason(error)}); copy it again"
         ) from None
+
+
+def _require_unpacked(path: Path, records: Sequence[zipfile.ZipInfo]) -> None:
     if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
         raise CheckpointFileError(
-            f"{path}: its record {official.shown(packed[0])} is compressed, which PyTorch's records are not; save the "
-            "weights again with torch.save"
+            f"its record {official.shown(packed[0])} is compressed, which PyTorch's records are not; save the weights "
+            "again with torch.save"
         )
     size, limit = sum(record.file_size for record in records), path.stat().st_size
     if size > limit:
-        raise CheckpointFileError(f"{path}: its records claim {size:,} bytes, but the file has {limit:,}")
+        raise CheckpointFileError(f"its records claim {size:,} bytes, but the file has {limit:,}")
 
 
 def _load_tensors(path: Path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_files import DataError, read_folder, read_zip, resized
+from .image_files import DataError, read_folder, read_zip, require_memory, resized
 
 CHANNELS = (1, 3, 4)
 VALUES = ("images", "latents")
 DIGITS_IMAGE_SIZE = 16
 
 _SCAN_BYTES = 1 << 26  # a pass over a memory-mapped file holds this much of it at a time
-_ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
+# Zeros deflate to a thousandth, images do not: a small archive may not fill the memory.
+_LARGE_ARRAY, _MOST_DEFLATED = 1 << 30, 100
 
 
 class ImageData:
@@ -202,7 +202,8 @@ def load_images(
         values: `"images"`, or `"latents"`: what an autoencoder made of images, in a `.npy` or `.npz` file.
 
     Images in folders and zip files become uint8: one channel where every file is greyscale, otherwise RGB.
-    Alpha is dropped, EXIF orientation applied; hidden files are skipped.
+    Alpha is dropped, EXIF orientation applied; hidden files are skipped, and so is what systems keep beside people's
+    files (`image_files.SIDE_FOLDERS`). Other files are not opened, whatever is wrong with them.
 
     Arrays are `[N, C, H, W]` or `[N, H, W, C]` with H = W and C one of 1, 3, 4. The channel axis is the one
     that leaves two equal axes; where both readings are possible (`[N, 3, 3, 3]`), the array is refused.
@@ -219,7 +220,8 @@ def load_images(
         DataError: the source is missing, empty, corrupt or of an unknown kind; a part of a folder cannot be
             read, is a broken link or no regular file; images are not square or differ in size; labels are no
             classes; an array has another dtype, rank or range, is not finite, or holds Python objects (pickles
-            are never loaded).
+            are never loaded); an image has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, a set more bytes than
+            the machine has memory, an archive's array a hundred times more than the archive and over 1 GiB.
         TypeError: a source that is no path, or an `image_size` that is no integer.
         ImportError: `"digits"` without scikit-learn.
     """
@@ -278,7 +280,7 @@ def _load_npy(path: Path, image_size: int | None, values: str) -> ImageData:
     try:
         # Copy on write: PyTorch wants writable memory, and the file is never written.
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except _ARCHIVE_ERRORS as error:
+    except Exception as error:  # a damaged file can raise nearly anything
         raise _array_error(path, error) from error
     if not isinstance(array, np.ndarray):
         array.close()
@@ -289,13 +291,29 @@ def _load_npy(path: Path, image_size: int | None, values: str) -> ImageData:
 def _load_npz(path: Path, image_size: int | None, values: str) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            images = archive[_array_key(archive.files, path, values)]
-            labels = archive["labels"] if "labels" in archive.files else None
+            key = _array_key(archive.files, path, values)
+            names = [name for name in (key, "labels") if name in archive.files]
+            _require_room(path, names)
+            images, labels = archive[key], archive["labels"] if "labels" in names else None
     except DataError:
         raise
-    except (*_ARCHIVE_ERRORS, TypeError, AttributeError) as error:  # an .npy under this name has no `files`
+    except Exception as error:  # as above; and an .npy under this name has no `files`
         raise _array_error(path, error) from error
     return _image_data(images, labels, path, image_size, values)
+
+
+def _require_room(path: Path, names: list[str]) -> None:
+    """Raises DataError for arrays of an archive that would not fit into memory, or are far larger than their file."""
+    with zipfile.ZipFile(path) as archive:
+        found = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    for name in names:
+        size, packed = found[name].file_size, found[name].compress_size
+        require_memory(size, f"the array {name} of {path}")
+        if size > _LARGE_ARRAY and size > _MOST_DEFLATED * packed:
+            raise DataError(
+                f"load_images: the array {name} of {path} is of {size:,} bytes, deflated to {packed:,}, as no images "
+                "are; save it with numpy.savez, or as .npy, if it is meant so"
+            )
 
 
 def _array_key(names: list[str], path: Path, values: str) -> str:

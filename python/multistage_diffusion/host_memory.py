@@ -1,11 +1,12 @@
-"""How the C library treats memory that a training step frees."""
+"""The host's memory: how much there is, and how the C library treats what a training step frees."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "physical_memory"]
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -28,3 +29,11 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # Blocks above the first threshold never stay; without it the second one alone would make things worse.
     return bool(mallopt(_M_MMAP_THRESHOLD, _ONE_GIB)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def physical_memory() -> float:
+    """The machine's memory in bytes; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")

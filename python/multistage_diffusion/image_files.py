@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import struct
+import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,20 +13,17 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .host_memory import physical_memory
+
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
+# What a file of this kind is read with; other readers that Pillow has may run other programs.
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "GIF", "TIFF", "PPM")
+LARGEST_FILE = 1 << 29
+# What systems keep beside people's files; some of it are pictures.
+SIDE_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
 class DataError(ValueError):
@@ -40,17 +36,38 @@ def read_folder(folder: Path, image_size: int | None) -> np.ndarray:
     Raises:
         DataError: no images; a part that cannot be read or is no regular file; images that do not fit together.
     """
-    return _decoded(folder, [*_files_below(folder)], lambda name: (folder / name).open("rb"), image_size)
+    return _decoded(
+        folder,
+        [*_files_below(folder)],
+        lambda name: (folder / name).open("rb"),
+        lambda name: (folder / name).stat().st_size,
+        image_size,
+    )
 
 
 def read_zip(path: Path, image_size: int | None) -> np.ndarray:
     """The images in a zip file, as `read_folder` gives those of a folder."""
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # a damaged archive can raise nearly anything
         raise DataError(f"load_images: {path} cannot be read as a zip file: {error}") from error
     with archive:
-        return _decoded(path, archive.namelist(), archive.open, image_size)
+        return _decoded(
+            path,
+            archive.namelist(),
+            archive.open,
+            lambda name: archive.getinfo(name).file_size,
+            image_size,
+        )
+
+
+def require_memory(size: int, what: str) -> None:
+    """Raises DataError for something that needs more bytes than the machine has."""
+    if size > (memory := physical_memory()):
+        raise DataError(
+            f"load_images: {what} would take {size / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB; take "
+            "fewer or smaller images, or one uncompressed .npy array, which stays on the disk"
+        )
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -83,7 +100,9 @@ def _listed(folder: Path, parent: str) -> tuple[tuple[int, int], list[tuple[str,
         status = (folder / parent).stat()
         for entry in os.scandir(folder / parent):
             name = f"{parent}{entry.name}"
-            if _is_hidden(entry.name):
+            if _is_hidden(entry.name) or (
+                entry.is_symlink() and _leads_nowhere(entry) and _is_side_file(name)
+            ):
                 continue
             if entry.is_dir() or entry.is_file():
                 entries.append((name, entry.is_dir()))
@@ -100,10 +119,20 @@ def _listed(folder: Path, parent: str) -> tuple[tuple[int, int], list[tuple[str,
     return (status.st_dev, status.st_ino), entries
 
 
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    return not os.path.exists(entry.path)
+
+
+def _is_side_file(name: str) -> bool:
+    """Whether a name is that of a file that is no image, such as notes.txt."""
+    return bool(re.search(r"\.[a-z][a-z0-9]{1,4}$", name.lower())) and not _is_image_name(name)
+
+
 def _decoded(
     source: Path,
     names: list[str],
     open_file: Callable[[str], AbstractContextManager[BinaryIO]],
+    size_of: Callable[[str], int],
     image_size: int | None,
 ) -> np.ndarray:
     """The image files among `names`, decoded: one pass over the headers, then one over the pixels."""
@@ -112,7 +141,13 @@ def _decoded(
         raise DataError(
             f"load_images: {source} holds no images; allowed are {', '.join(IMAGE_SUFFIXES)} files"
         )
-    headers = [_read_image(source, name, open_file, lambda image: (image.mode, image.size)) for name in names]
+    headers = []
+    for name in names:
+        if (size := size_of(name)) > LARGEST_FILE:
+            raise DataError(
+                f"load_images: {name} in {source} has {size:,} bytes; allowed are {LARGEST_FILE:,} for one image"
+            )
+        headers.append(_read_image(source, name, open_file, lambda image: (image.mode, image.size)))
     size = _common_size(source, names, [size for _, size in headers], image_size)
     for name, (mode, _) in zip(names, headers, strict=True):
         if mode.startswith("I") or mode == "F":
@@ -121,6 +156,7 @@ def _decoded(
                 "convert it to 8 bits, or give the images as a float .npy array"
             )
     color = "L" if all(mode in ("1", "L", "LA") for mode, _ in headers) else "RGB"
+    require_memory(len(names) * len(color) * size * size, f"{len(names)} images of {size}x{size} in {source}")
     images = np.empty((len(names), len(color), size, size), np.uint8)
     for row, name in zip(images, names, strict=True):
         pixels = _read_image(source, name, open_file, lambda image: _pixels(image, color, size))
@@ -133,7 +169,7 @@ def _is_image_name(name: str) -> bool:
 
 
 def _is_hidden(part: str) -> bool:
-    return part.startswith(".") or part == "__MACOSX"
+    return part.startswith(".") or part in SIDE_FOLDERS
 
 
 def _read_image(
@@ -143,11 +179,14 @@ def _read_image(
     read: Callable[[Image.Image], T],
 ) -> T:
     try:
-        with open_file(name) as file, Image.open(file) as image:
+        with open_file(name) as file, Image.open(file, formats=FORMATS) as image:
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {most} in all")
             return read(image)
     except UnidentifiedImageError as error:
         raise DataError(f"load_images: {name} in {source} is corrupt or no image") from error
-    except (*_DECODE_ERRORS, RuntimeError) as error:  # zipfile reports an encrypted member as RuntimeError
+    except Exception as error:  # a damaged image can raise nearly anything, and so do archives
         raise DataError(f"load_images: {name} in {source} cannot be read: {error}") from error
 
 

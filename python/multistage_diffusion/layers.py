@@ -74,6 +74,8 @@ def normal(std: float) -> Initialiser:
     bound = math.erf(math.sqrt(2))  # the share of the normal distribution within two standard deviations
 
     def initialise(weight: Tensor, fan_in: int, fan_out: int) -> None:
+        if weight.is_meta:  # nothing to fill, and PyTorch would first import for seconds what says so
+            return
         with torch.no_grad():
             weight.uniform_(-bound, bound).erfinv_().mul_(std * math.sqrt(2))
 

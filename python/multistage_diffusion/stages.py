@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ Interval = tuple[float, float]
 
 # What the stages of each named variable must cover together, where no other domain is given.
 DOMAINS = {"sigma": (0.0, math.inf), "t": (0.0, 1.0), "step": (0.0, 1000.0)}
+
+# More than any model has; each stage is a decoder.
+MOST_STAGES, MOST_INTERVALS = 1000, 10_000
 
 EDM_BOUNDARIES = (0.0, 2.5103, 7.6577, math.inf)
 
@@ -53,10 +57,12 @@ class Stages:
         self.variable = str(variable)
         self.intervals = tuple(
             _checked_intervals(k, stage)
-            for k, stage in enumerate(_items(intervals, "stages must be a list of stages"))
+            for k, stage in enumerate(_items(intervals, "stages must be a list of stages", MOST_STAGES))
         )
         if not self.intervals:
             raise StagesError("stages: at least one stage is needed, none was given")
+        if (pieces := sum(map(len, self.intervals))) > MOST_INTERVALS:
+            raise StagesError(f"stages: at most {MOST_INTERVALS} intervals are allowed, got {pieces}")
         pieces = sorted((low, high, k) for k, stage in enumerate(self.intervals) for low, high in stage)
         _check_partition(pieces, DOMAINS.get(self.variable) if domain is None else _ends(domain))
         self._low = pieces[0][0]
@@ -81,7 +87,8 @@ class Stages:
         cls, boundaries: Iterable[float], variable: str = "sigma", domain: Interval | None = None
     ) -> Stages:
         """Stage k is (boundaries[k], boundaries[k + 1]]."""
-        edges = [_number(b) for b in _items(boundaries, "boundaries must be a list of numbers")]
+        rule = "boundaries must be a list of numbers"
+        edges = [_number(b) for b in _items(boundaries, rule, MOST_STAGES + 1)]
         if len(edges) < 2:
             raise StagesError(f"stages: at least two boundaries are needed, got {edges}")
         return cls([[pair] for pair in itertools.pairwise(edges)], variable, domain)
@@ -91,11 +98,11 @@ class Stages:
         """The inverse of ``to_json``; also reads ``{"boundaries": [0, 2.5, "inf"]}``."""
         if not isinstance(description, dict) or not {"stages", "boundaries"} & set(description):
             raise StagesError(
-                f'stages: expected an object with "stages" or "boundaries", got {description!r}'
+                f'stages: expected an object with "stages" or "boundaries", got {reprlib.repr(description)}'
             )
         variable = description.get("variable", "sigma")
         if not isinstance(variable, str):
-            raise StagesError(f"stages: variable must be a name such as sigma, got {variable!r}")
+            raise StagesError(f"stages: variable must be a name such as sigma, got {reprlib.repr(variable)}")
         domain = description.get("domain")
         if "stages" in description:
             return cls(description["stages"], variable, domain)
@@ -109,6 +116,8 @@ class Stages:
             return cls.from_json(json.loads(path.read_text()))
         except OSError as error:
             raise StagesError(f"stages: cannot read {path}: {error.strerror or error}") from error
+        except RecursionError:
+            raise StagesError(f"{path}: is no description of stages: its lists are nested too deep") from None
         except ValueError as error:  # broken JSON and StagesError
             raise StagesError(f"{path}: {error}") from error
 
@@ -215,27 +224,32 @@ def _json_number(value: float):
     return str(value) if math.isinf(value) else value
 
 
-def _items(values, rule: str) -> list:
-    """The items of a list, or of anything like one; raises StagesError with the rule for all else."""
+def _items(values, rule: str, most: int = MOST_INTERVALS) -> list:
+    """The items of a list, or of anything like one; raises StagesError with the rule for all else, and for too many."""
     try:
-        if not isinstance(values, str | bytes | dict):
-            return list(values)
+        items = (
+            list(itertools.islice(values, most + 1)) if not isinstance(values, str | bytes | dict) else None
+        )
     except TypeError:
-        pass
-    raise StagesError(f"stages: {rule}, got {values!r}")
+        items = None
+    if items is None:
+        raise StagesError(f"stages: {rule}, got {reprlib.repr(values)}")
+    if len(items) > most:
+        raise StagesError(f"stages: {rule}, with at most {most} entries, got more")
+    return items
 
 
 def _number(value) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise StagesError(f"stages: {value!r} is not a number") from None
+        raise StagesError(f"stages: {reprlib.repr(value)} is not a number") from None
 
 
 def _ends(interval, rule: str = "domain must be a pair (low, high)") -> Interval:
     ends = _items(interval, rule)
     if len(ends) != 2:
-        raise StagesError(f"stages: {rule}, got {interval!r}")
+        raise StagesError(f"stages: {rule}, got {reprlib.repr(interval)}")
     return _number(ends[0]), _number(ends[1])
 
 

@@ -381,6 +381,63 @@ def test_fingerprint_tells_content_not_name():
     assert ImageData(images, torch.zeros(4, dtype=torch.int64)).fingerprint != fingerprint
 
 
+def fingerprint_of(images, labels=None, **options):
+    return ImageData(images, None if labels is None else torch.tensor(labels), **options).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("labels", "same"),
+    [
+        ([0, 1, 2, 1], True),
+        ([0, 1, 2, 2], False),
+        ([1, 0, 2, 1], False),
+        ([0, 0, 0, 0], False),
+        ([3, 4, 5, 4], False),
+        (None, False),
+    ],
+)
+def test_fingerprint_tells_the_values_of_the_labels(labels, same):
+    images = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    assert (fingerprint_of(images, [0, 1, 2, 1]) == fingerprint_of(images, labels)) == same
+    assert fingerprint_of(images, [0, 1, 2, 1]) == fingerprint_of(images.clone(), [0, 1, 2, 1], name="other")
+
+
+def test_fingerprint_of_labels_does_not_depend_on_their_type(tmp_path):
+    images, found = random_pixels(3, 1, 8, 8), set()
+    for dtype in ("u1", "<i2", ">i8"):
+        np.savez(tmp_path / "images.npz", images=images, labels=np.array([2, 0, 1], dtype))
+        found.add(load_images(tmp_path / "images.npz").fingerprint)
+    assert len(found) == 1
+
+
+def test_fingerprint_tells_order_type_size_and_kind_of_the_images():
+    """The bytes of some of these are the same."""
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    order = torch.tensor([0, 2, 1, 3])
+    as_bytes = torch.from_numpy(images.numpy().view(np.uint8).reshape(4, 1, 16, 16))
+    others = [
+        fingerprint_of(images),
+        fingerprint_of(images[order]),
+        fingerprint_of(images, values="latents"),
+        fingerprint_of(as_bytes),
+        fingerprint_of(as_bytes.view(16, 1, 8, 8)),
+        fingerprint_of(as_bytes.view(4, 4, 8, 8)),
+        fingerprint_of(images.view(1, 4, 8, 8)),
+        fingerprint_of(images[:3]),
+        fingerprint_of(images, [0, 1, 2, 3]),
+        fingerprint_of(images[order], [0, 1, 2, 3]),
+        fingerprint_of(images[order], [0, 2, 1, 3]),
+    ]
+    assert len(set(others)) == len(others)
+
+
+def test_fingerprint_of_a_part_is_that_of_its_images_and_labels():
+    images = torch.arange(640, dtype=torch.int64).view(10, 1, 8, 8).to(torch.uint8)
+    part, _ = ImageData(images, torch.arange(10)).split(0.4, seed=0)
+    assert part.fingerprint == fingerprint_of(part.images.clone(), part.labels.tolist())
+    assert part.fingerprint != fingerprint_of(part.images.clone(), part.labels.flip(0).tolist())
+
+
 # ------------------------------------------------------------------ latents
 
 

@@ -109,3 +109,27 @@ def test_hidden_folders_are_left_alone(folder):
         write_grey(folder / name / "x.png", 9)
         (folder / name / "gone").symlink_to("nowhere")
     assert brightness(folder) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "labels.csv", "dataset.json", "Thumbs.db"])
+def test_side_files_that_cannot_be_read_do_no_harm(folder, name):
+    """They hold no images, whatever is wrong with them: broken links, circles of links, damaged content."""
+    (folder / name).symlink_to("gone")
+    (folder / "t" / name).symlink_to(name)
+    (folder / f"another-{name}").write_bytes(b"\xff\x00{")
+    assert brightness(folder) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
+def test_what_systems_keep_beside_the_images_is_no_part_of_them(folder, name, monkeypatch):
+    """Some of it may not be read by anybody, some of it are small copies of the images."""
+    write_grey(folder / name / "a.png" / "THUMB_M.jpg", 9)
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert brightness(folder) == [1, 2]

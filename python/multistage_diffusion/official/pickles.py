@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .unpickling import Builder, CheckpointFileError, Filled, checked_key, interpret, refused
 
-__all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors"]
+__all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors", "screen_pickles"]
 
 # More than any network has. A pickle may name one module in many places, and even inside of itself.
 MOST_NAMES, LONGEST_NAME = 100_000, 1000
@@ -69,6 +70,56 @@ def read_pickle(path: str | Path) -> object:
         raise CheckpointFileError(
             f"{path} is truncated or no pickle ({type(error).__name__}: {error}); copy it again"
         ) from error
+
+
+def screen_pickles(file: BinaryIO, size: int, count: int = 1) -> None:
+    """Raises where pickles that PyTorch is to read would take far more memory than they have, or exhaust the stack.
+
+    Which globals may be called is left to ``torch.load(weights_only=True)``; here all are inert. But that allows types,
+    such as bytearray and the storages, that make objects of any size out of one number, and copies of one long object.
+
+    Args:
+        file: in memory or mapped; begins with them.
+        size: of the file in bytes.
+        count: how many there are, one behind the other.
+
+    Raises:
+        CheckpointFileError: one asks for that, and nothing else is wrong with it; what is damaged is left to PyTorch.
+    """
+    try:
+        for _ in range(count):
+            interpret(file, size, _INERT, lambda _: Record("storage"))
+    except CheckpointFileError:
+        raise
+    except Exception:  # PyTorch says what is wrong with a damaged pickle
+        return
+
+
+class _InertGlobals(dict):
+    """Every global by its full name, without what it does: PyTorch decides which there are."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Builder:
+        if name.endswith(("Storage", "Tensor")):
+            return Builder(name, None)
+        if name.startswith("collections."):
+            return Builder(name, lambda *_: {})
+        if name.endswith((".set", ".frozenset")):
+            return Builder(name, lambda *_: set())
+        if name.endswith(".bytearray"):
+            return Builder(name, _bytes)
+        return Builder(name, lambda *_: Record(name))
+
+
+_INERT = _InertGlobals()
+
+
+def _bytes(*arguments: object) -> Record:
+    if any(isinstance(argument, int) for argument in arguments):
+        raise refused("the pickle builds bytes of a number")
+    return Record("bytearray")
 
 
 def record_tensors(record: Record) -> Iterator[tuple[str, Tensor]]:

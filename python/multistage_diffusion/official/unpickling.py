@@ -229,6 +229,7 @@ LITERALS = {
         "SHORT_BINUNICODE",
         "BINUNICODE",
         "BINUNICODE8",
+        "SHORT_BINSTRING",
         "SHORT_BINBYTES",
         "BINBYTES",
         "BINBYTES8",
