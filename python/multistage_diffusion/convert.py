@@ -58,7 +58,7 @@ class ReferenceCheckpoint:
         config: the constructor's arguments, where the file has them.
         weights: which weights they are: averaged, raw, or the only ones of the file.
         preconditioner: schedule and constants of the denoiser, where the file has them, as ``precondition`` takes them.
-        unknown_preconditioner: the class of one that the file has, but that is not known here.
+        unknown_preconditioner: what the file has instead that is not known here, in words.
     """
 
     tensors: dict[str, Tensor]
@@ -238,7 +238,7 @@ def _from_records(content: object, weights: str, path: Path) -> ReferenceCheckpo
             said = denoisers.of_record(record)
         except ValueError as error:
             raise CheckpointFileError(f"{path}: {error}") from None
-        unknown = record.class_name if said is None else None
+        unknown = None if said else f"a preconditioner of the class {official.shown(record.class_name)}"
         record = inner
     config = record.entries("_init_kwargs")
     _require_plain(config, path)
@@ -284,8 +284,9 @@ def _from_ldm(state: Mapping[str, Tensor], weights: str, path: Path) -> Referenc
     found = {own: state[name] for own, name in raw.items()}
     if LDM_CLASSES in state:
         found[LDM_CLASSES] = state[LDM_CLASSES]
-    said = denoisers.of_betas(state.get(LDM_BETAS))
-    return ReferenceCheckpoint(_named_tensors(found, "state_dict", path), None, weights, said)
+    said = denoisers.of_betas(state[LDM_BETAS]) if LDM_BETAS in state else None
+    unknown = "betas that are not all between 0 and 1" if said is None and LDM_BETAS in state else None
+    return ReferenceCheckpoint(_named_tensors(found, "state_dict", path), None, weights, said, unknown)
 
 
 def _from_score_sde(content: Mapping, weights: str, path: Path) -> ReferenceCheckpoint:

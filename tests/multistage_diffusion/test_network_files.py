@@ -15,15 +15,18 @@ from fixtures import config, group
 from multistage_diffusion import (
     EDMPreconditioner,
     Stages,
+    generate,
     load_denoiser,
     load_network,
     networks,
     official,
     precondition,
+    sampler_config,
 )
 from multistage_diffusion.checkpoints import write_tensors
 from multistage_diffusion.cli import main
 from multistage_diffusion.convert import CheckpointFileError, save_network
+from multistage_diffusion.samplers import schedule_of
 from multistage_diffusion.schedules import LDM
 from multistage_diffusion.training import Trainer
 from stand_ins import SMALL_UNET, config_of, no_plots, tiny_images
@@ -128,6 +131,21 @@ def test_the_denoiser_is_that_of_the_files_own_preconditioner(
     torch.testing.assert_close(actual, c_skip * x + c_out * F, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("class_name", "sampler"), [("iDDPMPrecond", "heun"), ("iDDPMPrecond", "ddim"), ("VEPrecond", "heun")]
+)
+def test_samplers_take_the_files_own_noise_levels(class_name, sampler, persistence, tmp_path):
+    changes = {"out_channels": 4} if class_name == "iDDPMPrecond" else {}
+    out = convert_snapshot(persistence, tmp_path, class_name, {}, **changes)[2]
+    denoiser = load_denoiser(out)
+    settings = sampler_config("heun", schedule_of(denoiser), 3)
+    lowest = 0.02 if class_name == "VEPrecond" else float(denoiser.schedule.sigmas[0])
+    assert min(settings.evaluated_levels()) == pytest.approx(lowest)
+    images = generate(denoiser, [0, 1], (2, 8, 8), settings).images
+    assert images.shape == (2, 2, 8, 8)
+    assert bool(images.isfinite().all())
+
+
 def test_the_preconditionings_differ_so_much_that_a_wrong_one_shows():
     x = torch.randn(4, 2, 8, 8, dtype=torch.float64)
     network = unified(out_channels=2)[0].double().eval()
@@ -154,6 +172,9 @@ def test_the_preconditionings_differ_so_much_that_a_wrong_one_shows():
         (["--preconditioning", "vp,M=500"], "contradicts the file: the file says M=1000, not 500"),
         (["--stages", "0.3,0.6"], "--stages names 3 stages, the network has 1"),
         (["--preconditioning", "vp,sigma_data=1"], "vp takes beta_d"),
+        (["--preconditioning", "vp,epsilon_t=0.5,beta_d=nan"], "must be finite"),
+        (["--preconditioning", "vp,beta_d"], "'beta_d' is no constant such as sigma_data=0.5"),
+        (["--preconditioning", "ddpm"], "'ddpm' is none of edm, vp, ve, iddpm, ldm"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(options, message, persistence, tmp_path, capsys):
@@ -172,7 +193,8 @@ def test_a_preconditioner_that_is_not_known_is_not_guessed(persistence, tmp_path
     _, code, out = convert_snapshot(persistence, tmp_path, "MyPrecond", {})
     assert code == 0
     assert (
-        "denoiser: not kept: the file's preconditioner is of the class MyPrecond" in capsys.readouterr().out
+        "denoiser: not kept: the file has a preconditioner of the class MyPrecond, which"
+        in capsys.readouterr().out
     )
     with pytest.raises(
         ValueError, match=r"does not say how its network becomes a denoiser.*give preconditioning="
@@ -388,6 +410,35 @@ def test_latent_diffusions_betas_come_along(steps, even, tmp_path, capsys):
     assert denoiser.stages.assign(denoiser.schedule.sigmas).tolist() == [
         (step >= steps // 3) + (step >= steps // 2) for step in range(steps)
     ]
+
+
+def test_betas_that_no_schedule_has_are_not_replaced_by_others(tmp_path, capsys):
+    """Such as those of a schedule that ends in pure noise."""
+    state = {f"model.diffusion_model.{name}": t for name, t in group("ldm", "u/sd/").items()}
+    torch.save({"state_dict": state | {"betas": torch.linspace(0.1, 1.0, 9)}}, tmp_path / "last.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps(config("ldm", "u/")))
+    arguments = ["convert", str(tmp_path / "last.ckpt"), "--config", str(tmp_path / "config.json")]
+    out = ["--family", "ldm", "--weights", "raw", "--out", str(tmp_path / "model.safetensors")]
+    assert main([*arguments, *out]) == 0
+    assert (
+        "denoiser: not kept: the file has betas that are not all between 0 and 1" in capsys.readouterr().out
+    )
+    assert main([*arguments, *out, "--preconditioning", "ldm,num_steps=0.5"]) == 2
+    assert "convert: a constant of ldm is of another type" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "constants", [{"beta_min": 0.2, "beta_max": 10.2}, {"beta_min": "x", "beta_max": None}]
+)
+def test_score_sdes_arguments_name_constants(constants, tmp_path):
+    torch.save(group("ncsnpp", "sd/"), tmp_path / "weights.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config("ncsnpp") | constants))
+    out = tmp_path / "model.safetensors"
+    arguments = ["convert", str(tmp_path / "weights.pth"), "--config", str(tmp_path / "config.json")]
+    assert main([*arguments, "--family", "ncsnpp", "--out", str(out)]) == 0
+    schedule = load_denoiser(out).schedule
+    expected = (10.0, 0.2) if constants["beta_min"] == 0.2 else (19.9, 0.1)
+    assert (schedule.beta_d, schedule.beta_min) == pytest.approx(expected)
 
 
 def test_a_multistage_start_keeps_the_preconditioning(persistence, tmp_path, capsys):

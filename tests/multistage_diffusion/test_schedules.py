@@ -144,6 +144,18 @@ def test_ldm_grid_has_each_step_once_at_most():
         (schedules.VP, (19.9, 0), "beta_min=0 above 0"),
         (schedules.LDM, (0.0015, 2), "LDM: linear_start=0.0015 and linear_end=2 must satisfy"),
         (schedules.LDM, (0.0015, 0.0195, 1), "LDM: num_steps=1 must be at least 2"),
+        (schedules.LDM, (0.0015, 0.0195, 10**12), "LDM: num_steps=1000000000000 must be at most 1000000"),
+        (
+            schedules.LDM,
+            (0.0015, 0.0195, 1000, (0.1, 1.0)),
+            "LDM: every one of betas must lie between 0 and 1",
+        ),
+        (schedules.LDM, (0.0015, 0.0195, 1000, (0.1,)), "LDM: num_steps=1 must be at least 2"),
+        (schedules.VP, (19.9, 0.1, 1), "VP: M=1 must be at least 2"),
+        (schedules.VP, (19.9, 0.1, 1000, 1.0), r"VP: epsilon_t=1\.0 must be at least 0 and below 1"),
+        (schedules.IDDPM, (0.0,), "IDDPM: 0 < C_1 < 1"),
+        (schedules.IDDPM, (0.001, -1), "IDDPM: 0 < C_1 < 1 and 0 <= C_2 < inf are needed, got 0.001 and -1"),
+        (schedules.IDDPM, (0.001, 0.008, 10**12), "IDDPM: M=1000000000000 must be at most"),
     ],
 )
 def test_schedules_reject(kind, arguments, message):
@@ -178,6 +190,30 @@ def test_ldm_interpolates_between_its_steps():
     assert ldm.value([1e-3, 1e3]).tolist() == [0, 999]
     with pytest.raises(ValueError, match="steps must lie within 0 and 999, got 1000"):
         ldm.sigma(1000)
+
+
+def test_betas_that_are_given_count():
+    even = schedules.LDM()
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square().tolist()
+    given = schedules.LDM(betas=betas)
+    torch.testing.assert_close(given.sigmas, even.sigmas, rtol=1e-12, atol=0)
+    two = schedules.LDM(betas=(0.1, 0.5))
+    assert (two.num_steps, two.domain) == (2, (0.0, 2.0))
+    assert two.sigmas.tolist() == pytest.approx([math.sqrt(0.1 / 0.9), math.sqrt(0.55 / 0.45)], rel=1e-14)
+
+
+@pytest.mark.parametrize("arguments", [(), (0.01, 0.1, 50)])
+def test_iddpm_steps_rise_and_have_an_inverse(arguments):
+    """The recurrence itself is tested with the denoiser (``test_network_files``)."""
+    iddpm = schedules.IDDPM(*arguments)
+    assert (len(iddpm.sigmas), iddpm.domain) == (iddpm.M, (0.0, float(iddpm.M)))
+    assert bool((iddpm.sigmas.diff() > 0).all())
+    steps = torch.arange(iddpm.M, dtype=torch.float64)
+    assert torch.equal(iddpm.value(iddpm.sigmas), steps)
+    assert torch.equal(iddpm.nearest(iddpm.sigmas), steps)
+    assert iddpm.nearest([0.0, float(iddpm.sigmas[0]) * 0.4, 1e9]).tolist() == [-1, -1, iddpm.M - 1]
+    middle = (iddpm.sigmas[3] + iddpm.sigmas[4]) / 2
+    assert iddpm.nearest([middle * (1 - 1e-12), middle * (1 + 1e-12)]).tolist() == [3, 4]
 
 
 def test_schedules_reach_their_ends_exactly():

@@ -15,19 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.official.pickles import Record
-from multistage_diffusion.official.unpickling import shown
 from multistage_diffusion.preconditioning import (
     PRECONDITIONINGS,
     Preconditioner,
     as_json,
-    constants_of,
     differences,
     precondition,
     require_known,
     stages_in_sigma,
 )
 from multistage_diffusion.presets import PRESETS, Preset
-from multistage_diffusion.schedules import LDM, Schedule
+from multistage_diffusion.schedules import Schedule
 from multistage_diffusion.stages import Stages, StagesError
 
 __all__ = ["KeptDenoiser", "denoiser", "of_betas", "of_record"]
@@ -75,18 +73,16 @@ def of_record(record: Record) -> dict[str, object] | None:
     return {"schedule": schedule, **found}
 
 
-def of_betas(betas: object) -> dict[str, object] | None:
-    """Schedule and constants that latent diffusion's ``betas`` stand for; None for anything else."""
-    if not isinstance(betas, Tensor) or betas.dim() != 1 or len(betas) < 2 or not betas.is_floating_point():
+def of_betas(betas: Tensor) -> dict[str, object] | None:
+    """Schedule and constants that latent diffusion's ``betas`` stand for; None where they stand for none."""
+    is_list = isinstance(betas, Tensor) and betas.dim() == 1 and len(betas) > 1 and betas.is_floating_point()
+    if not is_list or not bool(((betas > 0) & (betas < 1)).all()):
         return None
     # The shortest decimals that are these float32 values, as people write them.
     start, end = (float(str(betas[i].float().numpy())) for i in (0, -1))
-    if not (0 < start <= end < 1):
-        return {"schedule": "ldm", "betas": tuple(betas.double().tolist())}
-    even = LDM(start, end, len(betas))
-    ours = torch.linspace(math.sqrt(start), math.sqrt(end), len(betas), dtype=torch.float64).square()
-    if torch.allclose(betas.double(), ours, rtol=BETAS_AGREE, atol=0):
-        return {"schedule": "ldm", **{name: getattr(even, name) for name in constants_of("ldm")[:3]}}
+    even = torch.linspace(math.sqrt(start), math.sqrt(end), len(betas), dtype=torch.float64).square()
+    if start <= end < 1 and torch.allclose(betas.double(), even, rtol=BETAS_AGREE, atol=0):
+        return {"schedule": "ldm", "linear_start": start, "linear_end": end, "num_steps": len(betas)}
     return {"schedule": "ldm", "betas": tuple(betas.double().tolist())}
 
 
@@ -109,23 +105,26 @@ def denoiser(
         asked: what the caller says, in the same form.
         stages: what the caller says; default: those of ``config``, else the family's published ones.
         preset: the published configuration of the network, whose schedule and stages are taken before the family's.
-        unknown: the class of a preconditioner in the file that is none of those that are known.
+        unknown: what the file has in place of a schedule and constants that are known, in words.
 
     Raises:
-        ValueError: the caller contradicts the file, or the stages do not fit the network.
+        ValueError: the caller contradicts the file, or constants or stages do not fit.
     """
     if said and asked and (wrong := differences(as_json(said), as_json(asked))):
         raise ValueError(f"convert: --preconditioning contradicts the file: {'; '.join(wrong)}")
     if not said and not asked and unknown is not None:
-        reason = f"the file's preconditioner is of the class {shown(unknown)}, which is not known here"
-        return KeptDenoiser(None, f"not kept: {reason}; give --preconditioning if you know what it computes")
+        return KeptDenoiser(
+            None,
+            f"not kept: the file has {unknown}, which is not known here; give --preconditioning if you know what it "
+            "computes",
+        )
     published = preset or published_by(network.family)
     name = schedule_name(said, asked, published)
     constants = _of_config(name, config) | {**(said or {}), **(asked or {})}
     constants.pop("schedule", None)
     require_known("convert", name, constants)
     source = "as the file says" if said else "as asked" if asked else "the family's default"
-    schedule = PRECONDITIONINGS[name](**_fields(name, constants))
+    schedule = _schedule(name, constants)
     cut, cut_by = _stages(network, config, schedule, published, stages)
     if cut is None:
         return KeptDenoiser(
@@ -147,20 +146,22 @@ def schedule_name(
     return (said or asked or {"schedule": published.schedule})["schedule"]
 
 
-def _fields(name: str, constants: Mapping[str, object]) -> dict[str, object]:
-    """Those of the constants that the schedule itself has; EDM's are the preconditioner's."""
-    if name == "edm":
-        return {}
-    return {key: value for key, value in constants.items() if key != "prediction"}
+def _schedule(name: str, constants: Mapping[str, object]) -> Schedule:
+    """The schedule with its constants; EDM's are the preconditioner's."""
+    own = {} if name == "edm" else {key: value for key, value in constants.items() if key != "prediction"}
+    try:
+        return PRECONDITIONINGS[name](**own)
+    except TypeError as error:
+        raise ValueError(f"convert: a constant of {name} is of another type: {error}") from error
 
 
 def _of_config(name: str, config: Mapping[str, object]) -> dict[str, object]:
     """Constants among the constructor's arguments, as score SDE has them."""
-    if name == "vp" and {"beta_min", "beta_max"} <= config.keys():
-        return {"beta_min": config["beta_min"], "beta_d": config["beta_max"] - config["beta_min"]}
-    if name == "ve" and {"sigma_min", "sigma_max"} <= config.keys():
-        return {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
-    return {}
+    names = {"vp": ("beta_min", "beta_max"), "ve": ("sigma_min", "sigma_max")}.get(name, ())
+    low, high = (config.get(key) for key in names) if names else (None, None)
+    if not all(isinstance(value, int | float) for value in (low, high)):
+        return {}
+    return {"beta_min": low, "beta_d": high - low} if name == "vp" else {"sigma_min": low, "sigma_max": high}
 
 
 def _stages(
