@@ -20,7 +20,16 @@ from .checkpoints import write_tensors
 from .networks.limits import at_most
 from .official import summary
 from .official.unpickling import CheckpointFileError
-from .preconditioning import Preconditioner, as_json, differences, from_json, precondition, require_known
+from .preconditioning import (
+    EDMPreconditioner,
+    Preconditioner,
+    as_json,
+    differences,
+    from_json,
+    precondition,
+    require_known,
+    stages_in_sigma,
+)
 from .stages import Stages
 
 __all__ = ["CheckpointFileError", "load_denoiser", "load_network", "save_network"]
@@ -130,7 +139,9 @@ def _require_agreement(
     unknown = [name for name in asked if name not in said]
     wrong += [f"the file's {said['schedule']} has no {name}" for name in unknown]
     if stages is not None:
-        own = from_json(denoiser.network, {**said, "stages": stages.to_json()}).stages
+        own = (
+            stages if isinstance(denoiser, EDMPreconditioner) else stages_in_sigma(stages, denoiser.schedule)
+        )
         if own != denoiser.stages:
             wrong.append(f"the file says {denoiser.stages!r}, not {own!r}")
     if wrong:

@@ -400,12 +400,9 @@ def differences(said: Mapping[str, object], other: Mapping[str, object]) -> list
     """
     if said.get("schedule") != other.get("schedule"):
         return [f"the file says {said.get('schedule')}, not {other.get('schedule')}"]
-    both = (name for name in said if name in other and name not in LIMITS)
-    return [
-        f"the file says {name}={said[name]!r}, not {other[name]!r}"
-        for name in both
-        if said[name] != other[name]
-    ]
+    shown = reprlib.repr
+    both = [name for name in said if name in other and name not in LIMITS and said[name] != other[name]]
+    return [f"the file says {name}={shown(said[name])}, not {shown(other[name])}" for name in both]
 
 
 def stages_in_sigma(stages: Stages, schedule: Schedule) -> Stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import pickle
@@ -241,6 +242,28 @@ def test_what_pytorch_would_build_far_larger_than_its_file_is_refused_before(
         rewritten(path, program)
     with pytest.raises(CheckpointFileError, match=rf"forged\.pth: refused: .*{message}; nothing was run"):
         convert.read(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_checkpoints_usually_hold_is_no_reason_to_refuse_them(legacy, tmp_path):
+    content = {
+        "state_dict": {"model.diffusion_model.a": torch.zeros(2, dtype=torch.bfloat16)},
+        "other": [
+            {1, 2},
+            collections.Counter([3, 3]),
+            (torch.float16, torch.device("cpu")),
+            1 << 40,
+            b"bytes",
+            0.5,
+        ],
+        ("a", 1): {torch.float32: nn.Parameter(torch.zeros(1)), None: torch.Size([1, 2])},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(0)}},
+            "lr": complex(1, 2),
+        },
+    }
+    torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=not legacy)
+    assert torch.equal(convert.read(tmp_path / "last.ckpt", "raw").tensors["a"], torch.zeros(2).bfloat16())
 
 
 def test_records_of_a_checkpoint_are_as_large_as_they_say(tmp_path):

@@ -39,6 +39,7 @@ CLASSES = {
 }
 # Where they have other values than the schedules here.
 CLASS_DEFAULTS = {"VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0}}
+LARGEST = 1 << 63
 # float32 keeps this of betas that were computed in float64.
 BETAS_AGREE = 1e-6
 
@@ -68,9 +69,11 @@ def of_record(record: Record) -> dict[str, object] | None:
     given = {**CLASS_DEFAULTS.get(record.class_name, {}), **record.entries("_init_kwargs"), **record.state}
     found = {name: given[name] for name in names if name in given}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) >= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value <= math.inf:
             raise ValueError(f"the preconditioner's {name} is no number")
-    return {"schedule": schedule, **found}
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"the preconditioner's {name} is a huge number")
+    return {"schedule": schedule, **found, **({} if schedule == "edm" else {"prediction": "epsilon"})}
 
 
 def of_betas(betas: Tensor) -> dict[str, object] | None:
@@ -123,7 +126,15 @@ def denoiser(
     constants = _of_config(name, config) | {**(said or {}), **(asked or {})}
     constants.pop("schedule", None)
     require_known("convert", name, constants)
-    source = "as the file says" if said else "as asked" if asked else "the family's default"
+    usual = ", but for the prediction, which is the usual one"
+    known = name == "edm" or "prediction" in constants
+    source = (
+        f"as the file says{'' if known else usual}"
+        if said
+        else "as asked"
+        if asked
+        else "the family's default"
+    )
     schedule = _schedule(name, constants)
     cut, cut_by = _stages(network, config, schedule, published, stages)
     if cut is None:
@@ -187,11 +198,16 @@ def _stages(
     ):  # one: of a unified network that a multi-stage one starts from
         found = _of_interval(interval, network.family, schedule)
         return found, "as its arguments say" if found is not None else ""
-    usual = PRECONDITIONINGS[published.schedule]()
-    same = schedule.name == usual.name and torch.equal(*(s.sigma(s.grid(11)) for s in (schedule, usual)))
-    if same and count == len(published.stages()):
+    if count == len(published.stages()) and _same_levels(schedule, published):
         return stages_in_sigma(published.stages(), schedule), "the published ones"
     return None, ""
+
+
+def _same_levels(schedule: Schedule, published: Preset) -> bool:
+    """Whether the published cuts are the same noise levels in this schedule as in the published one."""
+    usual, cuts = PRECONDITIONINGS[published.schedule](), published.boundaries[1:-1]
+    alike = (schedule.name, schedule.domain) == (usual.name, usual.domain)
+    return alike and torch.equal(schedule.sigma(cuts), usual.sigma(cuts))
 
 
 def _of_interval(interval: object, family: str, schedule: Schedule) -> Stages | None:

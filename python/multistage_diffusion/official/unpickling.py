@@ -18,6 +18,7 @@ __all__ = ["Builder", "CheckpointFileError", "Filled", "checked_key", "interpret
 SLACK = 1 << 20
 # Their hash takes no recursion.
 KEYS = (str, bytes, int, float, bool, type(None))
+LONGEST_KEY = 16
 # Beyond this, many integers may have one hash.
 LARGEST_KEY = 1 << 31
 SIZED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
@@ -214,7 +215,11 @@ class _Machine:
 
 
 def checked_key(key: object) -> object:
-    """A key of a dictionary or an element of a set, if it is a plain value."""
+    """A key of a dictionary or an element of a set, if it is a plain value, a few of them, or an inert object."""
+    if isinstance(key, Filled | Builder):  # known by its identity
+        return key
+    if type(key) is tuple and len(key) <= LONGEST_KEY and not any(type(part) is tuple for part in key):
+        return tuple(map(checked_key, key))
     if type(key) not in KEYS:
         raise refused(f"the pickle uses a {type(key).__name__} as a key")
     if isinstance(key, int) and abs(key) > LARGEST_KEY:
