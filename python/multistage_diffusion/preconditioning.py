@@ -260,9 +260,8 @@ class SchedulePreconditioner(Preconditioner):
 
     def __init__(self, network: nn.Module, stages: Stages, schedule: Schedule, prediction: str = "epsilon"):
         if schedule.name not in self.served:
-            raise ValueError(
-                f"{type(self).__name__}: schedule must be {' or '.join(self.served).upper()}, got {schedule!r}"
-            )
+            allowed = " or ".join(", ".join(self.served).upper().rsplit(", ", 1))
+            raise ValueError(f"{type(self).__name__}: schedule must be {allowed}, got {schedule!r}")
         if prediction not in PREDICTIONS or (prediction == "v" and schedule.name == "ve"):
             raise ValueError(
                 f"SchedulePreconditioner: prediction must be one of {', '.join(PREDICTIONS)} (v not for VE), "
