@@ -12,12 +12,14 @@ interrupts that (a full disk, a kill, a power cut) leaves the checkpoints that w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .atomic_files import flush
+from .atomic_files import flush, set_aside
+from .checkpoint_schema import (
+    CheckpointError,
+    Kind,
+    check_fields,
+    check_finite,
+    differences,
+    in_16_bits,
+    kinds,
+    read_kinds,
+    same,
+)
 from .preconditioning import Preconditioner, precondition
 from .stages import Stages
 
@@ -36,12 +49,9 @@ METADATA = "checkpoint.json"
 _CHECKSUM = "sha256"
 _NEEDED = ("step", "images", "seconds", "config", "optimizer", "data_fingerprint")
 _NEEDED_FILES = ("network.safetensors", "ema.safetensors", "optimizer.safetensors")
-_NAME = re.compile(r"step-(\d{8,})")
-_SHOWN = 4
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read, or does not fit; the message says which and what to do."""
+_NAME = re.compile(r"step-([0-9]{8,})")
+_MAX_METADATA_BYTES = 1 << 26
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what other JSON leads to
 
 
 class CheckpointSaveError(CheckpointError):
@@ -49,7 +59,7 @@ class CheckpointSaveError(CheckpointError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was skipped because its content is damaged."""
+    """A checkpoint was skipped because its content is damaged, or an old one could not be removed."""
 
 
 # ------------------------------------------------------------------------ state of a run, as tensors and JSON
@@ -63,17 +73,19 @@ def optimizer_tensors(names: Sequence[str], optimizer: torch.optim.Optimizer) ->
     """
     state = optimizer.state_dict()
     tensors = {f"{names[i]}.{key}": v for i, entries in state["state"].items() for key, v in entries.items()}
-    scalars = []
+    groups = []
     for group in state["param_groups"]:
         values = {k: v for k, v in group.items() if k != "params"}
-        scalars.append({**values, "params": [names[i] for i in group["params"]]})
-    return tensors, {"param_groups": scalars}
+        groups.append({**values, "params": [names[i] for i in group["params"]]})
+    return tensors, {"param_groups": groups, "state": [names[i] for i in state["state"]]}
 
 
 def restore_optimizer(
     names: Sequence[str], optimizer: torch.optim.Optimizer, tensors: dict, scalars: dict
 ) -> None:
-    """The inverse of ``optimizer_tensors``, for an optimizer of one group of parameters.
+    """The inverse of ``optimizer_tensors``, for an optimizer of one group of parameters and the same settings.
+
+    Takes the tensors as they are: ``checkpoint_schema.check_optimizer`` tells whether they fit.
 
     Raises:
         CheckpointError: a parameter is unknown.
@@ -84,10 +96,9 @@ def restore_optimizer(
         name, _, key = full_name.rpartition(".")
         if name not in index:
             raise CheckpointError(f"the optimizer state names {name!r}, which the network does not have")
-        state.setdefault(index[name], {})[key] = value
-    group = {**scalars["param_groups"][0], "params": list(range(len(names)))}
-    if "betas" in group:
-        group["betas"] = tuple(group["betas"])
+        state.setdefault(index[name], {})[key] = value.clone()  # a read tensor's memory is the file
+    (group,) = optimizer.state_dict()["param_groups"]
+    group["lr"] = scalars["param_groups"][0]["lr"]
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
 
 
@@ -132,7 +143,7 @@ def save_checkpoint(
     temporary = directory / f".writing-{final.name}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(directory)
+        remove_leftovers(directory)
         if final.exists():
             if not damage(final):
                 return final
@@ -176,10 +187,15 @@ def _checksum(content: dict) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
+    """Removes what a killed process has left of checkpoints that it was writing or removing."""
     for pattern in (".writing-*", ".damaged-*", ".old-*"):
         for path in directory.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _prune(directory: Path, keep: int, written: Path) -> None:
@@ -187,8 +203,11 @@ def _prune(directory: Path, keep: int, written: Path) -> None:
         if path == written:
             continue  # the newer ones were there before: nobody has looked whether they are intact
         hidden = path.with_name(f".old-{path.name}")
-        # First out of sight, in one step: a kill leaves no half checkpoint under its name.
-        path.rename(hidden)
+        try:  # first out of sight, in one step: a kill leaves no half checkpoint under its name
+            path.rename(hidden)
+        except OSError as error:
+            text = f"the old checkpoint {path} could not be removed: {error.strerror or error}"
+            warnings.warn(text, CheckpointWarning, stacklevel=3)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -200,20 +219,7 @@ def set_aside_after(directory: str | Path, step: int) -> list[Path]:
     Returns:
         Their new places.
     """
-    moved = []
-    for path in list_checkpoints(directory):
-        if _step_of(path) > step:
-            moved.append(path.rename(_free_name(path.with_name(f"damaged-{path.name}"))))
-    return moved
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or where there is something already, that path with -2, -3, ... behind."""
-    free, number = path, 1
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    return [set_aside(path) for path in list_checkpoints(directory) if _step_of(path) > step]
 
 
 # ---------------------------------------------------------------------------- reading
@@ -236,10 +242,12 @@ def damage(path: str | Path) -> str | None:
     folder renamed to another step; ``None`` if intact."""
     path = Path(path)
     try:
-        metadata = json.loads((path / METADATA).read_text())
+        metadata = _description(path)
         if problem := _damage_of_metadata(metadata, _step_of(path)):
             return problem
         for name, expected in metadata["files"].items():
+            if Path(name).name != name or not stat.S_ISREG((path / name).stat().st_mode):
+                return f"{name} is no file of the checkpoint"
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, {expected['bytes']} were written"
@@ -247,13 +255,15 @@ def damage(path: str | Path) -> str | None:
                 return f"the content of {name} has changed since it was written"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         return f"{METADATA} is not a checkpoint description ({type(error).__name__}: {error})"
     return None
 
 
 def _damage_of_metadata(metadata: dict, step: int | None) -> str | None:
     """What is wrong with the content of checkpoint.json in a folder named after a step, or otherwise."""
+    if isinstance(metadata["format"], bool):
+        return f"format is {metadata['format']}, no number"
     if metadata["format"] == WITHOUT_OWN_CHECKSUM:
         missing = [key for key in _NEEDED if key not in metadata]
         missing += [name for name in _NEEDED_FILES if name not in metadata["files"]]
@@ -263,7 +273,7 @@ def _damage_of_metadata(metadata: dict, step: int | None) -> str | None:
         return f"format {metadata['format']} is neither {WITHOUT_OWN_CHECKSUM} nor {FORMAT}, which this version reads"
     elif metadata[_CHECKSUM] != _checksum(metadata):
         return f"the content of {METADATA} has changed since it was written"
-    if step is not None and metadata["step"] != step:
+    if step is not None and (isinstance(metadata["step"], bool) or metadata["step"] != step):
         return f"{METADATA} is of step {metadata['step']}, the folder is named after step {step}"
     return None
 
@@ -274,14 +284,29 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    found = list_checkpoints(directory)
-    for path in reversed(found):
+    problems = []
+    for path in reversed(list_checkpoints(directory)):
         problem = damage(path)
         if problem is None:
             return path
+        problems.append(f"{path.name}: {problem}")
         warnings.warn(f"skipping the checkpoint {path}: {problem}", CheckpointWarning, stacklevel=2)
-    if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoint(s) in {directory} is intact")
+    if problems:
+        raise CheckpointError(
+            f"none of the {len(problems)} checkpoint(s) in {directory} is intact; the newest, {problems[0]}"
+        )
+    return None
+
+
+def latest_config(directory: str | Path) -> dict | None:
+    """The configuration of the newest checkpoint whose description is intact, whatever its tensors are; or ``None``."""
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            metadata = _description(path)
+            if _damage_of_metadata(metadata, _step_of(path)) is None and isinstance(metadata["config"], dict):
+                return metadata["config"]
+        except (OSError, *_MALFORMED):
+            continue
     return None
 
 
@@ -303,48 +328,68 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict:
-    """The checkpoint.json of a checkpoint folder."""
-    return json.loads((Path(path) / METADATA).read_text())
+    """The checkpoint.json of a checkpoint folder. Raises CheckpointError if it cannot be read."""
+    try:
+        return _description(Path(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{Path(path) / METADATA} cannot be read: {error}") from error
 
 
-def read_tensors(path: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """One file of a checkpoint: "network", "ema" or "optimizer"."""
+def _description(path: Path) -> dict:
+    size = (path / METADATA).stat().st_size
+    if size > _MAX_METADATA_BYTES:
+        raise ValueError(f"{size} bytes; at most {_MAX_METADATA_BYTES} are read")
+    return json.loads((path / METADATA).read_text())
+
+
+def read_tensors(
+    path: str | Path, name: str, expected: Mapping[str, Kind] | None = None
+) -> dict[str, torch.Tensor]:
+    """One file of a checkpoint.
+
+    Args:
+        name: "network", "ema" or "optimizer".
+        expected: for weights: what their network has; compared before anything but the file's header is read.
+
+    Raises:
+        CheckpointError: the file is missing or something else; weights that are not those expected, or not finite.
+    """
     file = Path(path) / f"{name}.safetensors"
     if not file.is_file():
         raise CheckpointError(f"the checkpoint {path} has no {file.name}")
-    return load_file(file)
+    if expected is not None:
+        require_weights(read_kinds(file), expected, file)
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if expected is not None:
+        check_finite(tensors, file)
+    return tensors
 
 
-def load_weights(network: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Copies weights into a network.
+def require_weights(found: Mapping[str, Kind], expected: Mapping[str, Kind], source: str | Path) -> None:
+    """Raises CheckpointError if weights differ from a network's in names, shapes or dtypes.
 
-    Raises:
-        CheckpointError: names or shapes differ; says how many, shows the first few, and nothing has been
-            loaded.
+    It says how many do, and shows the first few.
     """
-    own = network.state_dict()
-    shapes = [
-        f"{k} is {list(tensors[k].shape)} in the checkpoint and {list(v.shape)} in the network"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    missing = [k for k in own if k not in tensors]
-    unexpected = [k for k in tensors if k not in own]
-    problems = [
-        f"{len(group)} {what}: {', '.join(group[:_SHOWN])}{', ...' if len(group) > _SHOWN else ''}"
-        for group, what in (
-            (shapes, "of another shape"),
-            (missing, "missing from the checkpoint"),
-            (unexpected, "unknown to the network"),
-        )
-        if group
-    ]
-    if problems:
+    if problems := differences(found, expected, "network"):
         raise CheckpointError(
-            f"{source} was made by another network; of {len(own)} parameters and buffers "
+            f"{source} was made by another network; of {len(expected)} parameters and buffers "
             f"{'; '.join(problems)}. Build the network from the checkpoint's own config: "
             f"config.network in its {METADATA}"
         )
+
+
+def load_weights(network: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Copies weights into a network; a network in float32 takes those of one in 16 bits, too.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ, or a weight is not finite; nothing has been loaded.
+    """
+    found = kinds(tensors)
+    require_weights(found, in_16_bits(kinds(network.state_dict()), found), source)
+    check_finite(tensors, source)
     network.load_state_dict(tensors)
 
 
@@ -360,7 +405,7 @@ def differing_keys(saved: dict, given: dict, prefix: str = "") -> list[str]:
             lines.append(f"{name}: not in the checkpoint, now {b!r}")
         elif key not in given:
             lines.append(f"{name}: {a!r} in the checkpoint, now missing")
-        elif a != b:
+        elif not same(a, b):
             lines.append(f"{name}: {a!r} in the checkpoint, now {b!r}")
     return lines
 
@@ -399,20 +444,31 @@ def load_model(
     """
     if weights not in ("ema", "network"):
         raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
-    if build is None:
-        from .networks import build
-    from .networks import in_effect
+    from . import networks
+    from .training_config import TrainingConfig  # which needs this module
 
+    build = build or networks.build
     path = find_checkpoint(path)
     metadata = read_metadata(path)
+    file = path / f"{weights}.safetensors"
+    check_fields(metadata, ("step", "images", "config"), (file.name,), path / METADATA)
     config = metadata["config"]
-    network = build(in_effect(config["network"]))
-    load_weights(network, read_tensors(path, weights), path)
-    named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
-    denoiser = precondition(
-        network,
-        Stages.from_json(config["stages"]),
-        **{name: config[name] for name in named if name in config},
-    )
+    try:
+        TrainingConfig.check_types(config)
+        stages = Stages.from_json(config["stages"])
+        found = read_kinds(file)
+        arguments = networks.in_effect(config["network"])
+        if build is networks.build:
+            with torch.device("meta"):  # what the weights do not fit takes no memory
+                expected = kinds(build(arguments).state_dict())
+            require_weights(found, in_16_bits(expected, found), file)
+        network = build(arguments)
+        named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
+        denoiser = precondition(network, stages, **{name: config[name] for name in named if name in config})
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / METADATA}: config: {type(error).__name__}: {error}") from error
+    load_weights(network, read_tensors(path, weights), file)
     denoiser = denoiser.to(device).eval()
     return LoadedModel(denoiser, metadata["step"], metadata["images"], metadata, path)

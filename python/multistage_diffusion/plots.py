@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .atomic_files import replacing
+from .run_log import RunLog
 
 _CELL_PIXELS = 64  # small images are enlarged to about this size
 _GAP_PIXELS = 2
@@ -105,17 +106,20 @@ def plot_loss(log_path: str | os.PathLike, path: str | os.PathLike) -> Path:
 
     Args:
         log_path: a log of JSON lines: `step` (a number), `loss` (a number), `loss_stage` (a list of a number
-            or null for each stage). Missing keys, null and values that are not finite are skipped, and so is
-            a last line cut short; so are steps and losses of zero or less, which these axes cannot show.
+            or null for each stage). Lines that are no JSON object, missing keys, null and values that are not finite
+            are skipped; so are steps and losses of zero or less, which these axes cannot show.
         path: the .png, .svg or .pdf to write; missing folders are made.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: no log there, a line that is no JSON object, nothing to draw, or another suffix.
+        ValueError: no log there, nothing to draw, or another suffix.
     """
-    curves = _loss_curves(_log_records(Path(log_path)))
+    try:
+        curves = _loss_curves(RunLog(log_path).read())
+    except OSError as error:
+        raise ValueError(f"plot_loss: the log {log_path} cannot be read: {error}") from error
     if not curves:
         raise ValueError(f"plot_loss: {log_path} holds no positive loss at a positive step")
     path = _output_path(path, "plot_loss", _PLOT_SUFFIXES)
@@ -186,28 +190,6 @@ class _Curve:
     losses: np.ndarray
 
 
-def _log_records(path: Path) -> list[dict]:
-    """The records of a JSON-lines log; a last line that a killed run cut short is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ValueError(f"plot_loss: the log {path} cannot be read: {error}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"plot_loss: line {number} of {path} is no JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"plot_loss: line {number} of {path} must be a JSON object, given {line[:40]!r}")
-        records.append(record)
-    return records
-
-
 def _loss_curves(records: list[dict]) -> list[_Curve]:
     """The overall curve and one for each stage, without those that have no point to draw."""
     points: dict[int | None, list[tuple[float, float]]] = {None: []}
@@ -215,7 +197,11 @@ def _loss_curves(records: list[dict]) -> list[_Curve]:
         step = record.get("step")
         if not _positive(step):
             continue
-        losses = {None: record.get("loss"), **dict(enumerate(record.get("loss_stage") or []))}
+        per_stage = record.get("loss_stage")
+        losses = {
+            None: record.get("loss"),
+            **dict(enumerate(per_stage if isinstance(per_stage, list) else [])),
+        }
         for stage, loss in losses.items():
             if _positive(loss):
                 points.setdefault(stage, []).append((step, loss))
@@ -225,7 +211,7 @@ def _loss_curves(records: list[dict]) -> list[_Curve]:
 
 def _positive(value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    return is_number and 0 < value <= sys.float_info.max
 
 
 def _draw_curve(axes, curve: _Curve) -> None:

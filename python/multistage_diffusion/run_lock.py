@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
 import warnings
 from pathlib import Path
 
-__all__ = ["RunError", "RunLock"]
+from .atomic_files import LOCK_HELD
 
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what flock says of a lock that another process holds
+__all__ = ["RunError", "RunLock"]
 
 
 class RunError(RuntimeError):
@@ -34,32 +33,45 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Takes the folder. On a file system without locks it only warns.
+        """Takes the folder. On a file system without locks, and where the file cannot be opened, it only warns.
 
         Raises:
             RunError: another process has it; says which one.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = self._open()
+        except OSError as error:
+            self._warn(error)
+            return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
-            if error.errno in _HELD:
+            if error.errno in LOCK_HELD:
                 raise RunError(
                     f"another process trains in {self.path.parent} ({holder or 'it does not say which'}); "
                     "wait for it to end, stop it, or choose another folder"
                 ) from None
-            warnings.warn(
-                f"cannot lock {self.path} ({error.strerror}): see to it that no other process trains there",
-                stacklevel=2,
-            )
+            self._warn(error)
             return
         self._descriptor = descriptor
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's file, whose lock can be taken all the same
+            return os.open(self.path, os.O_RDONLY)
+
+    def _warn(self, error: OSError) -> None:
+        warnings.warn(
+            f"cannot lock {self.path} ({error.strerror}): see to it that no other process trains there",
+            stacklevel=3,
+        )
 
     def release(self) -> None:
         """Lets others have the folder; nothing where it was not acquired."""

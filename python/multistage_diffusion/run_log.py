@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .atomic_files import replacing
+from .atomic_files import replacing, set_aside
 from .noise_levels import NoiseLevels
 from .stages import Stages
 from .streams import silence, tell
@@ -84,33 +87,112 @@ def _check_finite(step: int, levels: NoiseLevels, losses: torch.Tensor) -> None:
     )
 
 
+class LogWarning(UserWarning):
+    """A log has lines that are no records, cannot be read, or cannot be written; training goes on."""
+
+
 class RunLog:
-    """``log.jsonl``: one JSON record per line, in the order of steps."""
+    """``log.jsonl``: one JSON record per line, in the order of steps.
+
+    The log is a diagnostic: nothing that is wrong with it ends a run, and no line of it is lost but one that a killed
+    process was writing.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._unwritten: list[str] = []
 
     def append(self, record: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Writes a record on a line of its own. One that cannot be written goes with the next; a warning says so."""
+        self._unwritten.append(json.dumps(record) + "\n")
+        try:
+            self._write("".join(self._unwritten).encode())
+        except OSError as error:
+            text = f"{self.path}: {len(self._unwritten)} record(s) could not be written yet: {error.strerror or error}"
+            warnings.warn(text, LogWarning, stacklevel=2)
+        else:
+            self._unwritten.clear()
+
+    def _write(self, lines: bytes) -> None:
+        """Appends lines, all of them or nothing."""
+        with self.path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                lines = lines if file.read(1) == b"\n" else b"\n" + lines
+            try:
+                while lines:
+                    lines = lines[file.write(lines) :]
+            except OSError:
+                file.truncate(end)
+                raise
 
     def truncate(self, step: int) -> None:
-        """Drops the records after ``step`` and a torn last line, atomically."""
-        if not self.path.exists():
+        """Drops the records after ``step`` and a torn last line, atomically; all other lines stay as they are.
+
+        Warns of lines that are no records. A log that cannot be read is set aside, with a warning, too.
+
+        Raises:
+            OSError: the disk is full; the log is as it was.
+        """
+        if not os.path.lexists(self.path):
             return
-        kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept))
+        try:
+            lines = self._lines()
+        except OSError as error:
+            text = f"{self.path} cannot be read ({error.strerror or error}); it is kept as {set_aside(self.path)}"
+            warnings.warn(text, LogWarning, stacklevel=2)
+            return
+        kept = [line for line in lines if not _is_after(line, step)]
+        if kept and not kept[-1].endswith(b"\n"):
+            if parsed(kept[-1]) is None:
+                kept.pop()
+            else:
+                kept[-1] += b"\n"
+        if bad := sum(bool(line.strip()) and parsed(line) is None for line in kept):
+            text = f"{self.path}: {bad} line(s) are no records; they are left as they are"
+            warnings.warn(text, LogWarning, stacklevel=2)
+        if kept != lines:
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     def read(self) -> list[dict]:
-        """All complete records."""
-        records = []
-        for line in self.path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # the line that was being written when the run was killed
-                break
-        return records
+        """All records; lines that are none, such as one that was being written at a kill, are left out.
+
+        Raises:
+            OSError: the log cannot be read.
+        """
+        return [record for record in map(parsed, self._lines()) if record is not None]
+
+    def is_empty(self) -> bool:
+        """Whether nothing would be lost with the log: it is missing, or holds a torn line at most."""
+        try:
+            return all(not line.strip() for line in self._lines() if line.endswith(b"\n") or parsed(line))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+    def _lines(self) -> list[bytes]:
+        """With their ends."""
+        if self.path.exists() and not self.path.is_file():  # reading a pipe would wait for its writer
+            raise OSError(errno.EINVAL, "it is no file")
+        with self.path.open("rb") as file:
+            return file.readlines()
+
+
+def parsed(line: bytes) -> dict | None:
+    """The record on a line of a log; None where there is none."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_after(line: bytes, step: int) -> bool:
+    number = (parsed(line) or {}).get("step")
+    return isinstance(number, int | float) and number > step
 
 
 class Progress:

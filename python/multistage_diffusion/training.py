@@ -15,6 +15,7 @@ was not; and several processes that share the batches do what one would, up to r
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from . import checkpoints
-from .atomic_files import replacing
+from .atomic_files import remove_abandoned, replacing, set_aside
 from .cuda_graphs import GraphedFunction
 from .data_parallel import Processes
 from .ema import EMA
@@ -41,8 +42,17 @@ from .stage_parameters import StageParameters
 from .streams import tell
 from .training_batches import TrainingBatches, derive_seed
 from .training_config import TrainingConfig
+from .training_state import TrainingState, find_not_finite
 
-__all__ = ["PictureWarning", "RunError", "Trainer", "TrainingConfig", "TrainingResult"]
+__all__ = [
+    "FolderWarning",
+    "OtherRunError",
+    "PictureWarning",
+    "RunError",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingResult",
+]
 
 
 MAX_GRAPHS = 64  # mixes of stages that have a CUDA graph of their own
@@ -52,8 +62,19 @@ class PictureWarning(UserWarning):
     """A picture could not be drawn or written; training goes on without."""
 
 
+class FolderWarning(UserWarning):
+    """A file of a run folder that training does not need is lost or damaged; training goes on without it."""
+
+
+class OtherRunError(RunError, checkpoints.CheckpointError):
+    """A checkpoint is of a run of another configuration or of other images."""
+
+
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish to stop after the step; a second SIGINT interrupts at once."""
+    """Turns SIGTERM, SIGINT and SIGHUP into a wish to stop after the step; a second SIGINT interrupts at once.
+
+    A SIGHUP that is ignored, as under ``nohup``, stays so.
+    """
 
     def __init__(self):
         self.signal: int | None = None
@@ -61,7 +82,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stopping_signals():
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -73,6 +94,12 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """The signals that stop a run after it has saved."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
 # ---------------------------------------------------------------------------- the run
@@ -146,6 +173,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.state = TrainingState(self.network, self.ema.network, self.parameters, self.optimizer)
         self.batches = TrainingBatches(
             config, self.data, self.denoiser, self.device, self.processes.rank, self.processes.size
         )
@@ -162,7 +190,7 @@ class Trainer:
         return self.directory / "checkpoints"
 
     def run(self, resume: bool = False) -> TrainingResult:
-        """Trains to the last step, or until SIGTERM or SIGINT, then saves.
+        """Trains to the last step, or until SIGTERM, SIGINT or SIGHUP, then saves.
 
         Args:
             resume: go on from the newest intact checkpoint of the folder (from the start if there is none).
@@ -171,7 +199,7 @@ class Trainer:
             RunError: the folder holds a run already and ``resume`` is off, or holds another one, or another process
                 trains there.
             TrainingDiverged: a loss or weight is not finite; the checkpoints stay as they were.
-            CheckpointError: a checkpoint could not be written, or does not fit.
+            CheckpointError: a checkpoint could not be written, or does not fit; nothing of it was loaded then.
             ProcessError: the processes of the run do not fit together.
         """
         self.processes.require_same(
@@ -188,8 +216,7 @@ class Trainer:
         if resume:
             self._restore()
         self.processes.require_same(step=self.step)
-        if resume:
-            self.processes.first_does(self._drop_what_came_later)
+        self.processes.first_does(self._clean_folder)
         self.processes.share(self.network)
         self.processes.share(self.ema.network)
         self.processes.first_does(self._write_configuration)
@@ -206,11 +233,12 @@ class Trainer:
                 if len(self.window):
                     self._record(progress)
                 path = self._save()
+                progress.close()
+                self.processes.first_does(lambda: self._draw("the loss curve", self._plot))
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}. {self._advice()}") from error
         finally:
             progress.close()
-        self.processes.first_does(lambda: self._draw("the loss curve", self._plot))
         ended_early = self.step < self.config.steps
         return TrainingResult(self.step, path, stop.signal if ended_early else None, self.seconds)
 
@@ -307,35 +335,18 @@ class Trainer:
         progress.report(record)
 
     def _save(self) -> Path:
-        self._check_weights()
-        return self.processes.first_does(self._write_checkpoint)
-
-    def _write_checkpoint(self) -> Path:
-        optimizer_tensors, scalars = checkpoints.optimizer_tensors(self.parameters.names, self.optimizer)
-        tensors = {
-            "network": self.network.state_dict(),
-            "ema": self.ema.network.state_dict(),
-            "optimizer": optimizer_tensors,
-        }
+        tensors, optimizer = self.state.tensors()
+        if found := find_not_finite(tensors):  # that must not replace a good checkpoint
+            raise TrainingDiverged(f"{found[0]} are not finite after step {self.step}, first {found[1]}")
         metadata = {
             "images": self.step * self.config.batch_size,
             "seconds": self.seconds,
             "config": self.config.to_json(),
-            "optimizer": scalars,
+            "optimizer": optimizer,
             "data_fingerprint": self.data.fingerprint,
         }
-        keep = self.config.keep_checkpoints
-        return checkpoints.save_checkpoint(self.checkpoint_directory, self.step, tensors, metadata, keep)
-
-    def _check_weights(self) -> None:
-        """Raises TrainingDiverged if a weight is not finite: that must not replace a good checkpoint."""
-        named = list(self.network.named_parameters())
-        finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in named]).cpu().tolist()
-        bad = [name for (name, _), ok in zip(named, finite, strict=True) if not ok]
-        if bad:
-            raise TrainingDiverged(
-                f"{len(bad)} of {len(named)} weights are not finite after step {self.step}, first {bad[0]}"
-            )
+        arguments = (self.checkpoint_directory, self.step, tensors, metadata, self.config.keep_checkpoints)
+        return self.processes.first_does(lambda: checkpoints.save_checkpoint(*arguments))
 
     def _advice(self) -> str:
         found = checkpoints.list_checkpoints(self.checkpoint_directory)
@@ -400,50 +411,75 @@ class Trainer:
             )
 
     def _check_directory(self, resume: bool) -> None:
-        config_path = self.directory / "config.json"
-        if not resume:
-            parts = [path.name for path in (config_path, self.log.path) if path.exists()]
-            if checkpoints.list_checkpoints(self.checkpoint_directory):
-                parts.append(self.checkpoint_directory.name)
-            if parts:
-                raise RunError(
-                    f"{self.directory} holds a run already ({', '.join(parts)}); resume it, or choose another folder"
-                )
-        elif config_path.exists():
-            self._require_configuration(json.loads(config_path.read_text()), config_path)
+        """Raises RunError for a folder that holds another run, or any run that is not to be resumed.
 
-    def _require_configuration(self, saved: dict, source: Path) -> None:
-        """Raises RunError if the run that a file is of had another configuration than this one."""
+        One in which no step has left anything, as after a start that ran out of memory, is as good as empty.
+        """
+        found = checkpoints.list_checkpoints(self.checkpoint_directory)
+        parts = [self.checkpoint_directory.name] if found else []
+        parts += [] if self.log.is_empty() else [self.log.path.name]
+        if parts and not resume:
+            raise RunError(
+                f"{self.directory} holds a run already ({', '.join(parts)}); resume it, or choose another folder"
+            )
+        if os.path.lexists(self.checkpoint_directory) and not self.checkpoint_directory.is_dir():
+            raise RunError(
+                f"{self.checkpoint_directory} is no folder; move it away, or choose another run folder"
+            )
+        if parts and not found:  # else the checkpoint says what was trained
+            saved = self._saved_configuration()
+            if saved is not None:
+                self._require_configuration(saved, self.directory / "config.json", RunError)
+
+    def _saved_configuration(self) -> dict | None:
+        """What config.json says; None where it is lost or damaged."""
+        try:
+            saved = json.loads((self.directory / "config.json").read_text())
+            TrainingConfig.from_json(saved)
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        return saved
+
+    def _require_configuration(self, saved: dict, source: Path, error: type[RunError]) -> None:
+        """Raises an error if the run that a file is of had another configuration than this one."""
         differences = self.config.differences(saved)
         if differences:
-            raise RunError(
+            raise error(
                 f"{self.directory} holds a run of another configuration, says {source.relative_to(self.directory)}: "
                 f"{'; '.join(differences)}"
             )
 
     def _write_configuration(self) -> None:
-        with replacing(self.directory / "config.json") as temporary:
-            temporary.write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
-        self.config.stages.save(self.directory / "stages.json")
+        for name, content in (
+            ("config.json", self.config.to_json()),
+            ("stages.json", self.config.stages.to_json()),
+        ):
+            path = self.directory / name
+            if path.is_dir():
+                text = f"{path} is a folder; it is kept as {set_aside(path)}"
+                warnings.warn(text, FolderWarning, stacklevel=2)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def _restore(self) -> None:
         path = checkpoints.latest_checkpoint(self.checkpoint_directory)
         if path is None:
             self._say(f"no checkpoint in {self.checkpoint_directory} yet; starting from step 0")
             return
-        metadata = checkpoints.read_metadata(path)
-        self._require_configuration(metadata["config"], path / checkpoints.METADATA)
+        metadata, source = checkpoints.read_metadata(path), path / checkpoints.METADATA
+        self.state.check(path, metadata)
+        try:
+            TrainingConfig.from_json(metadata["config"])
+        except (TypeError, ValueError) as error:
+            raise checkpoints.CheckpointError(f"{source}: config: {error}") from error
+        self._require_configuration(metadata["config"], source, OtherRunError)
         if metadata["data_fingerprint"] != self.data.fingerprint:
-            raise RunError(
+            raise OtherRunError(
                 f"the images of {self.config.data} have changed since {path} was written "
-                f"(fingerprint {metadata['data_fingerprint']}, now {self.data.fingerprint})"
+                f"(data_fingerprint {metadata['data_fingerprint']}, now {self.data.fingerprint})"
             )
-        checkpoints.load_weights(self.network, checkpoints.read_tensors(path, "network"), path)
-        checkpoints.load_weights(self.ema.network, checkpoints.read_tensors(path, "ema"), path)
-        optimizer_tensors = self.parameters.split_state(checkpoints.read_tensors(path, "optimizer"))
-        checkpoints.restore_optimizer(
-            self.parameters.names, self.optimizer, optimizer_tensors, metadata["optimizer"]
-        )
+        tensors = self.state.read(path, metadata, self.config.lr)
+        self.state.load(tensors, metadata)  # from here on nothing fails
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         if self.step < self.config.steps:
             self._say(f"resuming {self.directory} after step {self.step} of {self.config.steps}")
@@ -453,8 +489,13 @@ class Trainer:
                 "nothing is left to train"
             )
 
-    def _drop_what_came_later(self) -> None:
-        """Makes room for the records and checkpoints that will be written anew."""
+    def _clean_folder(self) -> None:
+        """Removes what a kill has left, and makes room for the records and checkpoints that will be written anew."""
+        for folder in (self.directory, self.directory / "samples"):
+            remove_abandoned(
+                folder, earlier_names_after=0
+            )  # the lock of the run tells: none of them is being written
+        checkpoints.remove_leftovers(self.checkpoint_directory)
         self.log.truncate(self.step)
         for path in checkpoints.set_aside_after(self.checkpoint_directory, self.step):
             self._say(f"the damaged checkpoint is kept as {path}")

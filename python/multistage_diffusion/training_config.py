@@ -38,6 +38,36 @@ FREE = {
 }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return _is_number(value) and float(value).is_integer()
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_number, value))
+
+
+def free_keys(config: dict) -> set[str]:
+    """What may differ between a run of this configuration and its continuation."""
+    return FREE | ({"steps"} if config.get("lr_decay", "constant") == "constant" else set())
+
+
+# What JSON may say of an attribute of each type.
+JSON_TYPES = {
+    "int": (_is_whole, "a whole number"),
+    "float": (_is_number, "a number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "dict": (lambda value: isinstance(value, dict), "an object"),
+    "Stages": (lambda value: isinstance(value, dict), "an object"),
+    "tuple[float, float]": (_are_numbers, "a list of numbers"),
+    "tuple[float, ...]": (_are_numbers, "a list of numbers"),
+}
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Everything that decides the outcome of a run. Defaults are EDM's for CIFAR-10 (arXiv 2206.00364).
@@ -145,6 +175,9 @@ class TrainingConfig:
         for name in ("warmup_images", "ema_halflife_images", "seed", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be at least 0")
+        for name in ("warmup_images", "seed", "weight_decay"):
+            if not getattr(self, name) < math.inf:
+                raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be finite")
         for name in ("gradient_clip", "ema_rampup_ratio"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -242,15 +275,26 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
+        cls.check_types(values)
         network = in_effect(values["network"])
         return cls(**{**values, "network": network, "stages": Stages.from_json(values["stages"])})
+
+    @classmethod
+    def check_types(cls, values: dict) -> None:
+        """Raises ValueError for a value of a JSON object that is of another type than the attribute of its name."""
+        for attribute in dataclasses.fields(cls):
+            kind, _, optional = attribute.type.partition(" | ")
+            allowed, description = JSON_TYPES[kind]
+            value = values.get(attribute.name)
+            if attribute.name in values and not allowed(value) and not (optional and value is None):
+                raise ValueError(f"TrainingConfig: {attribute.name}={value!r} must be {description}")
 
     def differences(self, saved: dict) -> list[str]:
         """What of a saved configuration differs from this one and may not when a run is resumed.
 
         A key that the saved one lacks, because an earlier version wrote it, counts as its default.
         """
-        free = FREE | ({"steps"} if self.lr_decay == "constant" else set())
+        free = free_keys(self.to_json())
         defaults = {
             f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING
         }

@@ -12,8 +12,9 @@ def test_the_new_content_shows_at_the_end_only(tmp_path):
     path = tmp_path / "new" / "x.txt"
     for text in ("first", "second"):
         with replacing(path) as temporary:
-            assert temporary.suffix == ".txt"
-            assert temporary.parent == path.parent
+            assert temporary.name == path.name
+            assert temporary.parent.parent == path.parent
+            assert temporary.parent.name.startswith(".")
             temporary.write_text(text)
             assert not path.exists() or path.read_text() == "first"
         assert path.read_text() == text

@@ -9,6 +9,7 @@ from PIL import Image
 
 from multistage_diffusion import plots
 from multistage_diffusion.plots import plot_bars, plot_loss, save_sample_grid
+from multistage_diffusion.run_log import RunLog
 
 
 def read(path):
@@ -76,7 +77,7 @@ def test_loss_draws_a_line_for_each_stage(tmp_path):
     assert counts[3] == 0  # no third stage
 
 
-def test_loss_tolerates_gaps_and_a_torn_last_line(tmp_path):
+def test_loss_tolerates_gaps_and_lines_that_are_no_records(tmp_path):
     records = [
         {"step": 0, "loss": 1.0, "loss_stage": [1.0, 1.0]},
         {"event": "resumed"},
@@ -84,9 +85,13 @@ def test_loss_tolerates_gaps_and_a_torn_last_line(tmp_path):
         {"step": 20, "loss": None, "loss_stage": [0.4, None]},
         {"step": 30, "loss": float("nan"), "loss_stage": None},
         {"step": 40, "loss": 0.3, "loss_stage": [None, None, 0.2]},
+        [60, 1.0],
+        {"step": 10**400, "loss": 1.0},
+        {"step": 70, "loss": "1.0", "loss_stage": 5},
+        {"step": True, "loss": 1.0},
     ]
-    log = write_log(tmp_path / "log.jsonl", records, tail='{"step": 50, "lo')
-    curves = plots._loss_curves(plots._log_records(log))
+    log = write_log(tmp_path / "log.jsonl", records, tail='{"step": 50, "lo\n\xff\0\n{"step": 50, "lo')
+    curves = plots._loss_curves(RunLog(log).read())
     assert [(c.stage, c.steps.tolist(), c.losses.tolist()) for c in curves] == [
         (None, [10, 40], [0.5, 0.3]),
         (0, [20], [0.4]),
@@ -100,8 +105,7 @@ def test_loss_tolerates_gaps_and_a_torn_last_line(tmp_path):
     [
         ("", "no positive loss"),
         ('{"step": 0, "loss": 1.0}\n', "no positive loss"),
-        ('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n', "line 1 .* is no JSON"),
-        ('[1, 2]\n{"step": 2, "loss": 1.0}\n', "line 1 .* must be a JSON object"),
+        ('{"step": 1, "lo\n[1, 2]\n', "no positive loss"),
     ],
 )
 def test_loss_refuses_a_log_without_losses(tmp_path, text, message):

@@ -55,7 +55,7 @@ def run(args) -> int:
     device = set_up_machine(args)
     options = ["--out", str(args.out), "--seed", str(args.seed), "--device", str(device)]
     options += ["--steps", str(args.steps)] if args.steps else []
-    if (args.out / "config.json").exists():
+    if any((args.out / name).exists() for name in ("config.json", "checkpoints")):
         options += ["--resume", *(["--stages", args.stages] if args.stages else [])]
     else:
         options += ["--data", "digits", "--preset", "digits", "--class-conditional"]
@@ -104,14 +104,15 @@ def measure(directory: Path, device) -> dict:
     save_sample_grid(images[:SHOWN], directory / "samples.png", columns=network.label_dim)
     judged = digit_classifier().probabilities(images).argmax(dim=1)
     asked = labels["class_labels"].argmax(dim=1)
-    record = RunLog(directory / "log.jsonl").read()[-1]
+    log, seconds = RunLog(directory / "log.jsonl"), model.metadata["seconds"]
+    records = [] if log.is_empty() else log.read()
     return {
         **evaluate_digits(images),
         "asked_digit_share": float((judged == asked).float().mean()),
         "steps": model.step,
-        "train_seconds": record["seconds"],
-        "images_per_second": round(record["images"] / max(record["seconds"], 1e-9), 1),
-        "loss_stage": record["loss_stage"],
+        "train_seconds": round(seconds, 3),
+        "images_per_second": round(model.images / max(seconds, 1e-9), 1),
+        "loss_stage": records[-1].get("loss_stage") if records else None,
         "evaluations_per_sample": samples.evaluations,
         "evaluations_per_stage": samples.evaluations_per_stage,
     }

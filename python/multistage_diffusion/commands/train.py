@@ -9,7 +9,10 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterable
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..presets import DIGITS, TRAINABLE, VARIANTS
@@ -284,10 +287,52 @@ def _add_optimizer_options(parser) -> None:
 
 
 def run(args) -> int:
-    from ..data_parallel import Processes
-
     if not args.resume and args.data is None:
         raise ValueError("--data is needed to start a run (--resume takes it from the run)")
+    try:
+        with _stopped_at_once():
+            return _run(args)
+    except _Stopped as stopped:
+        from ..streams import tell
+
+        name = signal.Signals(stopped.number).name
+        tell(
+            f"stopped by {name} before the first step: nothing was trained, and {args.out} can be used again",
+            sys.stderr,
+        )
+        return 128 + stopped.number
+
+
+class _Stopped(BaseException):  # passes through whatever handles errors, as KeyboardInterrupt does
+    """A signal that came before training, which would have saved first."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise ``_Stopped`` where nothing else takes them, as training does."""
+
+    def stop(number, frame):
+        raise _Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for caught in taken:
+        signal.signal(caught, stop)
+    try:
+        yield
+    finally:
+        for caught in taken:
+            signal.signal(caught, signal.SIG_DFL)
+
+
+def _run(args) -> int:
+    from ..data_parallel import Processes
+
     with Processes.of_launcher() as processes:
         return _train(args, processes)
 
@@ -332,22 +377,37 @@ def _train(args: argparse.Namespace, processes) -> int:
 
 
 def _saved_config(args) -> dict | None:
-    """What config.json of the run says, or its newest checkpoint where that file is lost; None if there is no run."""
+    """What config.json of the run says, or its newest checkpoint where that file is lost or damaged; None if there is
+    no run. What may not change between a run and its continuation is the checkpoint's."""
     from .. import checkpoints
-    from ..training_config import TrainingConfig
+    from ..training import FolderWarning
+    from ..training_config import TrainingConfig, free_keys
 
     path = args.out / "config.json"
+    newest = checkpoints.latest_config(args.out / "checkpoints")
     try:
         saved = json.loads(path.read_text())
-        TrainingConfig.from_json(saved)  # raises what is wrong with it
-        return saved
+        config = TrainingConfig.from_json(saved)  # raises what is wrong with it
     except FileNotFoundError:
-        newest = checkpoints.latest_checkpoint(args.out / "checkpoints")
-        return checkpoints.read_metadata(newest)["config"] if newest else None
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; without this file the configuration of the newest checkpoint is taken"
-        ) from error
+        return newest
+    except (OSError, RecursionError, TypeError, ValueError) as error:
+        instead = (
+            "that of the newest checkpoint is taken"
+            if newest
+            else "there is no checkpoint to take another from"
+        )
+        warnings.warn(f"the configuration {path} is damaged: {error}; {instead}", FolderWarning, stacklevel=2)
+        return newest
+    if newest and (differences := config.differences(newest)):
+        warnings.warn(
+            f"{path} is of another run than the checkpoints: {'; '.join(differences)}; "
+            "the run goes on as the newest checkpoint says",
+            FolderWarning,
+            stacklevel=2,
+        )
+        free = free_keys(newest)
+        return {**newest, **{name: value for name, value in saved.items() if name in free}}
+    return saved
 
 
 def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
