@@ -263,7 +263,7 @@ def check_fields(
     batch = metadata.get("config", {}).get("batch_size")
     if type(batch) is int and "images" in metadata and metadata["images"] != metadata["step"] * batch:
         raise CheckpointError(
-            f"{source}: images is {metadata['images']}, not {metadata['step']} steps of {batch} images each"
+            f"{source}: images is {metadata['images']}, not step {metadata['step']} times config.batch_size {batch}"
         )
 
 
