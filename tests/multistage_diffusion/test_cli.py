@@ -3,8 +3,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ import torch
 from PIL import Image
 
 from broken_streams import on_a_full_disk, without_reader
-from multistage_diffusion import checkpoints, cli, metrics
+from multistage_diffusion import checkpoints, cli, data, metrics
 from multistage_diffusion.commands import load_commands, sample, train
 from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
 from multistage_diffusion.run_log import RunLog
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training import FolderWarning, Trainer
 from stand_ins import one_thread  # noqa: F401
 
 TINY = [
@@ -196,6 +199,48 @@ def test_a_warning_that_nobody_reads_is_no_error(monkeypatch):
 # ---------------------------------------------------------------------------------------- train
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_says_what_happened(number, tmp_path, capsys, monkeypatch):
+    def stopped(*arguments, **options):
+        os.kill(os.getpid(), number)
+        time.sleep(10)  # the handler runs at once
+
+    monkeypatch.setattr(data, "load_images", stopped)
+    out = tmp_path / "run"
+    assert msd("train", *TINY, "--out", out) == 128 + number
+    assert capsys.readouterr().err == (
+        f"msd train: stopped by {number.name} before the first step; {out} can be used again\n"
+    )
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stops_no_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert msd("train", *TINY, "--out", tmp_path / "run") == 1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_start_that_ran_out_of_memory_can_be_repeated(tmp_path, monkeypatch, capsys):
+    out, small = tmp_path / "run", ("--out", tmp_path / "run", "--steps", 1)
+    original = Trainer._train_step
+
+    def out_of_memory(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_train_step", out_of_memory)
+    for again in ((), ("--batch", 4), ("--resume",), ("--resume", "--batch", 8)):
+        assert msd("train", *TINY, *small, *again) == 1
+        assert "out of memory" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {".lock", "config.json", "stages.json"}
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    assert msd("train", *TINY, *small, "--batch", 4) == 0
+    assert json.loads((out / "config.json").read_text())["batch_size"] == 4
+
+
 def test_train_writes_the_run_folder(run):
     assert {"config.json", "stages.json", "log.jsonl", "loss.png", "checkpoints"} <= {
         p.name for p in run.iterdir()
@@ -229,7 +274,6 @@ def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
     [
         lambda config: 5,
         lambda config: None,
-        lambda config: [],
         lambda config: {k: v for k, v in config.items() if k != "stages"},
         lambda config: config | {"network": 3},
         lambda config: config | {"stages": {"stages": [5]}},
@@ -237,15 +281,40 @@ def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
         lambda config: config | {"steps": "many"},
     ],
 )
-def test_resume_names_a_configuration_that_is_damaged(damage, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert msd("train", *TINY, "--out", run, "--steps", 1) == 0
-    config = run / "config.json"
-    config.write_text(json.dumps(damage(json.loads(config.read_text()))))
-    assert msd("train", "--out", run, "--resume", "--steps", 2, "--device", "cpu") == 2
-    assert f"{config} is damaged: " in capsys.readouterr().err
-    config.unlink()
-    assert msd("train", "--out", run, "--resume", "--steps", 2, "--device", "cpu") == 0
+def test_a_configuration_that_is_damaged_is_taken_from_the_checkpoint(damage, run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    config = out / "config.json"
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps(damage(saved)))
+    args = train_arguments("--out", out, "--resume")
+    with pytest.warns(
+        FolderWarning, match=r"config\.json is damaged: .*that of the newest checkpoint is taken"
+    ):
+        assert train._saved_config(args) == saved
+    shutil.rmtree(out / "checkpoints")
+    with pytest.warns(FolderWarning, match="there is no checkpoint to take another from"):
+        assert train._saved_config(args) is None
+
+
+def train_arguments(*arguments):
+    return cli.build_parser().parse_args(["train", *map(str, arguments)])
+
+
+def test_what_the_checkpoint_says_is_resumed(run, tmp_path):
+    """Of an edited configuration only what may differ between a run and its continuation counts."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    config = out / "config.json"
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps(saved | {"lr": 0.5, "log_every": 3, "steps": 9}))
+    with pytest.warns(
+        FolderWarning, match=r"lr: 0\.002 in the checkpoint, now 0\.5; the run goes on as the newest"
+    ):
+        assert train._saved_config(train_arguments("--out", out, "--resume")) == saved | {
+            "log_every": 3,
+            "steps": 9,
+        }
 
 
 def test_resume_from_another_folder_and_of_moved_data(tmp_path, monkeypatch):
@@ -269,13 +338,12 @@ def test_resume_takes_a_lost_configuration_from_the_checkpoint(run, tmp_path, ca
     lost = tmp_path / "run"
     shutil.copytree(run, lost)
     before = json.loads((lost / "config.json").read_text())
-    (lost / "config.json").write_text("{")
-    assert msd("train", "--out", lost, "--resume", "--device", "cpu") == 2
-    assert "without this file the configuration of the newest checkpoint is taken" in capsys.readouterr().err
     (lost / "config.json").unlink()
     assert msd("train", "--out", lost, "--resume", "--steps", 5, "--lr", 0.3, "--device", "cpu") == 2
     assert "lr: 0.002 in the checkpoint, now 0.3" in capsys.readouterr().err
+    (lost / "config.json").write_text("{")
     assert msd("train", "--out", lost, "--resume", "--steps", 5, "--device", "cpu") == 0
+    assert "config.json is damaged: " in capsys.readouterr().err
     assert json.loads((lost / "config.json").read_text()) == {**before, "steps": 5}
 
 
