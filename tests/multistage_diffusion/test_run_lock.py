@@ -53,3 +53,43 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"cannot lock .*\.lock \(No locks available\)"):
         RunLock(tmp_path).acquire()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_lock_that_cannot_be_opened_is_a_warning(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.warns(UserWarning, match=r"cannot lock .*\.lock \(Is a directory\)"),
+        RunLock(tmp_path) as lock,
+    ):
+        lock.acquire()
+
+
+def test_a_file_of_another_user_is_locked_all_the_same(tmp_path, monkeypatch):
+    original = os.open
+
+    def protected(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return original(path, flags, *mode)
+
+    (tmp_path / ".lock").touch()
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        monkeypatch.setattr(os, "open", protected)
+        with pytest.raises(RunError, match="another process trains in"):
+            RunLock(tmp_path).acquire()
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        assert lock._descriptor is not None
+
+
+def test_who_has_a_folder_is_written_anew(tmp_path):
+    (tmp_path / ".lock").write_text(
+        "process 1 on a machine whose name is much longer than that of this one " * 3
+    )
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        lines = (tmp_path / ".lock").read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"process {os.getpid()} on ")
+    assert "whose name" not in lines[0]

@@ -296,10 +296,7 @@ def run(args) -> int:
         from ..streams import tell
 
         name = signal.Signals(stopped.number).name
-        tell(
-            f"stopped by {name} before the first step: nothing was trained, and {args.out} can be used again",
-            sys.stderr,
-        )
+        tell(f"msd train: stopped by {name} before the first step; {args.out} can be used again", sys.stderr)
         return 128 + stopped.number
 
 
