@@ -111,6 +111,14 @@ def _remove_unless_locked(folder: Path, age: float) -> None:
         os.close(lock)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, so that it is on the disk with what will be written there."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
+
+
 def set_aside(path: Path) -> Path:
     """Renames a file or folder to ``damaged-...``, where nothing reads or deletes it.
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .atomic_files import flush, set_aside
+from .atomic_files import flush, make_folder, set_aside
 from .checkpoint_schema import (
     CheckpointError,
     Kind,
@@ -142,7 +142,7 @@ def save_checkpoint(
     final = directory / f"step-{step:08d}"
     temporary = directory / f".writing-{final.name}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         remove_leftovers(directory)
         if final.exists():
             if not damage(final):

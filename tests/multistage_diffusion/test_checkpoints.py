@@ -81,6 +81,41 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.damage(tmp_path / "step-00000001") is None
 
 
+def test_all_is_on_the_disk_before_a_checkpoint_is_under_its_name(tmp_path, monkeypatch):
+    """What a power cut leaves under the name of a checkpoint is the checkpoint."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def recorded_fsync(handle):
+        fsync(handle)
+        events.append((os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_size))
+
+    def recorded_rename(path, target):
+        events.append(("rename", path.name, Path(target).name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    path = save_all(tmp_path, 1)
+    writing = tmp_path / ".writing-step-00000001"
+    moved = events.index(("rename", writing.name, path.name))
+    files = {(str(writing / file.name), file.stat().st_size) for file in path.iterdir()}
+    assert len(files) == 4
+    *first, last = events[:moved]
+    assert files == set(first)  # whole, each of them
+    assert last[0] == str(writing)  # then the names in the folder
+    assert [event[0] for event in events[moved + 1 :]] == [str(tmp_path)]  # and last its own name
+
+
+def test_a_folder_of_checkpoints_is_on_the_disk_with_the_first_one(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda h: synced.append(os.readlink(f"/proc/self/fd/{h}")) or fsync(h))
+    save(tmp_path / "run" / "checkpoints", 1)
+    assert {str(tmp_path), str(tmp_path / "run")} <= set(synced)
+    synced.clear()
+    save(tmp_path / "run" / "checkpoints", 2)
+    assert str(tmp_path / "run") not in synced
+
+
 def run_python(code, directory):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
     code = f"directory = {str(directory)!r}\n{textwrap.dedent(code)}"

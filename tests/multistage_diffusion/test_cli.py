@@ -201,6 +201,8 @@ def test_a_warning_that_nobody_reads_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_says_what_happened(number, tmp_path, capsys, monkeypatch):
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
+
     def stopped(*arguments, **options):
         os.kill(os.getpid(), number)
         time.sleep(10)  # the handler runs at once
@@ -211,7 +213,7 @@ def test_a_signal_before_the_first_step_says_what_happened(number, tmp_path, cap
     assert capsys.readouterr().err == (
         f"msd train: stopped by {number.name} before the first step; {out} can be used again\n"
     )
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.signal(number, before) is signal.SIG_DFL
 
 
 def test_a_signal_that_is_ignored_stops_no_start(tmp_path, monkeypatch):
