@@ -381,18 +381,6 @@ def require_weights(found: Mapping[str, Kind], expected: Mapping[str, Kind], sou
         )
 
 
-def load_weights(network: nn.Module, tensors: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Copies weights into a network; a network in float32 takes those of one in 16 bits, too.
-
-    Raises:
-        CheckpointError: names, shapes or dtypes differ, or a weight is not finite; nothing has been loaded.
-    """
-    found = kinds(tensors)
-    require_weights(found, in_16_bits(kinds(network.state_dict()), found), source)
-    check_finite(tensors, source)
-    network.load_state_dict(tensors)
-
-
 def differing_keys(saved: dict, given: dict, prefix: str = "") -> list[str]:
     """One line for every key whose values differ, nested keys joined by dots."""
     lines = []
@@ -408,6 +396,11 @@ def differing_keys(saved: dict, given: dict, prefix: str = "") -> list[str]:
         elif not same(a, b):
             lines.append(f"{name}: {a!r} in the checkpoint, now {b!r}")
     return lines
+
+
+def _expected_of(network: nn.Module, file: Path) -> dict[str, Kind]:
+    """What a file of a network's weights must hold; one in float32 takes those of one in 16 bits, too."""
+    return in_16_bits(kinds(network.state_dict()), read_kinds(file))
 
 
 @dataclass
@@ -456,12 +449,10 @@ def load_model(
     try:
         TrainingConfig.check_types(config)
         stages = Stages.from_json(config["stages"])
-        found = read_kinds(file)
         arguments = networks.in_effect(config["network"])
         if build is networks.build:
             with torch.device("meta"):  # what the weights do not fit takes no memory
-                expected = kinds(build(arguments).state_dict())
-            require_weights(found, in_16_bits(expected, found), file)
+                require_weights(read_kinds(file), _expected_of(build(arguments), file), file)
         network = build(arguments)
         named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
         denoiser = precondition(network, stages, **{name: config[name] for name in named if name in config})
@@ -469,6 +460,6 @@ def load_model(
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / METADATA}: config: {type(error).__name__}: {error}") from error
-    load_weights(network, read_tensors(path, weights), file)
+    network.load_state_dict(read_tensors(path, weights, _expected_of(network, file)))
     denoiser = denoiser.to(device).eval()
     return LoadedModel(denoiser, metadata["step"], metadata["images"], metadata, path)

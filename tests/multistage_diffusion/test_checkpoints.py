@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from multistage_diffusion import checkpoints
+from multistage_diffusion.checkpoint_schema import kinds
 from multistage_diffusion.checkpoints import CheckpointError, CheckpointWarning
 from multistage_diffusion.stages import Stages
 from stand_ins import TinyNetwork, build, one_thread  # noqa: F401
@@ -260,6 +262,67 @@ def test_checkpoints_of_the_version_before_load_where_nothing_is_missing(tmp_pat
         assert checkpoints.latest_checkpoint(tmp_path) == older
 
 
+def described(path, **changes):
+    """Writes another checkpoint.json with its right checksum."""
+    content = {**json.loads((path / "checkpoint.json").read_text()), **changes}
+    content["sha256"] = checkpoints._checksum(content)
+    (path / "checkpoint.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("../outside", lambda path: path.write_bytes(b"")),
+        ("folder", lambda path: path.mkdir()),
+        ("pipe", os.mkfifo),  # reading it would wait for a writer
+    ],
+)
+def test_what_is_no_file_of_the_checkpoint_is_not_read(tmp_path, name, make):
+    path = save_all(tmp_path, 1)
+    make(path / name)
+    nothing = {"bytes": (path / name).stat().st_size, "sha256": hashlib.sha256(b"").hexdigest()}
+    described(path, files={name: nothing})
+    assert checkpoints.damage(path) == f"{name} is no file of the checkpoint"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"format": ' + "9" * 5000 + "}",
+        '{"format": true}',
+        '{"format": 2, "files": 3}',
+        "\xff",
+    ],
+)
+def test_whatever_stands_in_checkpoint_json_is_damage(tmp_path, text):
+    path = save_all(tmp_path, 1)
+    (path / "checkpoint.json").write_bytes(text.encode("latin1"))
+    assert checkpoints.damage(path)
+    assert checkpoints.latest_config(tmp_path) is None
+
+
+def test_a_huge_description_is_not_read(tmp_path):
+    path = save_all(tmp_path, 1)
+    with (path / "checkpoint.json").open("r+b") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    assert "1099511627776 bytes; at most 67108864 are read" in checkpoints.damage(path)
+    with pytest.raises(CheckpointError, match="at most 67108864 are read"):
+        checkpoints.read_metadata(path)
+
+
+def test_the_newest_configuration_is_that_of_an_intact_description(tmp_path):
+    assert checkpoints.latest_config(tmp_path / "nowhere") is None
+    for step in (1, 2, 3):
+        described(save_all(tmp_path, step), config={"of": step})
+    assert checkpoints.latest_config(tmp_path) == {"of": 3}
+    newest = tmp_path / "step-00000003" / "checkpoint.json"
+    newest.write_text(newest.read_text().replace('"of": 3', '"of": 4'))
+    (tmp_path / "step-00000002" / "ema.safetensors").unlink()  # of which the configuration needs nothing
+    assert checkpoints.latest_config(tmp_path) == {"of": 2}
+
+
 def test_a_folder_of_another_step_is_no_checkpoint_of_it(tmp_path):
     older = as_version_before(save_all(tmp_path, 1))
     older.rename(tmp_path / "step-00000003")
@@ -330,20 +393,18 @@ def test_find_checkpoint_takes_a_run_or_a_checkpoint(tmp_path):
 def test_another_architecture_is_named():
     tensors = TinyNetwork(width=8, num_stages=2).state_dict()
     network = TinyNetwork(width=4, num_stages=3)
-    before = [p.clone() for p in network.parameters()]
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.load_weights(network, tensors, "the checkpoint")
+        checkpoints.require_weights(kinds(tensors), kinds(network.state_dict()), "the checkpoint")
     message = str(caught.value)
     assert "of 8 parameters and buffers 4 of another shape" in message
     assert "encoder.weight is [8, 2, 3, 3] in the checkpoint and [4, 2, 3, 3] in the network" in message
     assert "2 missing from the checkpoint: decoders.2.weight, decoders.2.bias" in message
     assert "config" in message
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 def test_a_long_list_of_differences_is_cut():
     with pytest.raises(CheckpointError, match=r"8 missing from the checkpoint: (\S+, ){4}\.\.\."):
-        checkpoints.load_weights(TinyNetwork(), {}, "x")
+        checkpoints.require_weights({}, kinds(TinyNetwork().state_dict()), "x")
 
 
 def test_optimizer_state_round_trip(tmp_path):
@@ -360,6 +421,7 @@ def test_optimizer_state_round_trip(tmp_path):
         return network, torch.optim.Adam(network.parameters(), lr=0.01)
 
     network, optimizer = fresh()
+    optimizer.param_groups[0]["lr"] = 0.02  # as a warm-up sets it
     trained(3, network, optimizer)
     names = [name for name, _ in network.named_parameters()]
     tensors, scalars = checkpoints.optimizer_tensors(names, optimizer)
@@ -368,13 +430,32 @@ def test_optimizer_state_round_trip(tmp_path):
     scalars = json.loads(json.dumps(scalars))
 
     other, other_optimizer = fresh()
-    checkpoints.load_weights(other, checkpoints.read_tensors(path, "network"), path)
+    other.load_state_dict(checkpoints.read_tensors(path, "network", kinds(other.state_dict())))
     saved = checkpoints.read_tensors(path, "optimizer")
     checkpoints.restore_optimizer(names, other_optimizer, saved, scalars)
     trained(2, network, optimizer)
     trained(2, other, other_optimizer)
     assert "encoder.weight.exp_avg" in tensors
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    assert other_optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_restored_state_does_not_lie_in_the_file(tmp_path):
+    network = TinyNetwork()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    names = [name for name, _ in network.named_parameters()]
+    state = {
+        f"{name}.{entry}": torch.ones(() if entry == "step" else parameter.shape)
+        for name, parameter in network.named_parameters()
+        for entry in ("step", "exp_avg", "exp_avg_sq")
+    }
+    path = checkpoints.save_checkpoint(tmp_path, 1, {"optimizer": state}, {})
+    _, scalars = checkpoints.optimizer_tensors(names, optimizer)
+    checkpoints.restore_optimizer(names, optimizer, checkpoints.read_tensors(path, "optimizer"), scalars)
+    with (path / "optimizer.safetensors").open("r+b") as file:
+        file.write(bytes((path / "optimizer.safetensors").stat().st_size))
+    for parameter in network.parameters():
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], torch.ones_like(parameter))
 
 
 def test_optimizer_state_of_an_unknown_parameter():

@@ -93,3 +93,12 @@ def test_who_has_a_folder_is_written_anew(tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith(f"process {os.getpid()} on ")
     assert "whose name" not in lines[0]
+
+
+def test_a_lock_is_released_once(tmp_path):
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    lock.release()
+    other = os.open(tmp_path, os.O_RDONLY)  # has the number that the lock's descriptor had
+    lock.release()
+    os.close(other)
