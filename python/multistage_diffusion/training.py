@@ -14,6 +14,7 @@ was not; and several processes that share the batches do what one would, up to r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -427,18 +428,9 @@ class Trainer:
                 f"{self.checkpoint_directory} is no folder; move it away, or choose another run folder"
             )
         if parts and not found:  # else the checkpoint says what was trained
-            saved = self._saved_configuration()
-            if saved is not None:
-                self._require_configuration(saved, self.directory / "config.json", RunError)
-
-    def _saved_configuration(self) -> dict | None:
-        """What config.json says; None where it is lost or damaged."""
-        try:
-            saved = json.loads((self.directory / "config.json").read_text())
-            TrainingConfig.from_json(saved)
-        except (OSError, ValueError, TypeError, RecursionError):
-            return None
-        return saved
+            path = self.directory / "config.json"
+            with contextlib.suppress(FileNotFoundError, ValueError):  # lost or damaged
+                self._require_configuration(TrainingConfig.read(path).to_json(), path, RunError)
 
     def _require_configuration(self, saved: dict, source: Path, error: type[RunError]) -> None:
         """Raises an error if the run that a file is of had another configuration than this one."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -278,6 +279,18 @@ class TrainingConfig:
         cls.check_types(values)
         network = in_effect(values["network"])
         return cls(**{**values, "network": network, "stages": Stages.from_json(values["stages"])})
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingConfig:
+        """What a config.json says. Raises FileNotFoundError, and ValueError for what describes no configuration."""
+        if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+            raise ValueError("it is no file")
+        try:
+            return cls.from_json(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise
+        except (OSError, RecursionError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
     @classmethod
     def check_types(cls, values: dict) -> None:

@@ -104,6 +104,15 @@ def tiny_images(count=40, image_size=8, classes=None):
     return ImageData(images, labels, name="tiny")
 
 
+def trainer_of(directory, network=None, **changes):
+    """A quiet trainer of tiny images; ``changes`` are of the configuration."""
+    config = config_of(**changes)
+    if network is None:
+        torch.manual_seed(1)
+        network = build(config.network)
+    return Trainer(config, directory, data=tiny_images(), network=network, quiet=True)
+
+
 def weights_of(directory, step=12, name="network"):
     """One file of a run's checkpoint."""
     return checkpoints.read_tensors(directory / "checkpoints" / f"step-{step:08d}", name)

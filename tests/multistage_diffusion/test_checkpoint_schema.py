@@ -19,22 +19,10 @@ from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.training import Trainer
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import SMALL_UNET, TINY, TinyNetwork, build, config_of, no_plots, one_thread, tiny_images  # noqa: F401
+from stand_ins import SMALL_UNET, TinyNetwork, build, config_of, no_plots, one_thread, tiny_images, trainer_of  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::multistage_diffusion.checkpoints.CheckpointWarning")
 FILES = ("network", "ema", "optimizer")
-
-
-def trainer_of(directory, network=None, network_config=TINY, **changes):
-    torch.manual_seed(1)
-    network = network or TinyNetwork()
-    return Trainer(
-        config_of(network=network_config, **changes),
-        directory,
-        data=tiny_images(),
-        network=network,
-        quiet=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -256,10 +244,11 @@ def test_a_checkpoint_that_claims_more_is_refused_before_it_is_read(subject, mon
     assert read == ["network.safetensors"]
 
 
-def unet_trainer(directory, steps, network=None, **changes):
+def unet_trainer(directory, steps, **changes):
     torch.manual_seed(1)
-    network = network or build_network(SMALL_UNET)
-    return trainer_of(directory, network, network_config=network.config, steps=steps, **changes)
+    network = build_network(SMALL_UNET)
+    config = config_of(network=network.config, steps=steps, **changes)
+    return Trainer(config, directory, data=tiny_images(), network=network, quiet=True)
 
 
 def test_flat_and_split_state_do_not_mix(tmp_path):

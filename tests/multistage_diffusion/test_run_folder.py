@@ -13,14 +13,9 @@ from multistage_diffusion import checkpoints
 from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.run_log import RunLog
 from multistage_diffusion.training import RunError, Trainer
-from stand_ins import TinyNetwork, build, config_of, one_thread, tiny_images, weights_of  # noqa: F401
+from stand_ins import build, one_thread, trainer_of, weights_of  # noqa: F401
 
 DRAWN = {"sample_every": 1, "sample_count": 1}
-
-
-def trainer_of(directory, **changes):
-    torch.manual_seed(1)
-    return Trainer(config_of(**changes), directory, data=tiny_images(), network=TinyNetwork(), quiet=True)
 
 
 @pytest.fixture(scope="module")

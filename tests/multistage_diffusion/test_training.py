@@ -35,18 +35,11 @@ from stand_ins import (
     no_plots,  # noqa: F401
     one_thread,  # noqa: F401
     tiny_images,
+    trainer_of,
     weights_of,
 )
 
 PLOT = Trainer._plot  # the tests here do without, but for one
-
-
-def trainer_of(directory, network=None, **changes):
-    config = config_of(**changes)
-    if network is None:
-        torch.manual_seed(1)
-        network = build(config.network)
-    return Trainer(config, directory, data=tiny_images(), network=network, quiet=True)
 
 
 # ---------------------------------------------------------------------------------------- configuration
@@ -475,58 +468,6 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     assert RunLog(tmp_path / "run" / "log.jsonl").read()[-1]["step"] == step
 
 
-@pytest.fixture
-def hang_up():
-    """SIGHUP as the system has it, also where the tests run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield signal.SIGHUP
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_a_save_waits_for_it(tmp_path, monkeypatch, number, hang_up):
-    original = checkpoints.write_tensors
-
-    def interrupted(path, tensors):
-        if path.name == "ema.safetensors":
-            os.kill(os.getpid(), number)
-        original(path, tensors)
-
-    monkeypatch.setattr(checkpoints, "write_tensors", interrupted)
-    before = signal.getsignal(number)
-    result = trainer_of(tmp_path).run()
-    assert (result.step, result.stopped_by) == (5, number)
-    assert checkpoints.damage(tmp_path / "checkpoints" / "step-00000005") is None
-    assert signal.getsignal(number) is before
-
-
-def test_a_run_that_is_to_outlive_its_terminal_does(tmp_path, monkeypatch, hang_up):
-    signal.signal(hang_up, signal.SIG_IGN)  # as nohup does
-    trainer = trainer_of(tmp_path)
-    original = trainer._train_step
-    monkeypatch.setattr(trainer, "_train_step", lambda: (os.kill(os.getpid(), hang_up), original()))
-    result = trainer.run()
-    assert (result.step, result.stopped_by) == (12, None)
-    assert signal.getsignal(hang_up) is signal.SIG_IGN
-
-
-def test_a_signal_while_the_loss_is_drawn_ends_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_plot", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-    result = trainer_of(tmp_path, steps=1).run()
-    assert (result.step, result.stopped_by) == (1, None)
-
-
-def test_a_signal_before_the_first_step_of_the_loop_saves_what_there_is(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path)
-    stopped_by = trainer._stopped_by
-    monkeypatch.setattr(
-        trainer, "_stopped_by", lambda stop: os.kill(os.getpid(), signal.SIGTERM) or stopped_by(stop)
-    )
-    result = trainer.run()
-    assert (result.step, result.stopped_by, result.checkpoint.name) == (0, signal.SIGTERM, "step-00000000")
-    assert trainer_of(tmp_path).run(resume=True).step == 12
-
-
 DEVICE = "cuda"
 
 
@@ -537,13 +478,6 @@ def gpu_trainer(directory, **changes):
     config = config_of(network=network.config, stage_sampling="systematic", **changes)
     where = {"device": DEVICE, "cuda_graphs": graphs}
     return Trainer(config, directory, data=tiny_images(), network=network, quiet=True, **where)
-
-
-def test_a_signal_after_the_last_step_ends_nothing_early(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path, steps=3)
-    original = trainer._save
-    monkeypatch.setattr(trainer, "_save", lambda: (os.kill(os.getpid(), signal.SIGTERM), original())[1])
-    assert trainer.run().stopped_by is None
 
 
 @pytest.mark.gpu

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import math
 import os
 import signal
@@ -382,12 +381,13 @@ def _saved_config(args) -> dict | None:
 
     path = args.out / "config.json"
     newest = checkpoints.latest_config(args.out / "checkpoints")
+    if newest is not None:
+        TrainingConfig.from_json(newest)  # raises what is wrong with it
     try:
-        saved = json.loads(path.read_text())
-        config = TrainingConfig.from_json(saved)  # raises what is wrong with it
+        config = TrainingConfig.read(path)
     except FileNotFoundError:
         return newest
-    except (OSError, RecursionError, TypeError, ValueError) as error:
+    except ValueError as error:
         instead = (
             "that of the newest checkpoint is taken"
             if newest
@@ -395,15 +395,14 @@ def _saved_config(args) -> dict | None:
         )
         warnings.warn(f"the configuration {path} is damaged: {error}; {instead}", FolderWarning, stacklevel=2)
         return newest
+    saved = config.to_json()
     if newest and (differences := config.differences(newest)):
-        warnings.warn(
+        text = (
             f"{path} is of another run than the checkpoints: {'; '.join(differences)}; "
-            "the run goes on as the newest checkpoint says",
-            FolderWarning,
-            stacklevel=2,
+            "the run goes on as the newest checkpoint says"
         )
-        free = free_keys(newest)
-        return {**newest, **{name: value for name, value in saved.items() if name in free}}
+        warnings.warn(text, FolderWarning, stacklevel=2)
+        return {**newest, **{name: saved[name] for name in free_keys(newest)}}
     return saved
 
 
