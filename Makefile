@@ -1,15 +1,24 @@
 # Every target sets up what it needs: a virtual environment in .venv with PyTorch, Triton and this package, compiled.
-# Variables: PYTHON (the interpreter that makes .venv), VENV (its folder), RUN (where the demo writes), TORCH (what pip
-# installs as PyTorch: the version that all of this was tried with; the package itself takes any from 2.11 on).
+# Variables: PYTHON (the interpreter that makes .venv, and on a machine with a GPU the one that has PyTorch), VENV (its
+# folder), RUN (where the demo writes), TORCH (what pip installs as PyTorch: the version that all of this was tried with;
+# the package itself takes any from 2.11 on). For the kernels of gpu-cache, what the machine with the GPU has: GPU_ARCH
+# (its compute capability without the point), GPU_PYTHON (a Python of the same minor version, with its headers),
+# GPU_TORCH, GPU_TRITON, GPU_NUMPY (versions), GPU_VENV (the folder that holds them here).
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+GPU_ARCH ?= 90
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_TRITON ?= 3.6.0
+GPU_NUMPY ?= 2.5.*
+GPU_VENV ?= build/gpu-venv
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test bench gpu-check lint cuda-check sanitize format install clean
+.PHONY: help demo test bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -23,8 +32,26 @@ test: install lint cuda-check  ## style, CUDA compilation where there is nvcc, a
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json
 
-gpu-check:  ## build, test and measure on this machine's GPU with the interpreter PYTHON; installs nothing
-	$(PYTHON) benchmarks/gpu_check.py
+gpu-cache: $(GPU_VENV)/.installed  ## compile the kernels of gpu-smoke and gpu-check, without a GPU, into build/gpu-cache
+	$(GPU_VENV)/bin/python benchmarks/gpu_cache.py --arch $(GPU_ARCH)
+
+gpu-smoke:  ## under 200 s: does everything work on this machine's GPU; without one, a rehearsal
+	@$(call on_gpu,benchmarks/gpu_smoke.py)
+
+gpu-check:  ## under 400 s: measure on this machine's GPU; without one, a rehearsal
+	@$(call on_gpu,benchmarks/gpu_check.py)
+
+# With PYTHON, which installs nothing, where it sees a GPU; else with the environment of gpu-cache.
+on_gpu = python=$(PYTHON); \
+	$$python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || python=$(GPU_VENV)/bin/python; \
+	command -v $$python >/dev/null || { echo "$@: $(PYTHON) sees no GPU, and a rehearsal needs what make gpu-cache makes"; exit 1; }; \
+	$$python $(1)
+
+$(GPU_VENV)/.installed:
+	@command -v $(GPU_PYTHON) >/dev/null || { echo "gpu-cache: needs the Python of the machine with the GPU, and gcc: there is no $(GPU_PYTHON); set GPU_PYTHON"; exit 1; }
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install "torch==$(GPU_TORCH)" "triton==$(GPU_TRITON)" "numpy==$(GPU_NUMPY)" setuptools pytest
+	touch $@
 
 lint: install  ## ruff and clang-format, as CI checks them
 	$(BIN)/ruff check .

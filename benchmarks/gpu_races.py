@@ -4,19 +4,20 @@ Ops are timed by CUDA events with a cold and a warm L2, whole networks by the ho
 
 ``python benchmarks/gpu_races.py NAME --seconds S --out FILE`` runs one benchmark and appends each result to FILE as a
 line of JSON as soon as it is there; what does not fit into the seconds is written as not run. ``gpu_check.py`` calls
-it.
+it. ``--rehearse``, for machines without a GPU, goes the same way with tensors that have no memory, and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
@@ -28,14 +29,18 @@ import bench_grouped_linear  # noqa: E402
 import bench_resample2d  # noqa: E402
 import bench_sampling_step  # noqa: E402
 import bench_training_step  # noqa: E402
+import gpu_cache  # noqa: E402
 import torch  # noqa: E402
 from bench_training_step import COMPILED, GRAPH  # noqa: E402
+from gpu_parts import append  # noqa: E402
+from launches import ARCHITECTURE, Launch, recorded  # noqa: E402
 from sanitize_cuda import no_gpu  # noqa: E402
 
 import harness  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
 from msd_kernels import explain  # noqa: E402
 from msd_kernels.backends import use  # noqa: E402
+from multistage_diffusion.stage_order import StageOrder  # noqa: E402
 
 DTYPE = torch.bfloat16
 WIDTHS = bench_grouped_conv2d.WIDTHS
@@ -43,6 +48,7 @@ WIDTHS = bench_grouped_conv2d.WIDTHS
 L2_OF_OPS, L2_OF_NETWORKS = ("cold", "warm"), ("as found",)
 THIRDS, FEW = (32, 32, 32), (3, 3, 2)
 SECONDS_PER_RACE = 0.5
+WIDEST_HEAD = "64 of head 384, 256 tokens", ((64,), (1,), (384,), 16)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Race:
+    """One comparison.
+
+    Attributes:
+        prepare: takes the device.
+        ours: takes the device and gives ours alone, of what a rehearsal cannot prepare.
+    """
+
     label: str
-    prepare: Callable[[str], Prepared]  # takes the device
+    prepare: Callable[[str], Prepared]
+    ours: Callable[[str], Function] | None = None
 
 
 def mix_text(counts: Sequence[int]) -> str:
@@ -105,16 +119,19 @@ def with_backend(name: str, function: Function) -> Function:
     return run
 
 
+def with_other(served: str, cases: dict[str, Function]) -> dict[str, Function]:
+    """The cases and ours once more: by the library where Triton serves it, else by Triton."""
+    other = "library" if served == "triton" else "triton"
+    return {**cases, other: with_backend(other, cases[OURS])}
+
+
 def group_norm() -> list[Race]:
-    """EDM at batch 512, 64 and 8, LDM at 16, NHWC; compilation takes long, so only some shapes race against it."""
-    compiled = {(64, 256, 32): 16, (16, 224, 64): 32}
-    others = {(512, 256, 32): 16, (64, 640, 32): 16, (64, 384, 16): 16, (64, 512, 8): 16, (8, 256, 32): 16}
+    """EDM at batch 512, 64 and 8, LDM at 16, NHWC."""
+    groups = {(64, 256, 32): 16, (16, 224, 64): 32, (512, 256, 32): 16, (64, 640, 32): 16}
+    groups |= {(64, 384, 16): 16, (64, 512, 8): 16, (8, 256, 32): 16}
     return [
-        Race(
-            "x".join(map(str, (*shape, shape[-1]))),
-            partial(group_norm_race, shape, groups, shape in compiled),
-        )
-        for shape, groups in (compiled | others).items()
+        Race("x".join(map(str, (*shape, shape[-1]))), partial(group_norm_race, shape, count, False))
+        for shape, count in groups.items()
     ]
 
 
@@ -126,8 +143,12 @@ def grouped_conv2d_race(counts: tuple[int, ...], side: int, device: str) -> Prep
     x, weight, *_ = problem.arguments(problem.leaves)
     least = DTYPE.itemsize * (3 * x.values.numel() + weight.values.numel())
     operations = sum(2 * n * side**2 * 9 * c * c for n, c in zip(counts, WIDTHS, strict=True))
-    served = explain("grouped_conv2d", x, weight)
-    return Prepared(partial(problem.cases, ways=ways), served.backend, (least, 3 * least), operations)
+    served = explain("grouped_conv2d", x, weight).backend
+
+    def cases(backward: bool) -> dict[str, Function]:
+        return with_other(served, problem.cases(backward, ways=ways))
+
+    return Prepared(cases, served, (least, 3 * least), operations)
 
 
 def grouped_conv2d() -> list[Race]:
@@ -162,10 +183,7 @@ def attention_race(shape, layout: str, compiled: bool, device: str) -> Prepared:
     served = problem.explain().backend
 
     def cases(backward: bool) -> dict[str, Function]:
-        found = problem.cases(backward, compiled, backends=tuple(bench_attention.SDPA))
-        other = "triton" if served == "library" else "library"
-        found[other] = with_backend(other, found[OURS])
-        return found
+        return with_other(served, problem.cases(backward, compiled, backends=tuple(bench_attention.SDPA)))
 
     return Prepared(cases, served, problem.least_bytes, problem.operations)
 
@@ -173,20 +191,19 @@ def attention_race(shape, layout: str, compiled: bool, device: str) -> Prepared:
 def attention() -> list[Race]:
     """EDM's one head of 384, 256 and 32 over 256 and 64 tokens, goal G7, and LDM's heads of 32; packed, all stages.
 
-    The peers get q, k and v apart and dense, one call per stage. Compilation takes long, so one case races against it.
+    The peers get q, k and v apart and dense, one call per stage.
     """
     heads = ((1, 1, 1), bench_attention.EDM_HEADS, 16)
-    widest = "64 of head 384, 256 tokens"
     shapes = {
-        widest: ((64,), (1,), (384,), 16),
+        WIDEST_HEAD[0]: WIDEST_HEAD[1],
         "64 of head 256, 256 tokens": ((64,), (1,), (256,), 16),
         "64 of head 256, 64 tokens": ((64,), (1,), (256,), 8),
         "32+32+32, 256 tokens": ((32, 32, 32), *heads),
         "3+3+2, 256 tokens": ((3, 3, 2), *heads),
         "16 of 16 heads of 32, 1024 tokens": ((16,), (16,), (32,), 32),
     }
-    races = {name: (shape, "per_head", name == widest) for name, shape in shapes.items()}
-    races[f"{widest}, interleaved"] = (shapes[widest], "interleaved", False)
+    races = {name: (shape, "per_head", False) for name, shape in shapes.items()}
+    races[f"{WIDEST_HEAD[0]}, interleaved"] = (WIDEST_HEAD[1], "interleaved", False)
     return [Race(name, partial(attention_race, *arguments)) for name, arguments in races.items()]
 
 
@@ -202,17 +219,26 @@ def resample2d_race(
 
 
 def resample2d() -> list[Race]:
-    """EDM's and score SDE's feature maps, NHWC; goal G10. Compilation takes long, so one case races against it."""
-    headline = (64, 256, 32)
-    cases = [((*headline, "box"), False), ((*headline, "fir"), True)]
-    cases += [((*shape, "fir"), False) for shape in ((256, 256, 32), (64, 384, 16), (8, 256, 32))]
+    """EDM's and score SDE's feature maps, NHWC; goal G10."""
+    cases = [(64, 256, 32, "box")]
+    cases += [(*shape, "fir") for shape in ((64, 256, 32), (256, 256, 32), (64, 384, 16), (8, 256, 32))]
     return [
         Race(
             f"{batch}x{channels}x{side}x{side} {filter} {'up' if upward else 'down'}",
-            partial(resample2d_race, (batch, channels, side), filter, upward, compiled),
+            partial(resample2d_race, (batch, channels, side), filter, upward, False),
         )
-        for (batch, channels, side, filter), compiled in cases
+        for batch, channels, side, filter in cases
         for upward in (False, True)
+    ]
+
+
+def compiled_ops() -> list[Race]:
+    """One or two cases of an op with its peers compiled as well, which takes long and can be prepared by nobody."""
+    return [
+        Race("group_norm 64x256x32x32", partial(group_norm_race, (64, 256, 32), 16, True)),
+        Race("resample2d 64x256x32x32 fir down", partial(resample2d_race, (64, 256, 32), "fir", False, True)),
+        Race(f"attention {WIDEST_HEAD[0]}", partial(attention_race, WIDEST_HEAD[1], "per_head", True)),
+        Race("group_norm 16x224x64x64", partial(group_norm_race, (16, 224, 64), 32, True)),
     ]
 
 
@@ -229,10 +255,28 @@ def sampling_step_race(batch: int, stage: int, compiled: bool, device: str) -> P
 def sampling_step() -> list[Race]:
     """Evaluations of EDM's denoiser, all samples of one stage; goal G8."""
     return [
-        Race(f"{batch} of stage {stage}", partial(sampling_step_race, batch, stage, False))
+        Race(
+            f"{batch} of stage {stage}",
+            partial(sampling_step_race, batch, stage, False),
+            partial(our_sampling_step, batch, stage),
+        )
         for batch in (1, 8)
         for stage in (0, 1, 2)
     ]
+
+
+def our_sampling_step(batch: int, stage: int, device: str) -> Function:
+    """The network as the denoiser calls it, which computes its noise level and stage from values."""
+    problem = bench_sampling_step.Problem.of(batch, stage, device)
+    network = problem.networks.ours.eval()
+    order = StageOrder.of([stage] * batch, len(problem.counts), batch)
+    inputs = problem.x.to(bench_sampling_step.DTYPE), torch.zeros(batch, device=device), order
+    return torch.no_grad()(partial(network, *inputs))
+
+
+def our_training_step(counts: tuple[int, ...], device: str) -> Function:
+    (step,) = bench_training_step.Problem.of(counts, device).mixed()
+    return step
 
 
 def training_step_race(counts: tuple[int, ...], extra: str | None, device: str) -> Prepared:
@@ -253,19 +297,27 @@ def training_step_race(counts: tuple[int, ...], extra: str | None, device: str) 
 def training_step() -> list[Race]:
     """EDM's network on mixed batches, goal G9: thirds, EDM's own mix of stages, few samples; then CUDA graphs."""
     mixes = (THIRDS, (92, 3, 1), FEW)
-    eager = [Race(mix_text(counts), partial(training_step_race, counts, None)) for counts in mixes]
-    graphs = [
-        Race(f"{mix_text(counts)}, graph", partial(training_step_race, counts, GRAPH))
-        for counts in (FEW, THIRDS)
+    extras = [(mix_text(counts), counts, None) for counts in mixes]
+    extras += [(f"{mix_text(counts)}, graph", counts, GRAPH) for counts in (FEW, THIRDS)]
+    return [
+        Race(label, partial(training_step_race, counts, extra), partial(our_training_step, counts))
+        for label, counts, extra in extras
     ]
-    return eager + graphs
 
 
 def compiled_steps() -> list[Race]:
     """One case of each with the plain networks compiled as well, which takes long; goals G8 and G9."""
     return [
-        Race("sampling, 8 of stage 0", partial(sampling_step_race, 8, 0, True)),
-        Race(f"training, {mix_text(THIRDS)}", partial(training_step_race, THIRDS, COMPILED)),
+        Race(
+            "sampling, 8 of stage 0",
+            partial(sampling_step_race, 8, 0, True),
+            partial(our_sampling_step, 8, 0),
+        ),
+        Race(
+            f"training, {mix_text(THIRDS)}",
+            partial(training_step_race, THIRDS, COMPILED),
+            partial(our_training_step, THIRDS),
+        ),
     ]
 
 
@@ -277,6 +329,7 @@ BENCHMARKS = {
     "resample2d": resample2d,
     "sampling_step": sampling_step,
     "training_step": training_step,
+    "compiled_ops": compiled_ops,
     "compiled_steps": compiled_steps,
 }
 
@@ -324,24 +377,75 @@ def run(race: Race, device: str, timers: dict[str, Timer], bandwidth: float, rat
             }
 
 
+class RehearsedTimer:
+    """Calls a function the first time and says that it took a second."""
+
+    def __init__(self) -> None:
+        self._called: set[Function] = set()
+
+    def __call__(self, function: Function) -> float:
+        if function not in self._called:
+            self._called.add(function)
+            function()
+        return 1.0
+
+
+def rehearse(name: str, architecture: int = ARCHITECTURE) -> Iterator[tuple[str, list[Launch], list[dict]]]:
+    """Each race of a benchmark with tensors that have no memory: its label, its launches and what it would write.
+
+    Whole networks, whose checks look at values, are only called once.
+    """
+    timers = dict.fromkeys((*L2_OF_OPS, *L2_OF_NETWORKS), RehearsedTimer())
+    for race in BENCHMARKS[name]():
+        if race.ours is not None:
+            yield race.label, launches_of_network(race.ours, architecture), []
+            continue
+        found: dict[Launch, None] = {}
+        without_values = mock.patch.object(harness, "check")
+        without_compiler = mock.patch.object(torch, "compile", lambda function, **_: function)
+        with without_values, without_compiler, recorded(found, architecture):
+            results = list(run(race, "cpu", timers, 1.0, 1.0))
+        yield race.label, list(found), results
+
+
+@functools.cache
+def _launches_of_network(make: Callable[..., Function], arguments: tuple, architecture: int) -> list[Launch]:
+    call, found = make(*arguments, "cpu"), {}
+    with recorded(found, architecture):
+        call()
+    return list(found)
+
+
+def launches_of_network(ours: partial, architecture: int) -> list[Launch]:
+    """Of one call, found once however many races it has."""
+    return _launches_of_network(ours.func, ours.args, architecture)
+
+
+def launches(architecture: int = ARCHITECTURE) -> dict[str, list[Launch]]:
+    """The launches of every race."""
+    return {
+        f"{name}, {label}": found for name in BENCHMARKS for label, found, _ in rehearse(name, architecture)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, action="append", required=True, help="may be given several times")
     arguments = parser.parse_args()
     if reason := no_gpu():
         print(f"gpu_races: {reason}")
         return
+    watch = gpu_cache.Watch()
     torch.backends.cudnn.benchmark = True
     timers = {"cold": harness.cuda_timer(cold=True), "warm": harness.cuda_timer(cold=False)}
     timers["as found"] = harness.synchronised_clock
-    with arguments.out.open("a") as file:
-        for result in measure(arguments.name, "cuda", timers, arguments.seconds):
-            file.write(json.dumps({"benchmark": arguments.name, **result}) + "\n")
-            file.flush()
+    for result in measure(arguments.name, "cuda", timers, arguments.seconds):
+        append(arguments.out, {"benchmark": arguments.name, **result})
+    append(arguments.out, {"cache": arguments.name, **watch.as_dict()})
 
 
 if __name__ == "__main__":

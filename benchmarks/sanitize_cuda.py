@@ -1,6 +1,9 @@
-"""Runs every way through the compiled CUDA kernels on small tensors: for compute-sanitizer, see gpu_check.py.
+"""Runs every way through the compiled CUDA kernels on small tensors: for compute-sanitizer.
 
-Tensors are made on the CPU, so that there is little else on the device. A result that is not finite fails.
+    compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize_cuda.py
+
+``--three`` runs one compiled kernel and two of Triton's instead, as ``make gpu-smoke`` does. Tensors are made on the
+CPU, so that there is little else on the device. A result that is not finite fails.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +19,14 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from msd_kernels import StageBatch, group_norm, resample2d  # noqa: E402
+from msd_kernels import (  # noqa: E402
+    StageBatch,
+    StageWeights,
+    attention,
+    group_norm,
+    grouped_conv2d,
+    resample2d,
+)
 from msd_kernels.backends import use  # noqa: E402
 
 # The exit status that says that something is wrong with the kernels and not with this machine's tools.
@@ -33,11 +44,13 @@ MAPS = [(2, 16, 8, 8), (3, 5, 7, 9), (2, 96, 18, 22)]
 STAGES = ((2, 0, 1), (16, 8, 3), 8)
 
 
-def draw_from(generator: torch.Generator, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+def draw_from(
+    generator: torch.Generator, dtype: torch.dtype, device: str = "cuda"
+) -> Callable[..., torch.Tensor]:
     """A function that draws leaves of a shape."""
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).cuda().requires_grad_()
+        return torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_()
 
     return draw
 
@@ -48,8 +61,8 @@ def require_finite(what: str, results: Sequence[torch.Tensor]) -> None:
         raise SystemExit(FOUND)
 
 
-def run_group_norm(counts, channels, groups, side: int, dtype: torch.dtype) -> None:
-    draw = draw_from(torch.Generator().manual_seed(0), dtype)
+def run_group_norm(counts, channels, groups, side: int, dtype: torch.dtype, device: str = "cuda") -> None:
+    draw = draw_from(torch.Generator().manual_seed(0), dtype, device)
     samples = sum(n * c for n, c in zip(counts, channels, strict=True))
     x = StageBatch(draw(samples * side**2), counts, channels, side, side)
     scale, shift = (StageBatch(draw(samples), counts, channels, 1, 1) for _ in range(2))
@@ -75,6 +88,43 @@ def run_resample2d(filter: Sequence[float], factors: dict[str, int], dtype: torc
         require_finite(f"resample2d of {list(leaf.shape)}, {filter}, {factors}, {dtype}", results)
 
 
+def run_grouped_conv2d(device: str) -> None:
+    """A 3x3 convolution of stages of which some fill vectors, with an empty one."""
+    draw = draw_from(torch.Generator().manual_seed(0), torch.bfloat16, device)
+    counts, channels, side = STAGES
+    values = draw(sum(n * c for n, c in zip(counts, channels, strict=True)) * side**2)
+    shapes = [(c, c, 3, 3) for c in channels]
+    weight = draw(sum(9 * c * c for c in channels))
+    x = StageBatch(values, counts, channels, side, side)
+    y = grouped_conv2d(x, StageWeights(weight, shapes)).values
+    results = [y, *torch.autograd.grad(y, [values, weight], draw(y.numel()).detach())]
+    require_finite("grouped_conv2d", results)
+
+
+def run_attention(device: str) -> None:
+    """Heads of which one is no power of two, tokens that fill no tile."""
+    draw = draw_from(torch.Generator().manual_seed(0), torch.bfloat16, device)
+    counts, channels, side = (2, 0, 1), (3 * 32, 3 * 8, 3 * 20), 7
+    values = draw(sum(n * c for n, c in zip(counts, channels, strict=True)) * side**2)
+    y = attention(StageBatch(values, counts, channels, side, side), layout="per_head").values
+    require_finite("attention", [y, *torch.autograd.grad(y, values, draw(y.numel()).detach())])
+
+
+# One kernel that is compiled ahead, with its cluster, and two of Triton's; each takes the device.
+THREE: dict[str, Callable[[str], None]] = {
+    "group_norm": partial(run_group_norm, *GROUP_NORMS[1], torch.bfloat16),
+    "grouped_conv2d": run_grouped_conv2d,
+    "attention": run_attention,
+}
+
+
+def run_three(device: str, setting: str) -> None:
+    with use(setting):
+        for name, run in THREE.items():
+            run(device)
+            print(f"{name}: done", flush=True)
+
+
 def no_gpu() -> str:
     """What to say where there is no GPU; empty where there is one."""
     if torch.cuda.is_available():
@@ -84,9 +134,18 @@ def no_gpu() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--three", action="store_true", help="three kernels: one compiled, two of Triton's")
+    parser.add_argument("--rehearse", action="store_true", help="those three calls on the processor")
+    options = parser.parse_args(arguments)
+    if options.rehearse:
+        run_three("cpu", "library")
+        return
     if reason := no_gpu():
         print(f"sanitize_cuda: {reason}")
+        return
+    if options.three:
+        run_three("cuda", "group_norm=cuda,triton")
         return
     for dtype in (torch.float32, torch.bfloat16):
         with use("group_norm=cuda"):

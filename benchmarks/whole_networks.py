@@ -101,18 +101,20 @@ def once(run: Function) -> object:
         torch.backends.cudnn.benchmark = before
 
 
-def check(name: str, found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+def check(
+    name: str, found: Mapping[str, Tensor], exact: Mapping[str, Tensor], tolerance: float = TOLERANCE
+) -> None:
     """Refuses to time a network whose results are off. What is not among the exact ones is exactly zero.
 
     Raises:
-        AssertionError: a result is missing, or the norm of its error is above :data:`TOLERANCE` of its own.
+        AssertionError: a result is missing, or the norm of its error is above ``tolerance`` of its own.
     """
     if missing := sorted(set(exact) - set(found)):
         raise AssertionError(f"{name}: {len(missing)} results are missing, first {missing[0]}")
     for key, value in found.items():
         expected = exact.get(key, torch.zeros_like(value))
         error = torch.linalg.vector_norm(value.float() - expected).item()
-        allowed = TOLERANCE * torch.linalg.vector_norm(expected).item()
+        allowed = tolerance * torch.linalg.vector_norm(expected).item()
         if not error <= allowed:
             raise AssertionError(
                 f"{name}: {key} is off by {error:.2e}, allowed {allowed:.2e}; a wrong network has no speed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -215,9 +216,8 @@ def test_package_kernels_import_without_optional_packages():
 
 GPU_CHECK = """
 sys.path.insert(0, "benchmarks")
-import gpu_check, gpu_races, pytest
-paths = [path for suite in gpu_check.SUITES.values() for path in suite if path not in gpu_check.NEEDS]
-sys.exit(pytest.main(["-m", "gpu", *paths, "--collect-only", "-q", "-p", "no:cacheprovider"]))
+import gpu_check, gpu_smoke, gpu_races, pytest
+sys.exit(pytest.main(["-m", "gpu", "tests/gpu", "tests/ops", "--collect-only", "-q", "-p", "no:cacheprovider"]))
 """
 
 
@@ -231,12 +231,21 @@ def test_package_gpu_tests_and_benchmarks_need_no_optional_packages():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.skipif(not (REPOSITORY / "benchmarks").is_dir(), reason="benchmarks are not part of an install")
-def test_package_gpu_check_without_a_gpu_says_so():
-    printed = run_python(
-        "import runpy; runpy.run_path('benchmarks/gpu_check.py', run_name='__main__')", REPOSITORY
-    )
-    assert printed.startswith("gpu-check: no GPU here")
-    assert printed.count("\n") == 1
+@pytest.mark.parametrize("target", ["gpu_check", "gpu_smoke"])
+def test_package_gpu_targets_print_their_plan_where_there_is_neither_gpu_nor_cache(target, tmp_path):
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, "benchmarks")
+sys.argv[1:] = []
+import gpu_cache, {target}
+gpu_cache.CACHE = pathlib.Path({str(tmp_path)!r})
+print("status", {target}.main())
+"""
+    first, *lines = run_python(code, REPOSITORY).splitlines()
+    name = target.replace("_", "-")
+    assert first.startswith(f"{name}: no GPU here")
+    assert re.fullmatch(rf"{name}: \d+ s in \d+ parts", lines[0])
+    assert lines[-2:] == [f"there is no {tmp_path}: make gpu-cache makes it", "status 1"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

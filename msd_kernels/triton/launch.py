@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -101,11 +102,29 @@ def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
             compiled, constants = found
             compiled[grid, 1, 1](*arguments, *constants)
             return
+        settle_keys(kernel.__module__)
         compiled = kernel[(grid,)](*arguments, **OPTIONS, **options)
         if compiled is not None and kinds:
             if len(_compiled) >= MAX_COMPILED:
                 _compiled.clear()
             _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+
+
+@cache
+def settle_keys(module: str) -> None:
+    """Gives all functions of a module of kernels the keys by which Triton's cache on disk finds them.
+
+    A key tells the constants of the functions that a function calls, but only of those whose own key was asked for
+    before: left to Triton, it depends on which kernels a process launched earlier, and what another process compiled
+    is compiled again. So keys are asked for in the order of the definitions, those of imported functions first.
+    """
+    from triton import JITFunction
+
+    for value in list(vars(sys.modules[module]).values()):
+        if isinstance(value, JITFunction):
+            if value.__module__ != module:
+                settle_keys(value.__module__)
+            _ = value.cache_key
 
 
 def _kinds(arguments: Sequence) -> tuple | None:
