@@ -16,16 +16,12 @@ __all__ = ["FusedSequential", "GroupNorm", "replace_group_norm", "restore"]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
-# torch.fx.symbolic_trace records a call of the op as one node, as it does for the functions of torch.nn.functional.
-torch.fx.wrap("group_norm")
-
 
 class GroupNorm(nn.GroupNorm):
     """``torch.nn.GroupNorm`` through :func:`msd_kernels.group_norm`, with an optional activation behind it.
 
     Arguments and ``state_dict`` are those of ``torch.nn.GroupNorm``; ``activation`` may be ``"silu"``. ``forward`` also
-    takes the per-sample ``scale`` and ``shift`` of the op. ``torch.fx.symbolic_trace`` records the op;
-    ``torch.jit.trace`` and ``torch.jit.script`` record the same in plain PyTorch, for any shape.
+    takes the per-sample ``scale`` and ``shift`` of the op. ``torch.jit.script`` compiles the same in plain PyTorch.
 
     Raises:
         ValueError: another activation; as ``torch.nn.GroupNorm``.
@@ -42,8 +38,7 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        # TorchScript compiles the first branch alone, and tracing would take the sizes of its example for constants.
-        if torch.jit.is_scripting() or torch.jit.is_tracing():
+        if torch.jit.is_scripting():  # TorchScript compiles this branch alone
             y = F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
             if scale is not None:
                 y = y * (1 + _per_channel(scale, y))
@@ -123,9 +118,9 @@ def _is_pair(norm: nn.Module, activation: nn.Module) -> bool:
 
 
 def _fuses(norm: nn.Module, activation: nn.Module) -> bool:
-    """Whether nothing can tell that the two are not called: no hooks, no forward of an instance's own, no tracing."""
+    """Whether nothing can tell that the two are not called: no hooks, no forward of an instance's own."""
     watched = any(getattr(hooks_of_all, name, True) for name in GLOBAL_HOOKS)
-    return not (watched or torch.jit.is_tracing() or _is_changed(norm) or _is_changed(activation))
+    return not (watched or _is_changed(norm) or _is_changed(activation))
 
 
 def _is_changed(module: nn.Module) -> bool:

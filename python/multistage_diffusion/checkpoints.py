@@ -438,6 +438,7 @@ def load_model(
     if weights not in ("ema", "network"):
         raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
     from . import networks
+    from .networks.limits import at_most
     from .training_config import TrainingConfig  # which needs this module
 
     build = build or networks.build
@@ -451,8 +452,9 @@ def load_model(
         stages = Stages.from_json(config["stages"])
         arguments = networks.in_effect(config["network"])
         if build is networks.build:
-            with torch.device("meta"):  # what the weights do not fit takes no memory
-                require_weights(read_kinds(file), _expected_of(build(arguments), file), file)
+            found = read_kinds(file)
+            with torch.device("meta"), at_most(len(found)):  # what the weights do not fit takes no memory
+                require_weights(found, _expected_of(build(arguments), file), file)
         network = build(arguments)
         named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
         denoiser = precondition(network, stages, **{name: config[name] for name in named if name in config})

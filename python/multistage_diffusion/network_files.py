@@ -174,7 +174,7 @@ def _read(path: Path) -> tuple[nn.Module, dict | None]:
                 )
             names = list(file.keys())
             slices = {name: file.get_slice(name) for name in names}
-            config = _json_of(metadata, "config", path)
+            config = networks.in_effect(_json_of(metadata, "config", path))
             _require_fit(config, slices, path)
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
