@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoints, networks
 from .atomic_files import replacing
 from .checkpoints import write_tensors
-from .networks.limits import at_most
+from .network_limits import at_most
 from .official import summary
 from .official.unpickling import CheckpointFileError
 from .preconditioning import (

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from msd_kernels import StageWeights
 
+from .network_limits import count_tensors
+
 __all__ = ["StageModule"]
 
 
@@ -33,6 +35,7 @@ class StageModule(nn.Module):
 
     def add_stage_parameter(self, name: str, shapes: Sequence[tuple[int, ...]]) -> StageWeights:
         """Registers one flat parameter for tensors of ``shapes``, uninitialised."""
+        count_tensors(len(shapes))
         self._stage_shapes[name] = tuple(tuple(shape) for shape in shapes)
         setattr(self, name, nn.Parameter(torch.empty(sum(math.prod(shape) for shape in shapes))))
         return self.packed(name)

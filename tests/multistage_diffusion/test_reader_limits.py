@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from multistage_diffusion import Stages, StagesError, convert, load_network, net
 from multistage_diffusion.checkpoints import write_tensors
 from multistage_diffusion.convert import CheckpointFileError
 from multistage_diffusion.data import DataError, load_images
-from multistage_diffusion.networks.limits import TooManyTensorsError, at_most
+from multistage_diffusion.network_limits import TooManyTensorsError, at_most
 from stand_ins import SMALL_UNET
 
 SMALL = SMALL_UNET | {"decoder_widths": (8,), "channel_mult": (1,), "attn_resolutions": ()}
@@ -174,7 +175,11 @@ def test_the_bound_holds_for_its_own_thread_and_ends_with_it():
         assert networks.build(SMALL).config == NETWORK.config
     with pytest.raises(TooManyTensorsError, match=f"more than {count - 1} tensors"), at_most(count - 1):
         networks.build(SMALL)
-    nn.Linear(2, 2)
+    with at_most(0):
+        nn.Linear(2, 2)  # no layer of a network
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(networks.build, SMALL).result().config == NETWORK.config
+    networks.build(SMALL)
 
 
 # ------------------------------------------------------------------ checkpoints of the reference
