@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .host_memory import physical_memory
 
 T = TypeVar("T")
+OpenFile = Callable[[str], tuple[AbstractContextManager[BinaryIO], int]]  # name -> file, its size in bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -39,8 +40,7 @@ def read_folder(folder: Path, image_size: int | None) -> np.ndarray:
     return _decoded(
         folder,
         [*_files_below(folder)],
-        lambda name: (folder / name).open("rb"),
-        lambda name: (folder / name).stat().st_size,
+        lambda name: ((folder / name).open("rb"), (folder / name).stat().st_size),
         image_size,
     )
 
@@ -55,8 +55,7 @@ def read_zip(path: Path, image_size: int | None) -> np.ndarray:
         return _decoded(
             path,
             archive.namelist(),
-            archive.open,
-            lambda name: archive.getinfo(name).file_size,
+            lambda name: (archive.open(name), archive.getinfo(name).file_size),
             image_size,
         )
 
@@ -131,8 +130,7 @@ def _is_side_file(name: str) -> bool:
 def _decoded(
     source: Path,
     names: list[str],
-    open_file: Callable[[str], AbstractContextManager[BinaryIO]],
-    size_of: Callable[[str], int],
+    open_file: OpenFile,
     image_size: int | None,
 ) -> np.ndarray:
     """The image files among `names`, decoded: one pass over the headers, then one over the pixels."""
@@ -141,13 +139,7 @@ def _decoded(
         raise DataError(
             f"load_images: {source} holds no images; allowed are {', '.join(IMAGE_SUFFIXES)} files"
         )
-    headers = []
-    for name in names:
-        if (size := size_of(name)) > LARGEST_FILE:
-            raise DataError(
-                f"load_images: {name} in {source} has {size:,} bytes; allowed are {LARGEST_FILE:,} for one image"
-            )
-        headers.append(_read_image(source, name, open_file, lambda image: (image.mode, image.size)))
+    headers = [_read_image(source, name, open_file, lambda image: (image.mode, image.size)) for name in names]
     size = _common_size(source, names, [size for _, size in headers], image_size)
     for name, (mode, _) in zip(names, headers, strict=True):
         if mode.startswith("I") or mode == "F":
@@ -175,19 +167,28 @@ def _is_hidden(part: str) -> bool:
 def _read_image(
     source: Path,
     name: str,
-    open_file: Callable[[str], AbstractContextManager[BinaryIO]],
+    open_file: OpenFile,
     read: Callable[[Image.Image], T],
 ) -> T:
     try:
-        with open_file(name) as file, Image.open(file, formats=FORMATS) as image:
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and image.width * image.height > most:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {most} in all")
-            return read(image)
+        opened, size = open_file(name)
+        with opened as file:
+            if size > LARGEST_FILE:
+                raise ValueError(f"it has {size:,} bytes, more than {LARGEST_FILE:,}")
+            with Image.open(file, formats=FORMATS) as image:
+                return read(_bounded(image))
     except UnidentifiedImageError as error:
         raise DataError(f"load_images: {name} in {source} is corrupt or no image") from error
     except Exception as error:  # a damaged image can raise nearly anything, and so do archives
         raise DataError(f"load_images: {name} in {source} cannot be read: {error}") from error
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """The image, of which only the header has been read, if it has no more pixels than Pillow warns of."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {most} in all")
+    return image
 
 
 def _pixels(image: Image.Image, color: str, size: int) -> np.ndarray:

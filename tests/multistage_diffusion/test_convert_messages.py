@@ -171,3 +171,23 @@ def test_the_place_for_the_output_is_checked_before_anything_is_read(
     code, said = run(group("edm", "a/sd/"), "--out", out)
     assert code == 2
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, "[1]", '{"a": ' * 5000, "\xff", '{"image_size": ' + "9" * 5000 + "}"]
+)
+def test_arguments_that_are_no_json_object_are_bad_input(text, tmp_path, capsys):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    options = [
+        "--family",
+        "edm",
+        "--config",
+        str(tmp_path / "config.json"),
+        "--out",
+        str(tmp_path / "o.safetensors"),
+    ]
+    assert main(["convert", str(tmp_path / "weights.pth"), *options]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"config\.json: (not JSON|needs a JSON object)", said)
+    assert len(said) < 1000
