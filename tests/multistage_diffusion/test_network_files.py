@@ -30,9 +30,9 @@ from multistage_diffusion.convert import CheckpointFileError, save_network
 from multistage_diffusion.samplers import schedule_of
 from multistage_diffusion.schedules import LDM
 from multistage_diffusion.training import Trainer
-from stand_ins import SMALL_UNET, config_of, no_plots, tiny_images
+from stand_ins import SMALL_UNET, config_of, tiny_images
 
-__all__ = ["no_plots", "persistence"]  # fixtures
+__all__ = ["persistence"]  # a fixture
 
 UNIFIED = {
     "img_resolution": 8,
@@ -132,10 +132,8 @@ def test_the_denoiser_is_that_of_the_files_own_preconditioner(
     torch.testing.assert_close(actual, c_skip * x + c_out * F, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "sampler"), [("iDDPMPrecond", "heun"), ("iDDPMPrecond", "ddim"), ("VEPrecond", "heun")]
-)
-def test_samplers_take_the_files_own_noise_levels(class_name, sampler, persistence, tmp_path):
+@pytest.mark.parametrize("class_name", ["iDDPMPrecond", "VEPrecond"])
+def test_samplers_take_the_files_own_noise_levels(class_name, persistence, tmp_path):
     changes = {"out_channels": 4} if class_name == "iDDPMPrecond" else {}
     out = convert_snapshot(persistence, tmp_path, class_name, {}, **changes)[2]
     denoiser = load_denoiser(out)
