@@ -438,7 +438,7 @@ def load_model(
     if weights not in ("ema", "network"):
         raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
     from . import networks
-    from .networks.limits import at_most
+    from .network_limits import at_most
     from .training_config import TrainingConfig  # which needs this module
 
     build = build or networks.build
