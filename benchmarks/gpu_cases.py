@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -324,8 +323,3 @@ CALLS: dict[str, Callable[[], list[Call]]] = {
 
 def all_cases() -> list[Case]:
     return [case for op in CALLS for case in cases(op)]
-
-
-def fake_run(case: Case) -> Any:
-    """One forward and backward on tensors without memory, inside :func:`launches.recorded`."""
-    return case.run("cpu")

@@ -42,8 +42,8 @@ SECONDS = {
     "resample2d": 23.0,
     "sampling_step": 35.0,
     "training_step": 45.0,
-    "compiled_ops": 40.0,
-    "compiled_steps": 40.0,
+    "compiled_ops": 35.0,
+    "compiled_steps": 35.0,
 }
 # The part of a benchmark's share after which it starts no further race.
 STARTS_RACES = 0.7

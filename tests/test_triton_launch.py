@@ -95,6 +95,19 @@ def test_the_second_launch_passes_what_the_first_did_without_asking_triton(recor
     assert same(first, second)
 
 
+def test_keys_are_settled_before_triton_looks_a_kernel_up(recorder, kernel, monkeypatch):
+    """Else its name in the cache on disk depends on what else this process has launched."""
+    settled = []
+
+    def settle_keys(module):
+        settled.append((module, len(recorder.launches)))
+
+    monkeypatch.setattr(launch, "settle_keys", settle_keys)
+    run(kernel)
+    run(kernel)
+    assert settled == [("msd_kernels.triton.grouped_conv2d_wgrad_kernels", 0)]
+
+
 def test_grids_differ_between_launches_of_one_kernel(recorder, kernel, monkeypatch):
     run(kernel, grid=3)
     monkeypatch.setattr(kernel, "run", None)
