@@ -6,7 +6,7 @@ optimizers, for one, trust the sizes of their state and would read and write bey
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -223,7 +223,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_amount(value: object) -> bool:
-    return _is_number(value) and 0 <= value < math.inf
+    return _is_number(value) and 0 <= value <= sys.float_info.max
 
 
 FIELDS = {

@@ -44,7 +44,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    return _is_number(value) and float(value).is_integer()
+    return _is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
 def _are_numbers(value: object) -> bool:
@@ -278,7 +278,10 @@ class TrainingConfig:
             )
         cls.check_types(values)
         network = in_effect(values["network"])
-        return cls(**{**values, "network": network, "stages": Stages.from_json(values["stages"])})
+        try:
+            return cls(**{**values, "network": network, "stages": Stages.from_json(values["stages"])})
+        except OverflowError as error:  # JSON has integers of any size
+            raise ValueError(f"TrainingConfig: {error}, in {values!r}") from error
 
     @classmethod
     def read(cls, path: Path) -> TrainingConfig:

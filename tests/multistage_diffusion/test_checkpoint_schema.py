@@ -101,14 +101,15 @@ def places(value, place=()):
             yield from places(inner, (*place, number))
 
 
-OTHER_VALUES = [None, -1, math.nan, math.inf, 2**63, 1e300, True, False, "x", [], 0.5]
+OTHER_VALUES = [None, -1, math.nan, math.inf, 2**63, 10**400, 1e300, True, False, "x", [], 0.5]
 # What is allowed of these differs between a run and its continuation.
 FREE = {"data", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_count", "steps"}
 DEFAULTS = TrainingConfig(network={}).to_json()
+HUGE = (2**63, 10**400)  # of steps that no run makes
 FITTING = {  # values of the free ones, and of seconds, that a run may have
     "data": lambda v: isinstance(v, str),
-    "keep_checkpoints": lambda v: v is None or v == 2**63,
-    "sample_every": lambda v: v is None or v == 2**63,
+    "keep_checkpoints": lambda v: v is None or v in HUGE,
+    "sample_every": lambda v: v is None or v in HUGE,
     "seconds": lambda v: v in (2**63, 1e300, 0.5),
 }
 
@@ -128,7 +129,7 @@ def is_legitimate(content, place, value):
         )
     if isinstance(value, bool) or place not in (("seconds",), ("config", name)):
         return False
-    return FITTING.get(name, lambda v: name in FREE and v == 2**63)(value)
+    return FITTING.get(name, lambda v: name in FREE and v in HUGE)(value)
 
 
 def changed(content, place, value):
