@@ -29,7 +29,9 @@ FILES = ("network", "ema", "optimizer")
 def written(tmp_path_factory):
     """A run of two steps: its checkpoint."""
     directory = tmp_path_factory.mktemp("schema") / "run"
-    trainer_of(directory, steps=2, gradient_clip=1.0, weight_decay=0.1).run()
+    trainer = trainer_of(directory, steps=2, gradient_clip=1.0, weight_decay=0.1)
+    trainer._plot = lambda: None
+    trainer.run()
     return checkpoints.list_checkpoints(directory / "checkpoints")[0]
 
 
@@ -101,7 +103,7 @@ def places(value, place=()):
             yield from places(inner, (*place, number))
 
 
-OTHER_VALUES = [None, -1, math.nan, math.inf, 2**63, 10**400, 1e300, True, False, "x", [], 0.5]
+OTHER_VALUES = [None, -1, math.nan, math.inf, 2**63, 10**400, True, False, "x", [], 0.5]
 # What is allowed of these differs between a run and its continuation.
 FREE = {"data", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_count", "steps"}
 DEFAULTS = TrainingConfig(network={}).to_json()
@@ -110,7 +112,7 @@ FITTING = {  # values of the free ones, and of seconds, that a run may have
     "data": lambda v: isinstance(v, str),
     "keep_checkpoints": lambda v: v is None or v in HUGE,
     "sample_every": lambda v: v is None or v in HUGE,
-    "seconds": lambda v: v in (2**63, 1e300, 0.5),
+    "seconds": lambda v: v in (2**63, 0.5),
 }
 
 
@@ -179,7 +181,6 @@ def mutations(tensors):
             "other shape": tensor[None].clone(),
             "other dtype": tensor.double(),
             "half": tensor.half(),
-            "whole": tensor.to(torch.int32),
             "NaN": torch.full_like(tensor, math.nan),
             "Inf": torch.full_like(tensor, math.inf),
         }

@@ -63,6 +63,16 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000009", "step-00000010"]
 
 
+def test_an_old_checkpoint_that_is_half_removed_is_out_of_sight(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill at that moment
+        save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == [".old-step-00000001", "step-00000002"]
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-00000003"]
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000):
         save(tmp_path, step)
