@@ -39,9 +39,9 @@ EDM = {
 LDM = {(4, 224, 64): 32, (4, 448, 32): 32, (4, 672, 16): 32, (4, 896, 8): 32, (4, 256, 64): 32}
 AWKWARD = {(8, 3, 32): 1, (8, 2048, 8): 32}
 SHAPES = {**EDM, **LDM, **AWKWARD}
-# Each costs half a minute of compilation, so only some shapes race against torch.compile.
-COMPILED = ((8, 256, 32), (8, 640, 32), (8, 256, 8), (4, 224, 64))
 HEADLINE = (8, 256, 32)
+# Each costs ten seconds of compilation per dtype and pass, so only these shapes race against torch.compile.
+COMPILED = (HEADLINE, (8, 256, 8))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -109,7 +109,7 @@ def checked_problem(shape: tuple[int, int, int], dtype: torch.dtype) -> Problem:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, (*s, s[2]))))
 def test_group_norm(shape, dtype, backward, race, bandwidth):
     problem = checked_problem(shape, DTYPES[dtype])
-    comparison = race(problem.cases(backward, compiled=shape in COMPILED), seconds=0.5)
+    comparison = race(problem.cases(backward, compiled=shape in COMPILED), seconds=0.3)
     share = problem.least_bytes(backward) / comparison.time().median / bandwidth
     race.note(share_of_copy=f"{share:.2f}")
 

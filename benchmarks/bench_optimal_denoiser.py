@@ -164,8 +164,9 @@ def test_optimal_denoiser(race):
 
 @pytest.mark.goal
 @pytest.mark.benchmark(group="optimal_denoiser goals")
-def test_optimal_denoiser_reaches_its_goal(benchmark, two_threads):
+def test_optimal_denoiser_reaches_its_goal(benchmark, say, two_threads):
     """C5: the clustering of data of CIFAR-10's size, in time and memory."""
+    say(f"         two passes over {IMAGES:,} images and a clustering of them, each of about half a minute")
     result = benchmark.pedantic(lambda: measure(rounds=1))
     benchmark.extra_info.update(result)
     print("\n" + report(result))

@@ -1,11 +1,15 @@
-"""The fixtures of the benchmarks, facts about the machine in place of pytest-benchmark's, and the table at the end."""
+"""The fixtures of the benchmarks, what they say while they run, facts about the machine in place of pytest-benchmark's,
+and the table at the end.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
+import replay
 import torch
 
 import harness
@@ -14,14 +18,18 @@ from harness import OURS, Comparison, Function, Rounds
 ROWS = pytest.StashKey[list[list]]()  # label, Comparison, dict of notes
 # Seconds of a turn: short ones say more about what the case before has left in the caches than about the op.
 TURN = 0.01
+# Seconds from which on a race says that it begins: none of the others is long.
+SAID = 5.0
 FACTS = pytest.StashKey[dict[str, object]]()
+SECONDS = pytest.StashKey[dict[str, float]]()  # of every benchmark, by its name
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[SECONDS] = [], {}
     config.stash[FACTS] = harness.machine_facts()  # the load, before this run adds to it
     # The rest is in the JSON; what counts here is the table of ratios.
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
+    config.option.benchmark_timer = "replay.clock"
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, object]:
@@ -53,24 +61,46 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Writes a line at once, whatever pytest captures."""
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def write(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(text)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _announced(request: pytest.FixtureRequest, say: Callable[[str], None]) -> Iterator[None]:
+    """Every benchmark says that it begins, and how long it took is remembered."""
+    began, name = time.monotonic(), label(request)
+    say(f"{time.strftime('%H:%M:%S')} {name}")
+    yield
+    request.config.stash[SECONDS][name] = time.monotonic() - began
+
+
+def label(request: pytest.FixtureRequest) -> str:
+    return request.node.name.removeprefix("test_")
+
+
 class Race:
     """Interleaves ``cases["ours"]`` with its peers and records medians and ratios."""
 
-    def __init__(self, benchmark, request: pytest.FixtureRequest) -> None:
-        self._benchmark, self._rows = benchmark, request.config.stash[ROWS]
-        self._label = request.node.name.removeprefix("test_")
+    def __init__(self, benchmark, request: pytest.FixtureRequest, say: Callable[[str], None]) -> None:
+        self._benchmark, self._rows, self._say = benchmark, request.config.stash[ROWS], say
+        self._label = label(request)
 
-    def __call__(self, cases: dict[str, Function], seconds: float) -> Comparison:
-        """Races for about so many seconds."""
-        rounds = Rounds(cases, span=TURN)
-        count = rounds.calibrate(seconds)
-        # Teardown runs after every round and is not in its time. At last comes one call more, which does not count.
-        self._benchmark.pedantic(
-            rounds.ours, teardown=rounds.peers, rounds=count, iterations=rounds.calls[OURS]
-        )
-        if self._benchmark.disabled:  # then it has made one call only
-            rounds.peers()
-        comparison = rounds.comparison(count)
+    def __call__(self, cases: dict[str, Function], seconds: float, *, warm: bool = False) -> Comparison:
+        """Races for so many seconds, and at most one round more; see ``Rounds.run``."""
+        if seconds >= SAID or any("compiled" in name for name in cases):
+            self._say(f"         first calls and {seconds:g} s of {', '.join(cases)}")
+        comparison = Rounds(cases, span=TURN).run(0.0 if self._benchmark.disabled else seconds, warm=warm)
+        replay.record(self._benchmark, comparison.seconds(OURS))
         self._benchmark.extra_info.update(comparison.as_dict(), threads=torch.get_num_threads())
         self._rows.append([self._label, comparison, {}])
         return comparison
@@ -82,11 +112,16 @@ class Race:
 
 
 @pytest.fixture
-def race(benchmark, request: pytest.FixtureRequest) -> Race:
-    return Race(benchmark, request)
+def race(benchmark, request: pytest.FixtureRequest, say: Callable[[str], None]) -> Race:
+    return Race(benchmark, request, say)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if seconds := config.stash[SECONDS]:
+        longest = max(seconds, key=seconds.get)
+        terminalreporter.write_line(
+            f"{len(seconds)} benchmarks in {sum(seconds.values()):.0f} s; {longest} took {seconds[longest]:.0f} s"
+        )
     rows = config.stash[ROWS]
     if not rows:
         return

@@ -161,66 +161,70 @@ class Rounds:
         cases: functions by name; the one called ``"ours"`` is compared with all the others.
         timer: runs a function and returns its seconds.
         span: seconds that a turn should last, of as many calls as that takes; 0 for single calls.
+        clock: of the seconds that all of it takes.
     """
 
     MOST_CALLS = 100
+    MOST_ROUNDS = 200
 
-    def __init__(self, cases: dict[str, Function], timer: Timer = wall_clock, span: float = 0.0) -> None:
-        self._cases, self._timer, self._span = cases, timer, span
-        self.calls = dict.fromkeys(cases, 1)
-        self._forget()
+    def __init__(
+        self,
+        cases: dict[str, Function],
+        timer: Timer = wall_clock,
+        span: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._cases, self._timer, self._span, self._clock = cases, timer, span, clock
+        self._calls = dict.fromkeys(cases, 1)
+        self._turns: dict[str, list[Sequence[float]]] = {name: [] for name in cases}
+
+    def run(self, seconds: float, *, warm: bool = False) -> Comparison:
+        """The rounds that fit into so many seconds, but one at least: it never takes longer by more than one round.
+
+        Args:
+            seconds: for warming up and for the rounds, not for the first call of each case, which may compile.
+            warm: every case has been called before, so that a first call is like the others.
+        """
+        if not warm:
+            self._round()
+            self._forget()
+        began = self._clock()
+        one_round = self._round()
+        once = {name: turns[0][0] for name, turns in self._turns.items()}
+        calls = {
+            name: min(self.MOST_CALLS, max(1, round(self._span / max(t, 1e-9)))) for name, t in once.items()
+        }
+        if 4 * one_round <= seconds and (not warm or max(calls.values()) > 1):
+            self._calls = calls
+            one_round = sum(calls[name] * once[name] for name in calls)
+            self._forget()
+        while not self._finished or (
+            self._finished < self.MOST_ROUNDS and self._clock() - began + one_round <= seconds
+        ):
+            self._round()
+        return Comparison(self._turns)
+
+    @property
+    def _finished(self) -> int:
+        return len(self._turns[OURS])
 
     def _forget(self) -> None:
-        self._turn: list[float] = []
-        self._turns: dict[str, list[Sequence[float]]] = {name: [] for name in self._cases}
+        for turns in self._turns.values():
+            turns.clear()
 
-    def _call(self, name: str) -> None:
-        self._turn.append(self._timer(self._cases[name]))
-
-    def _end_turn(self, name: str) -> None:
-        self._turns[name].append(tuple(self._turn))
-        self._turn.clear()
-
-    def ours(self) -> None:
-        """One call of our turn."""
-        self._call(OURS)
-
-    def peers(self) -> None:
-        """Ends our turn; then every peer has its own."""
-        self._end_turn(OURS)
+    def _round(self) -> float:
+        """One turn of every case; returns the seconds of all of it."""
+        began = self._clock()
         peers = [name for name in self._cases if name != OURS]
-        first = len(self._turns[OURS]) % len(peers)
-        for name in peers[first:] + peers[:first]:
-            for _ in range(self.calls[name]):
-                self._call(name)
-            self._end_turn(name)
-
-    def calibrate(self, seconds: float, fewest: int = 5, most: int = 200) -> int:
-        """Warms every case up, sets the calls of a turn and says how many rounds fit into ``seconds``."""
-        for _ in range(2):
-            self._forget()
-            self.ours()
-            self.peers()
-        one_round = 0.0
-        for name, ((once,),) in self._turns.items():
-            self.calls[name] = min(self.MOST_CALLS, max(1, round(self._span / once)))
-            one_round += self.calls[name] * once
-        self._forget()
-        return min(most, max(fewest, int(seconds / one_round)))
-
-    def comparison(self, rounds: int) -> Comparison:
-        """The first so many rounds."""
-        return Comparison({name: turns[:rounds] for name, turns in self._turns.items()})
+        first = self._finished % len(peers)
+        for name in (OURS, *peers[first:], *peers[:first]):
+            self._turns[name].append(tuple(self._timer(self._cases[name]) for _ in range(self._calls[name])))
+        return self._clock() - began
 
 
 def compare(cases: dict[str, Function], seconds: float, timer: Timer = wall_clock) -> Comparison:
-    """Interleaves single calls of the cases for about so many seconds."""
-    rounds = Rounds(cases, timer)
-    count = rounds.calibrate(seconds)
-    for _ in range(count):
-        rounds.ours()
-        rounds.peers()
-    return rounds.comparison(count)
+    """Interleaves single calls of the cases for about so many seconds; see :meth:`Rounds.run`."""
+    return Rounds(cases, timer).run(seconds)
 
 
 def check(name: str, found: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> None:
