@@ -115,6 +115,6 @@ class Problem:
 def test_grouped_conv2d(mix, side, dtype, backward, race):
     problem = Problem.of(MIXES[mix], side, getattr(torch, dtype))
     problem.check()
-    race(problem.cases(backward), seconds=1.0)
+    race(problem.cases(backward), seconds=1.0, warm=not backward)
     x, weight, bias, *_ = problem.arguments(problem.leaves)
     race.note(backend=explain("grouped_conv2d", x, weight, bias).backend)

@@ -102,7 +102,7 @@ def test_grouped_linear(mix, dtype, backward, race):
     # A weight for every sample of 512 takes a gigabyte, and a processor seconds.
     ways = [way for way in WAYS if sum(problem.counts) <= 8 or way != "batched"]
     problem.check(ways)
-    race(problem.cases(backward, ways), seconds=0.5)
+    race(problem.cases(backward, ways), seconds=0.5, warm=not backward)
     x, weight, bias = problem.leaves
     race.note(
         backend=explain("grouped_linear", x, *problem.weights(weight, bias), counts=problem.counts).backend

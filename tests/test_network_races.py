@@ -195,6 +195,11 @@ def test_a_compiled_loop_with_another_loss_is_not_timed(monkeypatch):
     with pytest.raises(AssertionError, match="compiled loop: the loss is"):
         problem.checked_cases(gpu_races.COMPILED)
 
+    cases = problem.checked_cases(gpu_races.COMPILED, at_once=False)
+    cases[harness.OURS]()
+    with pytest.raises(AssertionError, match="compiled loop: the loss is"):
+        harness.compare(cases, seconds=0.0)
+
 
 def test_the_loss_is_that_of_training():
     problem = bench_training_step.Problem.of((3, 3, 2))
