@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import Function
-from msd_kernels.library.cpu_types import onednn_takes
+from msd_kernels.processor import computes_in
 from multistage_diffusion import flops, networks, presets
 from multistage_diffusion.layers import StageModule
 from multistage_diffusion.preconditioning import Preconditioner
@@ -80,7 +80,7 @@ def denoiser(network: nn.Module) -> Preconditioner:
 
 def plain_dtype(device: str) -> torch.dtype:
     """bfloat16, but float32 on processors whose library lacks it: there PyTorch's own layers are slower by far."""
-    has_bfloat16 = device != "cpu" or onednn_takes(torch.bfloat16)
+    has_bfloat16 = device != "cpu" or computes_in(torch.bfloat16)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 

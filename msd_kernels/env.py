@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 import torch
 
 import msd_kernels
-from msd_kernels import native
+from msd_kernels import native, processor
 from msd_kernels.backends import VARIABLE
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "ninja", "pybind11", "pytest", "pytest-benchmark")
@@ -39,6 +39,7 @@ def _versions() -> Iterator[str]:
 def _devices() -> Iterator[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"cpu: {_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}"
+    yield f"  {processor.describe()}"
     if not torch.cuda.is_available():
         built = (
             f"this PyTorch is built for CUDA {torch.version.cuda}"

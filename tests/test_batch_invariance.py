@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def two_threads(one_thread) -> None:
     """Their shares end within samples."""
     torch.set_num_threads(2)
@@ -95,6 +95,31 @@ def test_batch_invariance_of_every_op(dtype, generator):
         for stage, results in enumerate(single):
             for i, result in enumerate(results):
                 assert torch.equal(together.segments()[stage][i], result.segments()[stage][0]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_batch_invariance_at_edms_widths(dtype, generator):
+    """256 channels at 8x8 in the encoder, 384, 256 and 32 in the decoders: other kernels than of small sizes."""
+    counts, ins, outs = (1, 1, 1), (256, 256, 256), (384, 256, 32)
+    x = batch(generator, dtype, ins, (8, 8), counts)
+    qkv = batch(generator, dtype, [3 * c for c in outs], (8, 8), counts)
+    conv, linear = (weights(generator, dtype, ins, outs, *window) for window in ((3, 3), ()))
+    ops = {
+        "convolution": (lambda x: msd_kernels.grouped_conv2d(x, conv), x),
+        "linear": (lambda x: msd_kernels.grouped_linear(x, linear), x),
+        "attention": (lambda x: msd_kernels.attention(x, layout="per_head"), qkv),
+        "norm": (lambda x: msd_kernels.group_norm(x, 16, activation="silu"), qkv),
+    }
+    with batch_invariant():
+        for name, (op, given) in ops.items():
+            together = op(given).segments()
+            for stage in range(3):
+                assert torch.equal(together[stage], op(alone(given, stage, 0)).segments()[stage]), name
+        shared = StageBatch.from_dense(x.dense())
+        y = msd_kernels.grouped_conv2d(shared, conv[1:2]).dense()
+        for i in range(3):
+            own = StageBatch.from_dense(x.dense()[i : i + 1].clone())
+            assert torch.equal(y[i : i + 1], msd_kernels.grouped_conv2d(own, conv[1:2]).dense())
 
 
 def test_batch_invariance_of_dense_calls(generator):
@@ -215,6 +240,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("two_threads")
 def test_batch_invariance_of_pytorchs_functions(name, dtype, monkeypatch):
     for space in ("M", "W", "V", "X"):
         monkeypatch.setitem(globals(), space, globals()[space].to(dtype))

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from msd_kernels import allocate
-from msd_kernels.library.cpu_types import onednn_takes
+from msd_kernels import allocate, processor
+from msd_kernels.library.cpu_types import attention_wants_float32, float32
 from msd_kernels.library.segments import gather
 from msd_kernels.reference.attention import flatten_heads, one_part, scale_of, stage_heads, stage_outputs
 
@@ -41,6 +41,9 @@ def attention(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As the dispatcher op ``msd_kernels::attention``."""
+    dtype = q.dtype
+    if attention_wants_float32(q):
+        q, k, v = float32(q, k, v)
     stages = stage_heads(q, k, v, counts, heads, head_dims, tokens, context, order)
     log_sums: dict[int, Tensor] = {}
 
@@ -53,8 +56,8 @@ def attention(
 
     y = gather(q, counts, stage_output)
     if not log_sums:
-        return allocate.attention_outputs(q, counts, heads, head_dims, tokens)
-    return y, gather(q, counts, lambda s: log_sums[s])
+        return allocate.attention_outputs(q.to(dtype), counts, heads, head_dims, tokens)
+    return y.to(dtype), gather(q, counts, lambda s: log_sums[s])
 
 
 def attention_backward(
@@ -75,6 +78,9 @@ def attention_backward(
 ) -> list[Tensor | None]:
     """Gradients for ``(q, k, v)``, None where not wanted; for a packed ``q`` one gradient in its layout."""
     layout = (counts, heads, head_dims, tokens)
+    dtype = q.dtype
+    if attention_wants_float32(q):
+        dy, q, k, v, y = float32(dy, q, k, v, y)
     inputs = stage_heads(q, k, v, *layout, context, order)
     cotangents, outputs = (stage_outputs(t, *layout, order) for t in (dy, y))
     log_sums = log_sum.split([n * h * tokens for n, h in zip(counts, heads, strict=True)])
@@ -84,7 +90,7 @@ def attention_backward(
         if n:
             saved = (outputs[s], log_sums[s].view(n, heads[s], tokens))
             _write_gradients(cotangents[s], *inputs[s], *saved, scale_of(inputs[s][0], scale), targets[s])
-    return gradients
+    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
 
 
 def _write_gradients(dy, q, k, v, y, log_sum, scale, targets) -> None:
@@ -106,7 +112,9 @@ def _takes_fused_backward(q: Tensor, k: Tensor) -> bool:
     if not q.is_cpu:
         return False
     products_are_better = (
-        q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= FEW_SCORES and onednn_takes(q.dtype)
+        q.dtype == torch.bfloat16
+        and q.shape[-2] * k.shape[-2] <= FEW_SCORES
+        and processor.computes_in(q.dtype)
     )
     return not products_are_better
 

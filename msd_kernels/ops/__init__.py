@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
-from msd_kernels import batch_invariance
+from msd_kernels import batch_invariance, processor
 from msd_kernels.backends import Explanation
+from msd_kernels.ops import _autocast
 
 NAMES = ("attention", "group_norm", "grouped_conv2d", "grouped_linear", "optimal_denoiser", "resample2d")
+SLOW_IN_16_BITS = ("attention", "grouped_conv2d", "grouped_linear")  # on many processors
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
@@ -25,8 +27,13 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         raise ValueError(f"explain: unknown op {op!r}; there are {', '.join(NAMES)}")
     module = import_module(f"msd_kernels.ops.{op}")
     explanation = module.explain(*args, **kwargs)
+    notes = [explanation.why]
     if batch_invariance.active() and hasattr(getattr(module, op), "by_sample"):
-        return replace(
-            explanation, why=f"{explanation.why}; called sample by sample inside of batch_invariant()"
-        )
-    return explanation
+        notes.append("called sample by sample inside of batch_invariant()")
+    if explanation.backend == "library" and op in SLOW_IN_16_BITS:
+        x = [*args, *kwargs.values()][0]
+        device = x.device.type
+        dtype = _autocast.lower_precision_dtype(device) or x.dtype
+        if device == "cpu":
+            notes += filter(None, [processor.why_float32(dtype, op)])
+    return replace(explanation, why="; ".join(notes))

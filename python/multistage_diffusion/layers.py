@@ -22,6 +22,7 @@ from msd_kernels import (
     group_norm,
     grouped_conv2d,
     grouped_linear,
+    processor,
     resample2d,
 )
 from multistage_diffusion.checks import integer
@@ -232,13 +233,16 @@ class StageStridedConv2d(StageModule):
             x = resample2d(
                 StageBatch.from_segments([F.pad(s, (1, 1, 1, 1)) for s in x.segments()]), self.filter
             )
+        dtype = x.dtype
+        if x.device.type == "cpu" and not processor.computes_in(dtype):
+            x = x.to(torch.float32)
         weights, biases = (self.packed(name, x.dtype).tensors() for name in ("weight", "bias"))
         return StageBatch.from_segments(
             [
                 F.conv2d(segment, weight, bias, self.stride, self.padding)
                 for segment, weight, bias in zip(x.segments(), weights, biases, strict=True)
             ]
-        )
+        ).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels} -> {self.out_channels}, kernel={self.kernel}, stride={self.stride}"

@@ -102,30 +102,6 @@ def test_stochastic_samples_have_the_right_variance():
     assert float(images.std()) == pytest.approx(0.5, abs=0.0195)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        SamplerConfig(6),
-        SamplerConfig(6, S_churn=10.0),
-        sampler_config("dpm-singlestep", VP(), 7),
-        sampler_config("dpm-multistep", LDM(), 6),
-        sampler_config("ddim", VP(), 6),
-        sampler_config("ddim", VP(), 6, eta=0.7),
-    ],
-    ids=["heun", "heun-churn", "dpm-singlestep", "dpm-multistep", "ddim", "ddim-eta"],
-)
-def test_a_sample_depends_on_its_seed_only(config):
-    # A network that works pixel by pixel: its results cannot depend on the batch, so equality is exact.
-    network = RecordingNetwork(F=lambda x, noise, stage: torch.sin(x + noise[:, None, None, None]))
-    denoiser = EDMPreconditioner(network, Stages.edm())
-    together = generate(denoiser, [3, 4, 5, 6, 7], SHAPE, config, batch_size=5).images
-    split = generate(denoiser, [3, 4, 5, 6, 7], SHAPE, config, batch_size=2).images
-    alone = generate(denoiser, [6], SHAPE, config).images
-    assert torch.equal(together, split)
-    assert torch.equal(together[3:4], alone)
-    assert not torch.equal(together[0], together[1])
-
-
 def test_generate_reports_progress_and_evaluations_of_each_sample():
     seen = []
     result = generate(

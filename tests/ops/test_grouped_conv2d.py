@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, grouped_conv2d
+from msd_kernels import StageBatch, StageWeights, grouped_conv2d, processor
 from msd_kernels.backends import use
-from msd_kernels.library import cpu_types
 from msd_kernels.library import grouped_conv2d as library
 from msd_kernels.ops.grouped_conv2d import BACKENDS
 
@@ -252,7 +251,7 @@ def test_grouped_conv2d_of_odd_sizes(problem, dtype, backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("resample", [None, "up", "down"])
-def test_grouped_conv2d_on_a_processor_whose_onednn_lacks_the_type(dtype, resample, generator, monkeypatch):
+def test_grouped_conv2d_on_a_processor_that_lacks_the_type(dtype, resample, generator, monkeypatch):
     """The library convolves in float32 then, and rounds once."""
     convolved = set()
 
@@ -262,7 +261,7 @@ def test_grouped_conv2d_on_a_processor_whose_onednn_lacks_the_type(dtype, resamp
 
     original = library._convolve
     monkeypatch.setattr(library, "_convolve", convolve)
-    monkeypatch.setattr(cpu_types, "onednn_takes", lambda dtype: False)
+    monkeypatch.setattr(processor, "capabilities", lambda: frozenset({"sse2", "avx2", "avx512_f"}))
     with use("library"):
         check(Problem(*STAGES, skip_channels=2, resample=resample), generator, dtype)
     assert convolved == {torch.float32}

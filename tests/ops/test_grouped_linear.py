@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, grouped_linear
+from msd_kernels import StageBatch, StageWeights, grouped_linear, processor
 from msd_kernels.backends import use
-from msd_kernels.library import cpu_types
 from msd_kernels.library import grouped_linear as library
 from msd_kernels.ops.grouped_linear import BACKENDS
 
@@ -114,7 +113,7 @@ def test_grouped_linear_on_cuda_equals_the_formula(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_grouped_linear_on_a_processor_whose_onednn_lacks_the_type(dtype, generator, monkeypatch):
+def test_grouped_linear_on_a_processor_that_lacks_the_type(dtype, generator, monkeypatch):
     """The library multiplies in float32 then, and rounds once."""
     multiplied = set()
 
@@ -123,7 +122,7 @@ def test_grouped_linear_on_a_processor_whose_onednn_lacks_the_type(dtype, genera
         return F.linear(x, weight, bias)
 
     monkeypatch.setattr(library, "F", SimpleNamespace(linear=linear))
-    monkeypatch.setattr(cpu_types, "onednn_takes", lambda dtype: False)
+    monkeypatch.setattr(processor, "capabilities", lambda: frozenset({"sse2", "avx2", "avx512_f"}))
     x = stage_batch(generator, (2, 0, 1), (8, 6, 5), 3, 2, dtype=dtype, requires_grad=True)
     weight, bias = random_weights(generator, (2, 0, 1), (8, 6, 5), (4, 7, 3), dtype, bias=True)
     with use("library"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import warnings
 from collections.abc import Callable
 
 
@@ -39,6 +40,8 @@ def set_up_machine(args: argparse.Namespace):
     """
     import torch
 
+    from msd_kernels import processor
+
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     name = args.device
@@ -58,6 +61,8 @@ def set_up_machine(args: argparse.Namespace):
         raise ValueError(f"--cuda-graphs: needs a CUDA device, got {device}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif getattr(args, "precision", None) == "bf16" and not processor.computes_in(torch.bfloat16):
+        warnings.warn(f"--precision bf16: no faster than fp32 here; {processor.describe()}", stacklevel=2)
     return device
 
 
