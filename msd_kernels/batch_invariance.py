@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -139,12 +139,17 @@ class _Functions(TorchFunctionMode):
         return rule(function, *args, **(kwargs or {}))
 
 
+# Spares every call the way through the mode, which would only pass it on.
+_WITHOUT_MODES = getattr(torch._C, "DisableTorchFunction", nullcontext)
+
+
 @contextmanager
 def single_samples() -> Iterator[None]:
     """Leaves PyTorch's functions as they are, for calls that are made sample by sample already."""
     before, _state.single = _state.single, True
     try:
-        yield
+        with _WITHOUT_MODES():
+            yield
     finally:
         _state.single = before
 

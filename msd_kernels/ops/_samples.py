@@ -32,7 +32,9 @@ def sample_by_sample(
         def call(*args, **kwargs):
             if not batch_invariance.active():
                 return op(*args, **kwargs)
-            return _each_sample(op, signature.bind(*args, **kwargs).arguments, samples, stages)
+            batch_invariance.refuse_compilation()
+            with batch_invariance.single_samples():
+                return _each_sample(op, signature.bind(*args, **kwargs).arguments, samples, stages)
 
         call.by_sample = True
         return call
@@ -41,7 +43,6 @@ def sample_by_sample(
 
 
 def _each_sample(op, arguments: dict[str, Any], samples: Sequence[str], stages: Sequence[str]) -> Any:
-    batch_invariance.refuse_compilation()
     for name, value in arguments.items():
         if isinstance(value, Iterator):
             raise TypeError(
@@ -59,15 +60,13 @@ def _each_sample(op, arguments: dict[str, Any], samples: Sequence[str], stages: 
     per_stage = {name: arguments.pop(name) for name in stages if name in arguments}
     pieces: list[list[Any]] = []
     start = 0
-    with batch_invariance.single_samples():
-        for stage, count in enumerate(counts):
-            own = arguments | {name: _stage(value, stage) for name, value in per_stage.items()}
-            parts = [
-                {name: _sample(value, stage, i, start + i) for name, value in whole.items()}
-                for i in range(count)
-            ] or [{name: _none(value, stage) for name, value in whole.items()}]
-            pieces.append([op(**part, **own) for part in parts])
-            start += count
+    for stage, count in enumerate(counts):
+        own = arguments | {name: _stage(value, stage) for name, value in per_stage.items()}
+        parts = [
+            {name: _sample(value, stage, i, start + i) for name, value in whole.items()} for i in range(count)
+        ] or [{name: _none(value, stage) for name, value in whole.items()}]
+        pieces.append([op(**part, **own) for part in parts])
+        start += count
     return _joined(pieces, counts)
 
 
