@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from msd_kernels import StageBatch
+from msd_kernels import StageBatch, processor
 from multistage_diffusion.layers import (
     OnStages,
     StageConv2d,
@@ -307,3 +307,16 @@ def test_on_stages_leaves_the_other_stages_alone():
     assert torch.equal(first, expected[0])
     assert torch.equal(second, x.segments()[1])
     assert torch.equal(third, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_strided_convolution_sums_in_float32_where_the_processor_lacks_the_type(dtype, monkeypatch):
+    monkeypatch.setattr(processor, "computes_in", lambda dtype: dtype == torch.float32)
+    layer = StageStridedConv2d((64,), (8,), 3, padding=1).to(dtype)
+    x = torch.randn(2, 64, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = layer(StageBatch.from_dense(x))
+    weight = layer.packed("weight").tensors()[0]
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), stride=2, padding=1)
+    assert y.dtype == dtype
+    # One rounding of the result, and float32's of the sum.
+    torch.testing.assert_close(y.dense().double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-4)

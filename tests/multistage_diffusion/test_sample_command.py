@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from msd_kernels import processor
 from multistage_diffusion import checkpoints, cli, networks, plots
 from multistage_diffusion.commands.sample import check_output, write_samples, written_form
 from multistage_diffusion.data import load_images
@@ -263,3 +264,25 @@ def test_the_largest_seeds_are_sampled(runs, tmp_path):
     out = tmp_path / "x.npz"
     assert msd_sample(runs / "edm", "--seed", 2**64 - 2, "--num", 2, "--steps", 2, "--out", out) == 0
     assert np.load(out)["seeds"].tolist() == [2**64 - 2, 2**64 - 1]
+
+
+def test_batch_invariant_images_do_not_depend_on_the_batch(runs, tmp_path):
+    """In latents, which are written as the sampler gives them."""
+    written = []
+    for batch, seeds in ((3, "4,9,6"), (2, "6,4,9"), (1, "9,6,4")):
+        out = tmp_path / f"{batch}.npz"
+        options = ("--steps", 2, "--seeds", seeds, "--batch", batch, "--batch-invariant", "--out", out)
+        assert msd_sample(runs / "ldm", *options) == 0
+        with np.load(out) as file:
+            written.append(dict(zip(file["seeds"].tolist(), file["latents"], strict=True)))
+    for seed in (4, 6, 9):
+        assert np.array_equal(written[0][seed], written[1][seed])
+        assert np.array_equal(written[0][seed], written[2][seed])
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_bf16_warns_where_it_is_no_faster(runs, tmp_path, capsys, monkeypatch, present):
+    monkeypatch.setattr(processor, "computes_in", lambda dtype: present or dtype == torch.float32)
+    out = tmp_path / "images.npz"
+    assert msd_sample(runs / "edm", "--steps", 1, "--num", 1, "--precision", "bf16", "--out", out) == 0
+    assert ("warning: --precision bf16: no faster than fp32 here" in capsys.readouterr().err) != present
