@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # With only this key left below autograd, no mode, subclass, transform or lazy view waits for the call.
-_DEVICE_ALONE = frozenset(
-    _private.DispatchKeySet(key).raw_repr() for key in (_private.DispatchKey.CPU, _private.DispatchKey.CUDA)
-)
+_DEVICE_ALONE: frozenset[int] = frozenset()
+if _private.AROUND_THE_DISPATCHER:
+    _DEVICE_ALONE = frozenset(
+        _private.DispatchKeySet(key).raw_repr()
+        for key in (_private.DispatchKey.CPU, _private.DispatchKey.CUDA)
+    )
 # Types of tensors that nobody has overridden, and of an absent one.
 PLAIN = frozenset((Tensor, Parameter, type(None)))
 
@@ -55,8 +59,8 @@ class Operator:
         LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=TAGS)
         LIBRARY.impl(name, self._checked(kernel), "CompositeExplicitAutograd")
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        types = [str(argument.type) for argument in self._overload._schema.arguments]
-        self._num_tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in types)
+        arguments = signature(kernel, eval_str=True).parameters.values()
+        self._num_tensors = sum(a.annotation in (Tensor, Tensor | None) for a in arguments)
         self._function: type[torch.autograd.Function] | None = None
         self._warned = False
 
@@ -109,8 +113,7 @@ class Operator:
             return output
 
         def backward_with_keyset(ctx: Context, *cotangents: Any) -> tuple:
-            with nullcontext() if ctx.backend is None else use(ctx.backend):
-                return (*backward(ctx, *cotangents), None)
+            return (*_by_choice_of_forward(backward, ctx, cotangents), None)
 
         self._function = type(
             f"{self._name}_autograd",
@@ -151,6 +154,57 @@ class Operator:
             return self._overload.redispatch(keyset & _private.below_autograd_keyset, *args)
 
 
+class PublicOperator:
+    """An :class:`Operator` by ``torch.library.custom_op``, for a PyTorch that lacks what goes around the dispatcher.
+
+    It costs some ten times as much per call, and has no forward-mode derivatives.
+    """
+
+    def __init__(self, name: str, kernel: Callable[..., Any], check: Callable[..., None]) -> None:
+        def checked(*args: Any) -> Any:
+            check(*args)
+            return kernel(*args)
+
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        self._kernel, self._check = kernel, check
+        self._op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema, tags=TAGS
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        return self._op(*args)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            if not _arguments.are_symbolic(args):
+                self._check(*args)
+            return fake(*args)
+
+        self._op.register_fake(checked)
+        return fake
+
+    def register_autograd(
+        self,
+        backward: Callable[..., tuple],
+        *,
+        setup_context: Callable[[Context, tuple, Any], None],
+    ) -> None:
+        def setup(ctx: Context, inputs: tuple, output: Any) -> None:
+            setup_context(ctx, inputs, output)
+            ctx.backend = own_choice()
+
+        def backward_by_choice(ctx: Context, *cotangents: Any) -> tuple:
+            return _by_choice_of_forward(backward, ctx, cotangents)
+
+        self._op.register_autograd(backward_by_choice, setup_context=setup)
+
+
+def _by_choice_of_forward(backward: Callable[..., tuple], ctx: Context, cotangents: tuple) -> tuple:
+    """``backward`` with the backend that :func:`use` forced for its forward."""
+    with nullcontext() if ctx.backend is None else use(ctx.backend):
+        return backward(ctx, *cotangents)
+
+
 def _observed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the dispatcher must see the call: for a compiler, trace, profiler, mode, transform or subclass."""
     if torch.compiler.is_compiling() or _private.profiler_enabled() or _private.is_tracing():
@@ -169,6 +223,9 @@ def _has_tangent(tensor: Tensor | None) -> bool:
     return tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
-def operator(name: str, check: Callable[..., None]) -> Callable[[Callable[..., Any]], Operator]:
-    """A decorator that makes an :class:`Operator` of its kernel."""
-    return lambda kernel: Operator(name, kernel, check)
+def operator(
+    name: str, check: Callable[..., None]
+) -> Callable[[Callable[..., Any]], Operator | PublicOperator]:
+    """A decorator that makes an operator of its kernel."""
+    kind = Operator if _private.AROUND_THE_DISPATCHER else PublicOperator
+    return lambda kernel: kind(name, kernel, check)
