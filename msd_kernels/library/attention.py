@@ -6,7 +6,7 @@ function drops.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -99,9 +99,7 @@ def _write_gradients(dy, q, k, v, y, log_sum, scale, targets) -> None:
         _write_gradients_by_products(dy, q, k, v, scale, targets)
         return
     inputs = [_with_dense_rows(part) for part in (dy, q, k, v, y)]
-    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *inputs, log_sum, 0.0, False, scale=scale
-    )
+    found = _kernel("flash_attention_for_cpu_backward")(*inputs, log_sum, 0.0, False, scale=scale)
     for target, gradient in zip(targets, found, strict=True):
         if target is not None:
             target.copy_(gradient)
@@ -109,7 +107,7 @@ def _write_gradients(dy, q, k, v, y, log_sum, scale, targets) -> None:
 
 def _takes_fused_backward(q: Tensor, k: Tensor) -> bool:
     """Only the CPU's: those of CUDA add up with atomics, so their results differ from run to run."""
-    if not q.is_cpu:
+    if not q.is_cpu or _kernel("flash_attention_for_cpu_backward") is None:
         return False
     products_are_better = (
         q.dtype == torch.bfloat16
@@ -122,14 +120,21 @@ def _takes_fused_backward(q: Tensor, k: Tensor) -> bool:
 def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp from the kernel that SDPA would take, or None where none takes this call."""
     if q.is_cpu:
-        y, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        fused = _kernel("flash_attention_for_cpu")
+        if fused is None:
+            return None
+        y, log_sum = fused(q, k, v, scale=scale)
         return (y, log_sum) if _is_regular(log_sum) else None
     head_dim = q.shape[-1]
     if q.dtype == torch.float64 or head_dim * q.element_size() % 16:
         return None
     if q.dtype in HALF and head_dim <= 256:
-        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    y, log_sum, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+        fused = _kernel("flash_attention")
+        return fused and fused(q, k, v, scale=scale)[:2]
+    fused = _kernel("efficient_attention")
+    if fused is None:
+        return None
+    y, log_sum, *_ = fused(q, k, v, None, True, scale=scale)
     return y, log_sum[..., : q.shape[-2]]
 
 
@@ -142,6 +147,11 @@ def _is_regular(log_sum: Tensor) -> bool:
     """
     least, most = log_sum.abs().aminmax()
     return least.item() > 0 and most.item() < 1 << 24
+
+
+def _kernel(name: str) -> Callable | None:
+    """One of the kernels behind SDPA, which have private names: None where this PyTorch has no such thing."""
+    return getattr(aten, f"_scaled_dot_product_{name}", None)
 
 
 def _forward_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -161,12 +171,20 @@ def _write_gradients_by_products(dy, q, k, v, scale, targets) -> None:
         cotangents, queries, keys, values = (_as_matrices(part[samples]) for part in (dy, q, k, v))
         p = _product(queries, keys.mT).mul_(scale).softmax(dim=-1)
         dp = _value_products(cotangents, values)
-        ds = aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+        ds = _softmax_backward(dp, p).mul_(scale).to(q.dtype)
         factors = ((ds, keys), (ds.mT, queries), (p.to(q.dtype).mT, cotangents))
         for target, (left, right) in zip(targets, factors, strict=True):
             if target is not None:
                 part = target[samples]
                 part.copy_(torch.bmm(left, right).view(part.shape))
+
+
+def _softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
+    fused = getattr(aten, "_softmax_backward_data", None)
+    if fused is not None:
+        return fused(dp, p, -1, p.dtype)
+    products = dp * p
+    return products - p * products.sum(dim=-1, keepdim=True)
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:

@@ -11,7 +11,7 @@ import importlib
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -54,7 +54,8 @@ class Processes:
         """
         # Optimizers import it. Imported later it would hold on to the group beyond ``leave``, and Gloo's threads, still
         # running at the end of the interpreter, could abort the process.
-        importlib.import_module("torch._dynamo")
+        with suppress(ImportError):
+            importlib.import_module("torch._dynamo")
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())

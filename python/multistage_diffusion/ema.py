@@ -57,6 +57,16 @@ class EMA:
         for average, parameter in zip(self.network.parameters(), network.parameters(), strict=True):
             averages.append(average)
             current.append(parameter.detach().to(average.dtype))
-        torch._foreach_lerp_(averages, current, 1 - beta)
+        _move(averages, current, 1 - beta)
         for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def _move(averages: list[torch.Tensor], targets: list[torch.Tensor], weight: float) -> None:
+    """Moves each average towards its target: in one launch, where this PyTorch has it, or one by one."""
+    together = getattr(torch, "_foreach_lerp_", None)
+    if together is not None:
+        together(averages, targets, weight)
+        return
+    for average, target in zip(averages, targets, strict=True):
+        average.lerp_(target, weight)

@@ -1,19 +1,20 @@
 """Counts multiply-accumulates by running a network on the meta device: no weights, no arithmetic.
 
-A network is run once per stage under a dispatch mode that sees the ops of ``msd_kernels`` and PyTorch's own
-convolutions and matrix products. One multiply-accumulate (MAC) is two FLOPs. Normalisations, activations and FIR
-filters are not counted, as is usual.
+A network is run once per stage under PyTorch's counter, which shows the ops of ``msd_kernels`` and PyTorch's own
+convolutions and matrix products to the rules of this module. One multiply-accumulate (MAC) is two FLOPs.
+Normalisations, activations and FIR filters are not counted, as is usual.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion.layers import OnStages, StageModule, shared_layers
 
@@ -117,7 +118,7 @@ def _forward(network: nn.Module, stage: int) -> _Counter:
     hooks = [part.register_forward_pre_hook(lambda *_: counter.enter()) for part in inside]
     hooks += [part.register_forward_hook(lambda *_: counter.leave()) for part in inside]
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counter.counting():
             network(x, noise, [stage], **conditioning(network, 1))
     finally:
         for hook in hooks:
@@ -125,11 +126,10 @@ def _forward(network: nn.Module, stage: int) -> _Counter:
     return counter
 
 
-class _Counter(TorchDispatchMode):
+class _Counter:
     """Adds up the MACs of the ops that pass by. Ops for one stage are shared, but inside of an ``OnStages``."""
 
     def __init__(self, num_stages: int) -> None:
-        super().__init__()
         self.macs = self.attention_macs = self.shared_macs = 0
         self.outside = num_stages > 1
 
@@ -139,15 +139,17 @@ class _Counter(TorchDispatchMode):
     def leave(self) -> None:
         self.outside = True
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        rule = RULES.get(op.overloadpacket)
-        if rule is not None:
-            macs, stages = rule(args, out)
-            self.macs += macs
-            self.attention_macs += macs if rule is _attention else 0
-            self.shared_macs += macs if stages == 1 and self.outside else 0
-        return out
+    def counting(self) -> FlopCounterMode:
+        rules = {op: partial(self._add, rule) for op, rule in RULES.items()}
+        return FlopCounterMode(display=False, custom_mapping=rules)
+
+    def _add(self, rule: Callable, *args, out_shape, **kwargs) -> int:
+        """Adds one call's, with shapes in the place of its tensors; returns its FLOPs."""
+        macs, stages = rule(args, out_shape)
+        self.macs += macs
+        self.attention_macs += macs if rule is _attention else 0
+        self.shared_macs += macs if stages == 1 and self.outside else 0
+        return 2 * macs
 
 
 def _grouped_conv2d(args, out):
@@ -172,12 +174,12 @@ def _attention(args, out):
 
 def _convolution(args, out):
     """PyTorch's own ops see all samples alike, as one stage."""
-    return out.numel() * args[1][0].numel(), 1
+    return math.prod(out) * math.prod(args[1][1:]), 1
 
 
 def _product(args, out):
     """``mm``, ``bmm`` and ``addmm``; the last argument is ``[..., inner, columns]``."""
-    return out.numel() * args[-1].shape[-2], 1
+    return math.prod(out) * args[-1][-2], 1
 
 
 RULES: Mapping = {
