@@ -103,6 +103,9 @@ def child(name: str, expected: Path) -> None:
         return
     ask_for_names()
     after_import()
+    if name in AROUND[1:]:  # what follows is the same for all of these
+        assert not sys.modules["msd_kernels._private"].AROUND_THE_DISPATCHER
+        return
     from msd_kernels import _private
 
     assert (name in AROUND) != _private.AROUND_THE_DISPATCHER
