@@ -21,6 +21,7 @@ import peers
 from harness import OURS
 from msd_kernels import StageBatch, StageWeights, explain, grouped_conv2d
 from msd_kernels.backends import use
+from msd_kernels.library.cpu_types import onednn_takes
 
 WIDTHS = (384, 256, 32)
 SCALE = 0.5**0.5
@@ -114,7 +115,10 @@ class Problem:
 @pytest.mark.parametrize("mix", MIXES)
 def test_grouped_conv2d(mix, side, dtype, backward, race):
     problem = Problem.of(MIXES[mix], side, getattr(torch, dtype))
-    problem.check()
-    race(problem.cases(backward), seconds=1.0, warm=not backward)
+    # Where the processor has no bfloat16, a single call of this peer takes up to a minute.
+    slow = dtype == "bfloat16" and not onednn_takes(torch.bfloat16)
+    ways = [way for way in WAYS if way != "as_groups" or not slow]
+    problem.check(ways)
+    race(problem.cases(backward, ways), seconds=1.0, warm=not backward)
     x, weight, bias, *_ = problem.arguments(problem.leaves)
     race.note(backend=explain("grouped_conv2d", x, weight, bias).backend)
