@@ -183,10 +183,13 @@ def finished(files: Sequence[Path]) -> set[str]:
 
 
 def small_problem(device: str) -> bench_training_step.Problem:
-    """A training step of a small network on a mixed batch."""
-    whole_networks.CONFIG = NETWORK
+    """A training step of a small network on a mixed batch; what asks for networks later gets the published one."""
     whole_networks.published.cache_clear()
-    return bench_training_step.Problem.of(COUNTS, device)
+    try:
+        with mock.patch.object(whole_networks, "CONFIG", NETWORK):
+            return bench_training_step.Problem.of(COUNTS, device)
+    finally:
+        whole_networks.published.cache_clear()
 
 
 def step_case(dtype: torch.dtype) -> str:
