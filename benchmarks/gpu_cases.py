@@ -28,7 +28,7 @@ from msd_kernels.backends import use
 
 # What a call computes in, by name; float32 without TF32 unless that is asked for.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-# The largest error, as a share of the exact result: of the norms, and of the largest elements. A few roundings: with the
+# The largest error, as a share of the exact result: of the norms, and of the largest elements. A few roundings: by the
 # library's kernels on a processor no case has more than half of it.
 NORM_TOLERANCE = {"bf16": 1.2e-2, "fp16": 1.5e-3, "fp32": 1e-5, "tf32": 2.0**-8}
 ELEMENT_TOLERANCE = {"bf16": 2.0**-6, "fp16": 2.0**-9, "fp32": 1e-4, "tf32": 2.0**-6}
