@@ -44,7 +44,7 @@ def _columns(
     column = tl.arange(0, BC)
     in_block = column < tl.multiple_of(num_groups * per_group, ALIGN)
     channel = tl.multiple_of(first_group * per_group, ALIGN) + column
-    member = ((column // per_group)[:, None] == tl.arange(0, GB)[None, :]) & in_block[:, None]
+    owner = tl.where(in_block, column // per_group, GB)  # the group of each column
     if CHANNELS_LAST:
         start = tl.multiple_of(tl.load(field + X_OFFSET * PROBLEMS), ALIGN)
         base = start + sample * pixels * channels + channel
@@ -56,10 +56,9 @@ def _columns(
         first_of_group = base - column % per_group * pixels
     per_sample = tl.load(field + SAMPLE_OFFSET * PROBLEMS) + sample * channels + channel
     per_channel = tl.load(field + CHANNEL_OFFSET * PROBLEMS) + channel
-    group = tl.arange(0, GB)
-    per_stats = tl.load(field + STATS_OFFSET * PROBLEMS) + sample * groups + first_group + group
-    return (base, stride, first_of_group, in_block, member, per_sample, per_channel, per_stats,
-            group < num_groups, per_group)  # fmt: skip
+    stats = tl.load(field + STATS_OFFSET * PROBLEMS) + sample * groups + first_group
+    return (base, stride, first_of_group, in_block, owner, per_sample, per_channel, stats,
+            num_groups, per_group)  # fmt: skip
 
 
 @triton.jit
@@ -91,14 +90,16 @@ def _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAS
 
 
 @triton.jit
-def _to_columns(per_group_values, member):
+def _to_columns(per_group_values, owner):
     """A value per group at every column of the group."""
+    member = owner[:, None] == tl.arange(0, per_group_values.shape[0])[None, :]
     return tl.sum(tl.where(member, per_group_values[None, :], 0.0), axis=1)
 
 
 @triton.jit
-def _to_groups(per_column_values, member):
+def _to_groups(per_column_values, owner, GB: tl.constexpr):
     """The sum over each group's columns."""
+    member = owner[:, None] == tl.arange(0, GB)[None, :]
     return tl.sum(tl.where(member, per_column_values[:, None], 0.0), axis=0)
 
 
@@ -119,11 +120,11 @@ def _group_norm_forward_kernel(
         stride,
         first_of_group,
         in_block,
-        member,
+        owner,
         per_sample,
         per_channel,
-        per_stats,
-        in_groups,
+        stats,
+        num_groups,
         per_group,
     ) = _columns(table, pixels, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
     pivot = _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAST)
@@ -143,17 +144,18 @@ def _group_norm_forward_kernel(
         column_mean += delta * (rows / total)
         column_m2 += tl.sum(centred * centred, axis=0) + delta * delta * (seen * rows / total)
         seen = total
-    group_mean = _to_groups(column_mean, member) / per_group
-    mu = _to_columns(group_mean, member)
+    group_mean = _to_groups(column_mean, owner, GB) / per_group
+    mu = _to_columns(group_mean, owner)
     between = tl.where(in_block, column_mean - mu, 0.0)
-    variance = _to_groups(column_m2 + seen * between * between, member) / (per_group * seen)
+    variance = _to_groups(column_m2 + seen * between * between, owner, GB) / (per_group * seen)
     # Where squares overflowed, the variance is infinite; its rstd of 0 would hide that.
-    group_rstd = tl.where(variance == float("inf"), float("nan"), 1.0 / tl.sqrt(variance + eps))
-    group_pivot = _to_groups(tl.where(first_of_group == base, pivot, 0.0), member)
-    tl.store(mean + per_stats, group_pivot + group_mean, mask=in_groups)
-    tl.store(rstd + per_stats, group_rstd, mask=in_groups)
+    group_rstd = 1.0 / tl.sqrt(variance + eps) + (variance - variance)
+    group_pivot = _to_groups(tl.where(first_of_group == base, pivot, 0.0), owner, GB)
+    group = tl.arange(0, GB)
+    tl.store(mean + stats + group, group_pivot + group_mean, mask=group < num_groups)
+    tl.store(rstd + stats + group, group_rstd, mask=group < num_groups)
     w, b, gain, offset = _affine(weight, bias, scale, shift, per_channel, per_sample, in_block)
-    slope = _to_columns(group_rstd, member) * w * gain
+    slope = _to_columns(group_rstd, owner) * w * gain
     constant = b * gain + offset
     for start in range(0, pixels, BP):
         row = start + tl.arange(0, BP)
@@ -197,15 +199,15 @@ def _group_norm_backward_kernel(
         stride,
         _first_of_group,
         in_block,
-        member,
+        owner,
         per_sample,
         per_channel,
-        per_stats,
-        in_groups,
+        stats,
+        _num_groups,
         per_group,
     ) = _columns(table, pixels, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
-    mu = _to_columns(tl.load(mean + per_stats, mask=in_groups, other=0), member)
-    r = _to_columns(tl.load(rstd + per_stats, mask=in_groups, other=0), member)
+    mu = tl.load(mean + stats + owner, mask=in_block, other=0)
+    r = tl.load(rstd + stats + owner, mask=in_block, other=0)
     w, b, gain, offset = _affine(weight, bias, scale, shift, per_channel, per_sample, in_block)
     p = tl.zeros([BC], tl.float32)
     q = tl.zeros([BC], tl.float32)
@@ -228,8 +230,8 @@ def _group_norm_backward_kernel(
     if dx is not None:
         size = per_group.to(tl.float32) * pixels
         a = w * gain
-        mean_p = _to_columns(_to_groups(a * p, member) / size, member)
-        mean_q = _to_columns(_to_groups(a * q, member) / size, member)
+        mean_p = _to_columns(_to_groups(a * p, owner, GB) / size, owner)
+        mean_q = _to_columns(_to_groups(a * q, owner, GB) / size, owner)
         for start in range(0, pixels, BP):
             row = start + tl.arange(0, BP)
             inside = (row < pixels)[:, None] & in_block[None, :]

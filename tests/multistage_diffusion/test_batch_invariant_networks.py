@@ -18,6 +18,9 @@ U_NET = {"image_size": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolution
 CONFIGS = {
     "edm": {**U_NET, "family": "edm", "in_channels": 3, "out_channels": 3, "encoder_widths": [48],
             "decoder_widths": [64, 48, 16]},
+    # 256 channels before decoders of 384, 256 and 32, as in the published network at its coarsest level.
+    "edm-wide": {**U_NET, "family": "edm", "channel_mult": [2], "in_channels": 3, "out_channels": 3,
+                 "encoder_widths": [128], "decoder_widths": [192, 128, 16]},
     "ncsnpp": {**U_NET, "family": "ncsnpp", "channel_mult": [1, 2], "in_channels": 3, "encoder_widths": [32],
                "decoder_widths": [48, 32, 16]},
     "ldm": {**U_NET, "family": "ldm", "encoder_widths": [64], "decoder_widths": [96, 64, 32]},

@@ -169,7 +169,7 @@ def folder(tmp_path_factory) -> Path:
 def outcomes(folder) -> list[dict]:
     """Per process, what each scenario returned."""
     (folder / "errors" / "taken").mkdir(parents=True)
-    (folder / "errors" / "taken" / "config.json").write_text("{}")
+    (folder / "errors" / "taken" / "log.jsonl").write_text('{"step": 1}\n')
     noisy = {"dropout": 0.1, "accumulate": 2}
     parts = {"directory": str(folder / "parts"), **noisy}
     return run(
@@ -318,7 +318,7 @@ def torchrun(*arguments) -> subprocess.CompletedProcess:
 
 def test_the_commands_work_in_the_processes_of_torchrun(tmp_path):
     options = "--data digits --decoder-widths 8,8,4 --encoder-widths 8 --channel-mult 1 --num-blocks 1"
-    options += " --attn-resolutions 8 --steps 4 --batch 8"
+    options += " --attn-resolutions 16 --steps 4 --batch 8"
     done = torchrun("train", "--out", tmp_path / "run", *options.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained 4 steps") == 1, done.stdout
