@@ -22,6 +22,8 @@ DRAWN = {"sample_every": 1, "sample_count": 1}
 def runs(tmp_path_factory):
     """A run of two steps with everything in it, and one of three to compare with."""
     folder = tmp_path_factory.mktemp("folder")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests, which are to find the same bits
     for name, changes in (
         ("part", {"steps": 2, "log_every": 1, "checkpoint_every": 1, **DRAWN}),
         ("whole", {"steps": 3}),
@@ -29,6 +31,7 @@ def runs(tmp_path_factory):
         trainer = trainer_of(folder / name, **changes)
         trainer._plot = (folder / name / "loss.png").touch
         trainer.run()
+    torch.set_num_threads(threads)
     return folder
 
 
