@@ -19,9 +19,8 @@ from torch import Tensor
 import harness
 import peers
 from harness import OURS
-from msd_kernels import StageBatch, StageWeights, explain, grouped_conv2d
+from msd_kernels import StageBatch, StageWeights, explain, grouped_conv2d, processor
 from msd_kernels.backends import use
-from msd_kernels.library.cpu_types import onednn_takes
 
 WIDTHS = (384, 256, 32)
 SCALE = 0.5**0.5
@@ -116,7 +115,7 @@ class Problem:
 def test_grouped_conv2d(mix, side, dtype, backward, race):
     problem = Problem.of(MIXES[mix], side, getattr(torch, dtype))
     # Where the processor has no bfloat16, a single call of this peer takes up to a minute.
-    slow = dtype == "bfloat16" and not onednn_takes(torch.bfloat16)
+    slow = dtype == "bfloat16" and not processor.computes_in(torch.bfloat16)
     ways = [way for way in WAYS if way != "as_groups" or not slow]
     problem.check(ways)
     race(problem.cases(backward, ways), seconds=1.0, warm=not backward)

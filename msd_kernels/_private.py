@@ -7,6 +7,7 @@ A release of PyTorch may drop any of them; then calls take the dispatcher's publ
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -40,6 +41,12 @@ any_requires_grad: Callable[..., bool] = ask("_C._any_requires_grad") or _requir
 dispatch_modes: Callable[[], int] = ask("_C._len_torch_dispatch_stack") or (lambda: 1)
 profiler_enabled: Callable[[], bool] = ask("autograd._profiler_enabled") or (lambda: True)
 is_tracing: Callable[[], bool] = ask("_C._is_tracing") or torch.jit.is_tracing
+
+# What tells whether the running code was called by a compiled function, between two of its graphs. Without it, only
+# what is being traced is known to be compiled.
+compiled_frames: Callable[[], Any] = ask("_C._dynamo.eval_frame.get_eval_frame_callback") or (lambda: None)
+# Spares every call the way through the modes of functions.
+without_function_modes: Callable[[], AbstractContextManager] = ask("_C.DisableTorchFunction") or nullcontext
 
 
 def forward_mode() -> bool:

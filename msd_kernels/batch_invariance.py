@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from msd_kernels import _private
 
 __all__ = ["batch_invariant"]
 
@@ -108,21 +110,9 @@ def batch_invariant() -> Iterator[None]:
         _state.active = False
 
 
-def _of_compiled_frames() -> Callable[[], Any]:
-    """What tells whether the running code was called by a compiled function, between two of its graphs.
-
-    No public function says so; without this one, only what is being traced is known to be compiled.
-    """
-    eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-    return getattr(eval_frame, "get_eval_frame_callback", lambda: None)
-
-
-_compiled_frames = _of_compiled_frames()
-
-
 def refuse_compilation() -> None:
     """Raises NotImplementedError inside of a compiled function."""
-    if torch.compiler.is_compiling() or callable(_compiled_frames()):
+    if torch.compiler.is_compiling() or callable(_private.compiled_frames()):
         raise NotImplementedError(
             "batch_invariant: what torch.compile fuses and orders anew is not promised; call the function uncompiled, "
             "for instance inside of torch.compiler.set_stance('force_eager')"
@@ -140,16 +130,12 @@ class _Functions(TorchFunctionMode):
         return rule(function, *args, **(kwargs or {}))
 
 
-# Spares every call the way through the mode, which would only pass it on.
-_WITHOUT_MODES = getattr(torch._C, "DisableTorchFunction", nullcontext)
-
-
 @contextmanager
 def single_samples() -> Iterator[None]:
     """Leaves PyTorch's functions as they are, for calls that are made sample by sample already."""
     before, _state.single = _state.single, True
     try:
-        with _WITHOUT_MODES():
+        with _private.without_function_modes():  # which would only pass every call on
             yield
     finally:
         _state.single = before

@@ -18,11 +18,13 @@ SOURCES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 
 # Asked for, with something else where they are gone.
 ASKED = {
+    "torch._C.DisableTorchFunction",
     "torch._C.DispatchKey",
     "torch._C.DispatchKeySet",
     "torch._C._AutoDispatchBelowADInplaceOrView",
     "torch._C._after_ADInplaceOrView_keyset",
     "torch._C._any_requires_grad",
+    "torch._C._dynamo.eval_frame.get_eval_frame_callback",
     "torch._C._are_functorch_transforms_active",
     "torch._C._is_tracing",
     "torch._C._len_torch_dispatch_stack",
