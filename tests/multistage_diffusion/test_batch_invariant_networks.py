@@ -50,6 +50,9 @@ def test_a_networks_output_is_a_samples_own(name, generator):
     size = CONFIGS[name]["image_size"]
     x, noise = torch.randn(3, 3, size, size, generator=generator), torch.rand(3, generator=generator)
     labels = {"class_labels": torch.eye(7)[[1, 4, 1]]} if network.config.get("label_dim") else {}
+    # Rounding grows with the root of the length of sums, which are longer than those of the narrow networks here.
+    widest = max(CONFIGS[name]["decoder_widths"]) * max(CONFIGS[name].get("channel_mult", [1]))
+    longer = max(1.0, widest / 120)
     turned = torch.tensor([2, 0, 1])
 
     def run(samples):
@@ -64,7 +67,7 @@ def test_a_networks_output_is_a_samples_own(name, generator):
                 turned_first = run(turned.tolist())
                 single = torch.cat([run([i]) for i in range(3)])
         assert ordinary.std() > 1e-2
-        rounding = 4 * torch.finfo(dtype).eps ** 0.9
+        rounding = 4 * torch.finfo(dtype).eps ** 0.9 * longer**0.5
         assert (single - ordinary).abs().max() < rounding * ordinary.abs().max()
         assert torch.equal(turned_first, single[turned]), dtype
 
