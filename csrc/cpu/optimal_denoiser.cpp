@@ -12,7 +12,7 @@ namespace {
 template <int kWidth>
 struct Vectors {
   typedef double Double __attribute__((vector_size(kWidth * sizeof(double))));
-  typedef int64_t Int64 __attribute__((vector_size(kWidth * sizeof(double))));
+  typedef uint64_t Bits __attribute__((vector_size(kWidth * sizeof(double))));
 };
 
 MSD_INLINE double to_double(uint8_t value) { return value; }
@@ -53,7 +53,7 @@ MSD_INLINE double sum(const V& v) {
 // stands in the low bits of the sum. ln(2) is split so that n times its first part is exact.
 template <int kWidth, class V = typename Vectors<kWidth>::Double>
 MSD_INLINE void exp_negative(V* v) {
-  using Int64 = typename Vectors<kWidth>::Int64;
+  using Bits = typename Vectors<kWidth>::Bits;
   constexpr double kInverseFactorials[] = {1.0 / 479001600,
                                            1.0 / 39916800,
                                            1.0 / 3628800,
@@ -75,7 +75,7 @@ MSD_INLINE void exp_negative(V* v) {
   V power = V{} + kInverseFactorials[0];
   for (int i = 1; i < 13; ++i) power = power * r + kInverseFactorials[i];
   // Casts between vectors of one size keep the bits.
-  const Int64 scaled = (Int64)power + ((Int64)shifted << 52);
+  const Bits scaled = (Bits)power + ((Bits)shifted << 52);
   *v = *v >= lowest ? (V)scaled : *v < lowest ? V{} : *v;
 }
 
