@@ -6,6 +6,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 import interpreter_sanitizer
+import interpreter_speed
 import pytest
 
 VARIABLE = "TRITON_INTERPRET"
@@ -15,6 +16,7 @@ def require_interpreter() -> None:
     """For the top of a ``test_*_triton.py``: skips it outside of the interpreter's process, checks memory in it."""
     if os.environ.get(VARIABLE) != "1":
         pytest.skip(f"runs with {VARIABLE}=1, through test_interpreter.py", allow_module_level=True)
+    interpreter_speed.install()
     interpreter_sanitizer.install()
 
 
