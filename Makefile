@@ -18,7 +18,7 @@ GPU_NUMPY ?= 2.5.*
 GPU_VENV ?= build/gpu-venv
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
+.PHONY: help demo test test-full bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -28,6 +28,9 @@ demo: install  ## train a three-stage model on handwritten digits and sample fro
 
 test: install lint cuda-check  ## style, CUDA compilation where there is nvcc, all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+test-full: install  ## one training step of every published network at its full width (10 GB of memory)
+	$(BIN)/python -m pytest -m full
 
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json

@@ -44,6 +44,7 @@ class GroupNormBuffers {
   GroupNormBuffers(const Tensor& x, const GroupNormShape& shape)
       : x_(x), type_(x.scalar_type()), sizes_(shape), channels_last_(shape.channels_last) {}
 
+  const GroupNormSizes& sizes() const { return sizes_; }
   const void* input(const char* name, const Tensor& tensor) const {
     check(name, tensor, sizes_.elements, type_, channels_last_);
     return tensor.const_data_ptr();

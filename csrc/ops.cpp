@@ -60,7 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
     OptionalTensor shift, std::vector<int64_t> counts, std::vector<int64_t> channels,
     std::vector<int64_t> groups, int64_t spatial, bool channels_last, double eps, bool silu) {
   const auto shape = msd::group_norm_shape(x, counts, channels, groups, spatial, channels_last);
-  const int64_t statistics = msd::GroupNormSizes(shape).sample_groups;
+  // Lying counts are refused before memory is taken for them.
+  const msd::GroupNormBuffers buffers(x, shape);
+  buffers.input("x", x);
+  const int64_t statistics = buffers.sizes().sample_groups;
   Tensor y = allocate_like(x);
   Tensor mean = allocate_flat(statistics, aoti_torch_dtype_float32());
   Tensor rstd = allocate_flat(statistics, aoti_torch_dtype_float32());

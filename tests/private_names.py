@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch._dynamo  # once for all children: the first backward pass imports it
 from torch.autograd import forward_ad
 
 # Without any of these all calls go through the dispatcher.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
 import msd_kernels
 import multistage_diffusion
 from msd_kernels.native import load
@@ -119,6 +120,12 @@ def unbuilt(tmp_path_factory) -> Path:
     return folder
 
 
+def run_unbuilt(code: str, folder: Path) -> str:
+    done = forks.run(code, path=[folder], cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 WITHOUT_EXTENSION = """
 import warnings, torch, msd_kernels
 from pathlib import Path
@@ -134,7 +141,7 @@ print(caught[0].category.__name__, caught[0].message)
 
 
 def test_package_works_without_the_extension(unbuilt):
-    printed = run_python(WITHOUT_EXTENSION, unbuilt)
+    printed = run_unbuilt(WITHOUT_EXTENSION, unbuilt)
     assert "group_norm: library" in printed
     assert "not cpu: was not built at install" in printed
     assert "FallbackWarning group_norm: served by 'library' because 'cpu' cannot: was not built" in printed
@@ -144,7 +151,7 @@ def test_package_says_why_the_extension_was_not_built(unbuilt):
     report = unbuilt / "msd_kernels" / "_build_report.json"
     report.write_text(json.dumps({"cpu": {"built": False, "reason": "no C++ compiler found"}}))
     try:
-        assert "not cpu: no C++ compiler found" in run_python(WITHOUT_EXTENSION, unbuilt)
+        assert "not cpu: no C++ compiler found" in run_unbuilt(WITHOUT_EXTENSION, unbuilt)
     finally:
         report.unlink()
 
@@ -153,7 +160,7 @@ def test_package_says_why_the_extension_does_not_load(unbuilt):
     broken = unbuilt / "msd_kernels" / "_native.abi3.so"
     broken.write_bytes(b"no library")
     try:
-        assert "not cpu: _native.abi3.so does not load: " in run_python(WITHOUT_EXTENSION, unbuilt)
+        assert "not cpu: _native.abi3.so does not load: " in run_unbuilt(WITHOUT_EXTENSION, unbuilt)
     finally:
         broken.unlink()
 
@@ -165,9 +172,9 @@ def test_package_says_that_the_source_folder_hides_an_installed_package(unbuilt)
         f"not cpu: was not built in the source folder {unbuilt}, which hides an installed package: leave the"
     )
     try:
-        assert hidden in run_python(WITHOUT_EXTENSION, unbuilt)
+        assert hidden in run_unbuilt(WITHOUT_EXTENSION, unbuilt)
         report.write_text(json.dumps({"cpu": {"built": True, "reason": ""}}))
-        assert "not cpu: was not built at install" in run_python(WITHOUT_EXTENSION, unbuilt)
+        assert "not cpu: was not built at install" in run_unbuilt(WITHOUT_EXTENSION, unbuilt)
     finally:
         setup.unlink()
         report.unlink(missing_ok=True)
@@ -177,7 +184,7 @@ def test_package_report_tells_of_architectures_that_were_left_out(unbuilt):
     report = unbuilt / "msd_kernels" / "_build_report.json"
     report.write_text(json.dumps({"cuda": {"built": True, "reason": "", "note": "left out 7.5"}}))
     try:
-        printed = run_python("from msd_kernels.env import report; print(report())", unbuilt)
+        printed = run_unbuilt("from msd_kernels.env import report; print(report())", unbuilt)
         assert "\n    left out 7.5\n" in printed
     finally:
         report.unlink()

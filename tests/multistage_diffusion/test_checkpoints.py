@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+import forks
 from multistage_diffusion import checkpoints
 from multistage_diffusion.checkpoint_schema import kinds
 from multistage_diffusion.checkpoints import CheckpointError, CheckpointWarning
@@ -128,12 +127,8 @@ def test_a_folder_of_checkpoints_is_on_the_disk_with_the_first_one(tmp_path, mon
     assert str(tmp_path / "run") not in synced
 
 
-def run_python(code, directory):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
-    code = f"directory = {str(directory)!r}\n{textwrap.dedent(code)}"
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+def run_python(code, directory) -> forks.Program:
+    return forks.run(f"directory = {str(directory)!r}\n{textwrap.dedent(code)}")
 
 
 def test_the_real_writer_reports_a_write_that_fails(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import forks
 from multistage_diffusion import checkpoints, cli
 from multistage_diffusion.data_parallel import ProcessError, Processes
 from multistage_diffusion.run_log import RunLog
@@ -135,29 +136,22 @@ def free_port() -> int:
 def run(calls: dict[str, tuple[str, dict]], size: int = 2) -> list[dict]:
     """What the scenarios return in every process."""
     common = {
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(size),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(calls)],
-            env={**os.environ, **common, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forks.Program(SCRIPT, json.dumps(calls), path=[HERE], environment={**common, "RANK": str(rank)})
         for rank in range(size)
     ]
     try:
-        outputs = [process.communicate(timeout=180) for process in processes]
+        ended = [process.wait(180) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(e for _, e in outputs)
-    return [json.loads(output) for output, _ in outputs]
+    assert ended == [0] * size, "\n".join(process.stderr for process in processes)
+    return [json.loads(process.stdout) for process in processes]
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def test_a_narrow_preset_trains_in_bf16_and_exports_again(name, variant):
         assert len(official.export(network)) >= len({id(p) for p in network.parameters()})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_in_bf16_and_exports_again(name):
     preset = find(name)

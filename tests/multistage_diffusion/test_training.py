@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import forks
 from broken_streams import without_reader
 from helpers import waiting_is_an_error
 from multistage_diffusion import checkpoints, networks, plots
@@ -407,7 +407,7 @@ from stand_ins import SMALL_UNET, config_of, tiny_images
 Trainer._plot = lambda self: None
 directory, resume, pause = sys.argv[1], sys.argv[2] == "resume", float(sys.argv[3])
 network = build({**SMALL_UNET, "dropout": 0.1}).config
-config = config_of(network=network, steps=60, checkpoint_every=7, log_every=3)
+config = config_of(network=network, steps=36, checkpoint_every=5, log_every=3)
 trainer = Trainer(config, directory, data=tiny_images(), quiet=True)
 original = trainer._train_step
 def slowly():
@@ -420,49 +420,41 @@ print("ended at", result.step, "by", result.stopped_by)
 """
 
 
-def start(directory, mode, pause=0.0):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN_SCRIPT, str(directory), mode, str(pause)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(directory, mode, pause=0.0) -> forks.Program:
+    return forks.Program(RUN_SCRIPT, directory, mode, pause, path=[Path(__file__).parent])
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     whole = start(tmp_path / "whole", "fresh")
-    assert whole.wait(120) == 0, whole.stderr.read()
+    assert whole.wait() == 0, whole.stderr
     seed = random.randrange(1000)
     rng = random.Random(seed)
     mode, kills = "fresh", 0
     for _ in range(3):
         process = start(tmp_path / "killed", mode, pause=0.01)
-        assert process.stdout.readline() == "started\n"
+        process.wait_for("started\n")
         time.sleep(rng.uniform(0.1, 0.6))
         process.kill()
-        process.communicate()
         kills += process.returncode == -signal.SIGKILL
         mode = "resume"
     last = start(tmp_path / "killed", "resume")
-    assert last.wait(120) == 0, last.stderr.read()
+    assert last.wait() == 0, last.stderr
     assert kills >= 1
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 60)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 36)
     assert records_without_times(tmp_path / "whole") == records_without_times(tmp_path / "killed"), f"{seed=}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     process = start(tmp_path / "run", "fresh", pause=0.02)
-    assert process.stdout.readline() == "started\n"
+    process.wait_for("started\n")
     time.sleep(0.5)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    step = int(output.split()[2])
-    assert 0 < step < 60
-    assert output.endswith(f"by {int(number)}\n")
+    assert process.wait() == 0, process.stderr
+    *_, step, _, stopped_by = process.stdout.split()
+    step = int(step)
+    assert 0 < step < 36
+    assert stopped_by == str(int(number))
     newest = checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoints.read_metadata(newest)["step"] == step
     assert RunLog(tmp_path / "run" / "log.jsonl").read()[-1]["step"] == step
