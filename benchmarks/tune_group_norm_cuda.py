@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")]
 import torch  # noqa: E402
 
 import harness  # noqa: E402
+from msd_kernels.layouts import Affine, GroupNormLayout  # noqa: E402
 from msd_kernels.native import cuda_group_norm as implementation  # noqa: E402
 from msd_kernels.native import load  # noqa: E402
 
@@ -45,19 +46,19 @@ BEST = 3
 def directions(shape: tuple[int, int, int], groups: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """Name, bytes that must move and one call, forward and backward, in bfloat16 NHWC with all parameters."""
     batch, channels, side = shape
-    layout = ([batch], [channels], [groups], side**2, True, 1e-5, True)
+    layout = GroupNormLayout((batch,), (channels,), (groups,), side**2, True, 1e-5, True)
     x, dy = (torch.randn(batch * channels * side**2, device="cuda").bfloat16() for _ in range(2))
     weight, bias = (torch.randn(channels, device="cuda") for _ in range(2))
     scale, shift = (torch.randn(batch * channels, device="cuda").bfloat16() for _ in range(2))
-    parameters = (weight, bias, scale, shift)
-    _, mean, rstd = implementation.group_norm(x, *parameters, *layout)
-    yield "forward", 2 * x.nbytes, lambda: implementation.group_norm(x, *parameters, *layout)
-    inputs = (dy, x, mean, rstd, *parameters)
+    affine = Affine(weight, bias, scale, shift)
+    _, mean, rstd = implementation.group_norm(x, affine, layout)
+    yield "forward", 2 * x.nbytes, lambda: implementation.group_norm(x, affine, layout)
+    inputs = (dy, x, mean, rstd, affine)
     wanted = [True] * 5
     yield (
         "backward",
         3 * x.nbytes,
-        lambda: implementation.group_norm_backward(*inputs, *layout, wanted),
+        lambda: implementation.group_norm_backward(*inputs, layout, wanted),
     )
 
 

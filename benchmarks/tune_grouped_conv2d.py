@@ -29,23 +29,23 @@ import torch  # noqa: E402
 
 import harness  # noqa: E402
 from msd_kernels import tuned  # noqa: E402
+from msd_kernels.layouts import Conv2dLayout  # noqa: E402
 from msd_kernels.library import grouped_conv2d as library  # noqa: E402
 from msd_kernels.triton import grouped_conv2d as triton  # noqa: E402
-from msd_kernels.triton.problems import Layout  # noqa: E402
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 # One third of the samples each, at the middle resolution: every tile kind has work.
-MIX = Layout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none")
+MIX = Conv2dLayout((21, 21, 22), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none")
 # As many samples as fill every GPU several times over, none of them in narrow tiles, for the tile that serves only such
 # launches.
-FULL = replace(MIX, counts=(64, 64, 0), height=32, width=32)
+FULL = MIX._replace(counts=(64, 64, 0), height=32, width=32)
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64), (64, 64))
 DEPTHS, STAGES, WARPS = (16, 32, 64), (2, 3, 4, 5), (4, 8)
 REPETITIONS = 10
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def make_tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def make_tensors(layout: Conv2dLayout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """x, skip, weight and the output's cotangent."""
     sizes = (
         sum(n * c for n, c in zip(layout.counts, layout.channels, strict=True)) * layout.in_pixels,
@@ -115,7 +115,7 @@ def with_large(
     return replace(parameters, large=best.wide, large_speed=round(taken / best_time, 3))
 
 
-def forward_of(layout: Layout, arithmetic: str) -> Callable[[tuned.ProductParameters], None]:
+def forward_of(layout: Conv2dLayout, arithmetic: str) -> Callable[[tuned.ProductParameters], None]:
     """A forward pass of a layout with given parameters."""
     x, skip, weight, y = make_tensors(layout, DTYPES[arithmetic])
 
@@ -158,9 +158,9 @@ def crossover(linear: bool, parameters: tuned.ProductParameters, timer: harness.
     taken = 0.0
     for samples in SAMPLES:
         if linear:
-            layout = Layout((64 * samples,) * 3, (512,) * 3, (0,) * 3, (384, 256, 32), 1, 1, 1, "none")
+            layout = Conv2dLayout((64 * samples,) * 3, (512,) * 3, (0,) * 3, (384, 256, 32), 1, 1, 1, "none")
         else:
-            layout = replace(MIX, counts=(samples,) * 3)
+            layout = MIX._replace(counts=(samples,) * 3)
         *inputs, y = (t if t.numel() else None for t in make_tensors(layout, torch.bfloat16))
         inputs += [None, None, None]
         one_launch = partial(triton.grouped_conv2d_forward, *inputs, y, layout, 1.0, "half", parameters)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from msd_kernels.layouts import AttentionLayout, GroupNormLayout
 from msd_kernels.reference.dtypes import wide
 
 
@@ -23,18 +24,10 @@ def gradients_like(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> l
     ]
 
 
-def group_norm_outputs(
-    x: Tensor, counts: Sequence[int], groups: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm_outputs(x: Tensor, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
     """``y`` like ``x``, ``mean`` and ``rstd`` with one entry per sample and group."""
-    num_stats = sum(n * g for n, g in zip(counts, groups, strict=True))
-    mean = x.new_empty(num_stats, dtype=wide(x.dtype))
+    mean = x.new_empty(sum(layout.stat_sizes), dtype=wide(x.dtype))
     return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
-def grouped_output(x: Tensor, rows: Sequence[int], channels: Sequence[int]) -> Tensor:
-    """A flat buffer of ``rows[s] * channels[s]`` elements per stage."""
-    return x.new_empty(sum(n * c for n, c in zip(rows, channels, strict=True)))
 
 
 def optimal_denoiser_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,9 +36,7 @@ def optimal_denoiser_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float64), log_sum, torch.empty_like(log_sum)
 
 
-def attention_outputs(
-    q: Tensor, counts: Sequence[int], heads: Sequence[int], head_dims: Sequence[int], tokens: int
-) -> tuple[Tensor, Tensor]:
+def attention_outputs(q: Tensor, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
     """``y`` with the elements of one part of ``q``, and one log-sum-exp per sample, head and token."""
-    rows = [n * tokens * h for n, h in zip(counts, heads, strict=True)]
-    return grouped_output(q, rows, head_dims), q.new_empty(sum(rows), dtype=wide(q.dtype))
+    log_sum = q.new_empty(sum(layout.log_sum_sizes), dtype=wide(q.dtype))
+    return q.new_empty(sum(layout.out_sizes)), log_sum

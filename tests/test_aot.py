@@ -61,8 +61,11 @@ def _wrong(reports, version=None):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("module", aot.kernel_modules())
-def test_every_kernel_compiles_without_spills(module):
-    reports = list(aot.compile_all(tuned.architectures(), module))
+@pytest.mark.parametrize(
+    "architectures", [(90,), pytest.param(tuned.architectures(), marks=pytest.mark.full)], ids=["90", "all"]
+)
+def test_every_kernel_compiles_without_spills(architectures, module):
+    reports = list(aot.compile_all(architectures, module))
     wrong = _wrong(reports)
     assert reports
     assert not wrong, aot.format_table(wrong)

@@ -27,7 +27,8 @@ SOURCES = sorted([*KERNELS.rglob("*.py"), *MODELS.rglob("*.py")])
 # The storeys of msd_kernels, lowest first. A part imports from its own storey and from those below; what is not
 # listed stands on top.
 STOREYS = (
-    {"_private", "reference"},
+    {"_private", "layouts"},
+    {"reference"},
     {"allocate", "batch_invariance", "processor", "tuned"},
     {"library", "native", "triton"},
     {"backends", "stage_batch"},

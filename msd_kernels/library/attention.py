@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from msd_kernels import allocate, processor
+from msd_kernels.layouts import AttentionLayout, flatten_heads
 from msd_kernels.library.cpu_types import attention_wants_float32, float32
 from msd_kernels.library.segments import gather
-from msd_kernels.reference.attention import flatten_heads, one_part, scale_of, stage_heads, stage_outputs
 
 aten = torch.ops.aten
 
@@ -29,35 +29,26 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    counts: Sequence[int],
-    heads: Sequence[int],
-    head_dims: Sequence[int],
-    tokens: int,
-    context: int,
-    order: str,
-    scale: float | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, layout: AttentionLayout
 ) -> tuple[Tensor, Tensor]:
-    """As the dispatcher op ``msd_kernels::attention``."""
+    """The output of :func:`msd_kernels.attention` and the log-sum-exp of each row of scores, flat."""
     dtype = q.dtype
     if attention_wants_float32(q):
         q, k, v = float32(q, k, v)
-    stages = stage_heads(q, k, v, counts, heads, head_dims, tokens, context, order)
+    stages = layout.inputs(q, k, v)
     log_sums: dict[int, Tensor] = {}
 
     def stage_output(s: int) -> Tensor:
         inputs = [_with_dense_rows(part) for part in stages[s]]
-        factor = scale_of(inputs[0], scale)
+        factor = layout.scale_of(s)
         y, log_sum = _fused_forward(*inputs, factor) or _forward_by_products(*inputs, factor)
         log_sums[s] = log_sum.reshape(-1)
-        return flatten_heads(y, one_part(order))
+        return flatten_heads(y, layout.out_order)
 
-    y = gather(q, counts, stage_output)
+    y = gather(q, layout.counts, stage_output)
     if not log_sums:
-        return allocate.attention_outputs(q.to(dtype), counts, heads, head_dims, tokens)
-    return y.to(dtype), gather(q, counts, lambda s: log_sums[s])
+        return allocate.attention_outputs(q.to(dtype), layout)
+    return y.to(dtype), gather(q, layout.counts, lambda s: log_sums[s])
 
 
 def attention_backward(
@@ -67,29 +58,20 @@ def attention_backward(
     v: Tensor | None,
     y: Tensor,
     log_sum: Tensor,
-    counts: Sequence[int],
-    heads: Sequence[int],
-    head_dims: Sequence[int],
-    tokens: int,
-    context: int,
-    order: str,
-    scale: float | None,
+    layout: AttentionLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(q, k, v)``, None where not wanted; for a packed ``q`` one gradient in its layout."""
-    layout = (counts, heads, head_dims, tokens)
     dtype = q.dtype
     if attention_wants_float32(q):
         dy, q, k, v, y = float32(dy, q, k, v, y)
-    inputs = stage_heads(q, k, v, *layout, context, order)
-    cotangents, outputs = (stage_outputs(t, *layout, order) for t in (dy, y))
-    log_sums = log_sum.split([n * h * tokens for n, h in zip(counts, heads, strict=True)])
+    inputs, cotangents, outputs = layout.inputs(q, k, v), layout.outputs(dy), layout.outputs(y)
+    log_sums = log_sum.split(layout.log_sum_sizes)
     gradients = allocate.gradients_like((q, k, v), wanted)
-    targets = stage_heads(*gradients, *layout, context, order)
-    for s, n in enumerate(counts):
-        if n:
-            saved = (outputs[s], log_sums[s].view(n, heads[s], tokens))
-            _write_gradients(cotangents[s], *inputs[s], *saved, scale_of(inputs[s][0], scale), targets[s])
+    targets = layout.inputs(*gradients)
+    for s in layout.stages:
+        saved = (outputs[s], log_sums[s].view(layout.counts[s], layout.heads[s], layout.tokens))
+        _write_gradients(cotangents[s], *inputs[s], *saved, layout.scale_of(s), targets[s])
     return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
 
 

@@ -9,37 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd_kernels.batch_invariance import elementwise
+from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.library.segments import gather, split
 from msd_kernels.reference.dtypes import wide
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the dispatcher op ``msd_kernels::group_norm``."""
-    arguments = _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channels_last)
+def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
+    arguments = _per_stage(x, affine, layout)
     stats: dict[int, tuple[Tensor, Tensor]] = {}
 
     def stage_output(s: int) -> Tensor:
         planes, w, b, a, d = arguments[s]
-        y, mean, rstd = _normalise(planes, w, b, groups[s], eps)
+        y, mean, rstd = _normalise(planes, w, b, layout.groups[s], layout.eps)
         stats[s] = (mean.reshape(-1), rstd.reshape(-1))
-        return _flatten(_modulate(y, a, d, silu), channels_last)
+        return _flatten(_modulate(y, a, d, layout.silu), layout.channels_last)
 
-    y = gather(x, [n * spatial * c for n, c in zip(counts, channels, strict=True)], stage_output)
-    sizes = [n * g for n, g in zip(counts, groups, strict=True)]
-    mean, rstd = (gather(x, sizes, lambda s, i=i: stats[s][i]) for i in (0, 1))
+    y = gather(x, layout.x_sizes, stage_output)
+    mean, rstd = (gather(x, layout.stat_sizes, lambda s, i=i: stats[s][i]) for i in (0, 1))
     return y, mean.to(wide(x.dtype)), rstd.to(wide(x.dtype))
 
 
@@ -48,42 +35,36 @@ def group_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    affine: Affine,
+    layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``. The statistics come from a new forward, in the dtype that the
     library's own backward expects on this device."""
-    arguments = _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channels_last)
-    cotangents = [
-        t[0] for t in _per_stage(dy, None, None, None, None, counts, channels, spatial, channels_last)
-    ]
+    arguments = _per_stage(x, affine, layout)
+    cotangents = [planes for planes, *_ in _per_stage(dy, Affine(), layout)]
     found = {
-        s: _stage_gradients(cotangents[s], *arguments[s], groups[s], eps, silu, wanted)
-        for s, n in enumerate(counts)
+        s: _stage_gradients(cotangents[s], arguments[s], layout.groups[s], layout, wanted)
+        for s, n in enumerate(layout.counts)
         if n
     }
     return [
-        _join_gradient(argument, position, found, counts, channels, channels_last)
+        _join_gradient(argument, position, found, layout)
         if argument is not None and wanted[position]
         else None
-        for position, argument in enumerate((x, weight, bias, scale, shift))
+        for position, argument in enumerate((x, *affine))
     ]
 
 
-def _stage_gradients(dy, x, weight, bias, scale, shift, groups, eps, silu, wanted):
+def _stage_gradients(dy, arguments, groups, layout, wanted):
+    x, weight, bias, scale, shift = arguments
     n, c, height, width = x.shape
-    normalised, mean, rstd = _normalise(x, weight, bias, groups, eps)
-    dz = dy if not silu else torch.ops.aten.silu_backward(dy, _modulate(normalised, scale, shift, silu=False))
+    normalised, mean, rstd = _normalise(x, weight, bias, groups, layout.eps)
+    dz = (
+        dy
+        if not layout.silu
+        else torch.ops.aten.silu_backward(dy, _modulate(normalised, scale, shift, silu=False))
+    )
     dscale = (dz * normalised).sum(dim=(2, 3)) if wanted[3] else None
     dshift = dz.sum(dim=(2, 3)) if wanted[4] else None
     dnormalised = dz if scale is None else dz * (1 + scale.to(dz.dtype))
@@ -95,36 +76,32 @@ def _stage_gradients(dy, x, weight, bias, scale, shift, groups, eps, silu, wante
     return dx, dweight, dbias, dscale, dshift
 
 
-def _join_gradient(argument, position, found, counts, channels, channels_last):
+def _join_gradient(argument, position, found, layout):
     """Joins one input's gradients over the stages, in that input's dtype; an empty stage's weights get zeros."""
 
     def part(stage: int) -> Tensor:
         gradient = found[stage][position].to(argument.dtype)
-        return _flatten(gradient, channels_last) if position == 0 else gradient.reshape(-1)
+        return _flatten(gradient, layout.channels_last) if position == 0 else gradient.reshape(-1)
 
     if position in (1, 2):
-        return torch.cat([part(s) if n else argument.new_zeros(channels[s]) for s, n in enumerate(counts)])
-    return gather(argument, counts, part)
+        stages = zip(layout.counts, layout.channels, strict=True)
+        return torch.cat([part(s) if n else argument.new_zeros(c) for s, (n, c) in enumerate(stages)])
+    return gather(argument, layout.counts, part)
 
 
-def _per_stage(x, weight, bias, scale, shift, counts, channels, spatial, channels_last):
+def _per_stage(x, affine, layout):
     """Each stage's planes in NCHW, which CUDA's kernel copies to anyway: PyTorch's channels_last kernel for the CPU
     computes the variance as E[x²] - E[x]² and is wrong by 0.7 standard deviations at a mean of 1,000 of them."""
-    samples = [n * c for n, c in zip(counts, channels, strict=True)]
-    views = [
-        (part.view(n, spatial, c).transpose(1, 2).contiguous() if channels_last else part).view(
-            n, c, 1, spatial
-        )
-        for part, n, c in zip(x.split([m * spatial for m in samples]), counts, channels, strict=True)
-    ]
-    modulation = (
+    views = [planes.contiguous()[:, :, None] for planes in layout.planes(x)]
+    modulation = [
         [
             None if t is None else t.view(n, c, 1, 1)
-            for t, n, c in zip(split(flat, samples), counts, channels, strict=True)
+            for t, n, c in zip(split(flat, layout.sample_sizes), layout.counts, layout.channels, strict=True)
         ]
-        for flat in (scale, shift)
-    )
-    return list(zip(views, split(weight, channels), split(bias, channels), *modulation, strict=True))
+        for flat in (affine.scale, affine.shift)
+    ]
+    weights = (split(flat, layout.channels) for flat in (affine.weight, affine.bias))
+    return list(zip(views, *weights, *modulation, strict=True))
 
 
 def _normalise(planes, weight, bias, groups, eps):

@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.library.cpu_types import float32, wants_float32
 from msd_kernels.library.segments import flat_nhwc, gather, nhwc, split
-from msd_kernels.reference.grouped_conv2d import resampled_size
 
 
-@dataclass(frozen=True)
-class _Layout:
-    counts: Sequence[int]
-    channels: Sequence[int]
-    skip_channels: Sequence[int]
-    out_channels: Sequence[int]
-    height: int
-    width: int
-    kernel: int
-    resample: str
+def _images(
+    flat: Tensor | None, layout: Conv2dLayout, channels: Sequence[int], *, out: bool = False
+) -> list[Tensor | None]:
+    """A flat buffer as one ``[n, C, H, W]`` view per stage, or None per stage."""
+    height, width = layout.out_size if out else (layout.height, layout.width)
+    parts = split(flat, layout.out_sizes if out else layout.source_sizes(channels))
+    return [
+        None if p is None else p.view(n, height, width, c).permute(0, 3, 1, 2)
+        for p, n, c in zip(parts, layout.counts, channels, strict=True)
+    ]
 
-    @property
-    def out_size(self) -> tuple[int, int]:
-        return resampled_size(self.height, self.width, self.resample)
 
-    def image(
-        self, flat: Tensor | None, channels: Sequence[int], *, out: bool = False
-    ) -> list[Tensor | None]:
-        """A flat buffer as one ``[n, C, H, W]`` view per stage, or None per stage."""
-        height, width = self.out_size if out else (self.height, self.width)
-        parts = split(flat, self.image_sizes(channels, out=out))
-        return [None if p is None else p.view(n, height, width, c).permute(0, 3, 1, 2)
-                for p, n, c in zip(parts, self.counts, channels, strict=True)]  # fmt: skip
+def _sources(x: Tensor, skip: Tensor | None, layout: Conv2dLayout) -> list[tuple[Tensor, Tensor | None]]:
+    images = (_images(x, layout, layout.channels), _images(skip, layout, layout.skip_channels))
+    return list(zip(*images, strict=True))
 
-    def image_sizes(self, channels: Sequence[int], *, out: bool = False) -> list[int]:
-        height, width = self.out_size if out else (self.height, self.width)
-        return [n * height * width * c for n, c in zip(self.counts, channels, strict=True)]
 
-    def weights(self, flat: Tensor) -> list[Tensor]:
-        """One ``[O, I, k, k]`` channels_last view per stage."""
-        in_channels = [c + d for c, d in zip(self.channels, self.skip_channels, strict=True)]
-        sizes = [o * i * self.kernel**2 for o, i in zip(self.out_channels, in_channels, strict=True)]
-        return [
-            nhwc(p, o, self.kernel, self.kernel)
-            for p, o in zip(flat.split(sizes), self.out_channels, strict=True)
-        ]
+def _weights(flat: Tensor, layout: Conv2dLayout) -> list[Tensor]:
+    """One ``[O, I, k, k]`` channels_last view per stage."""
+    parts = zip(flat.split(layout.weight_sizes), layout.out_channels, strict=True)
+    return [nhwc(part, o, layout.kernel, layout.kernel) for part, o in parts]
 
 
 def grouped_conv2d(
@@ -59,37 +43,29 @@ def grouped_conv2d(
     bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
-    """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
+    """The flat output of :func:`msd_kernels.grouped_conv2d`."""
     dtype = x.dtype
     if wants_float32(x):
         x, skip, weight, bias, sample_bias, residual = float32(x, skip, weight, bias, sample_bias, residual)
-    layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
-    weights, biases = layout.weights(weight), split(bias, out_channels)
-    residuals = layout.image(residual, out_channels, out=True)
-    samples = split(sample_bias, [n * o for n, o in zip(counts, out_channels, strict=True)])
+    sources = _sources(x, skip, layout)
+    weights, biases = _weights(weight, layout), split(bias, layout.out_channels)
+    residuals = _images(residual, layout, layout.out_channels, out=True)
+    samples = split(sample_bias, layout.sample_sizes)
 
     def stage_output(s: int) -> Tensor:
-        y = _convolve(sources[s], weights[s], biases[s], resample)
+        y = _convolve(sources[s], weights[s], biases[s], layout.resample)
         if samples[s] is not None:
-            y += samples[s].view(counts[s], -1, 1, 1)
+            y += samples[s].view(layout.counts[s], -1, 1, 1)
         if residuals[s] is not None:
             y += residuals[s]
         if scale != 1.0:
             y *= scale
         return flat_nhwc(y)
 
-    return gather(x, layout.image_sizes(out_channels, out=True), stage_output).to(dtype)
+    return gather(x, layout.out_sizes, stage_output).to(dtype)
 
 
 def grouped_conv2d_backward(
@@ -97,34 +73,24 @@ def grouped_conv2d_backward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
     dtype = x.dtype
     if wants_float32(x):
         dy, x, skip, weight = float32(dy, x, skip, weight)
-    layout = _Layout(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    sources = list(zip(layout.image(x, channels), layout.image(skip, skip_channels), strict=True))
-    weights = layout.weights(weight)
-    cotangents = layout.image(dy, out_channels, out=True)
+    sources, weights = _sources(x, skip, layout), _weights(weight, layout)
+    cotangents = _images(dy, layout, layout.out_channels, out=True)
     found = {
-        s: _stage_gradients(cotangents[s], sources[s], weights[s], resample, wanted)
-        for s, n in enumerate(counts)
-        if n
+        s: _stage_gradients(cotangents[s], sources[s], weights[s], layout.resample, wanted)
+        for s in layout.stages
     }
 
     def activations(position: int) -> Tensor | None:
         if not wanted[position]:
             return None
-        return gather(x, counts, lambda s: found[s][position]).to(dtype)
+        return gather(x, layout.counts, lambda s: found[s][position]).to(dtype)
 
     def parameters(position: int, sizes: Sequence[int]) -> Tensor | None:
         if not wanted[position]:
@@ -136,7 +102,7 @@ def grouped_conv2d_backward(
         activations(0),
         activations(1),
         parameters(2, [w.numel() for w in weights]),
-        parameters(3, out_channels),
+        parameters(3, layout.out_channels),
         activations(4),
     ]
 

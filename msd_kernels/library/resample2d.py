@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.library.segments import gather
-from msd_kernels.reference.resample2d import stage_planes
 
 # The filter [1, 1] as the dispatcher op gets it, and what the mean over 2×2 pixels is to be divided by.
 BOXES = {(0.5, 0.5): 4, (1.0, 1.0): 1}
 
 
-def resample2d(
-    x: Tensor,
-    taps: Sequence[float],
-    upward: bool,
-    stride: int,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-) -> Tensor:
-    """As the dispatcher op ``msd_kernels::resample2d``."""
-    planes = stage_planes(x, counts, channels, height, width, channels_last)
+def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.resample2d`."""
+    planes = layout.planes(x)
 
     def stage_output(s: int) -> Tensor:
-        stage = planes[s].permute(0, 3, 1, 2) if channels_last else planes[s]
-        y = _resample(stage, tuple(taps), upward, stride, (out_height, out_width))
-        return (y.permute(0, 2, 3, 1) if channels_last else y).reshape(-1)
+        stage = planes[s].permute(0, 3, 1, 2) if layout.channels_last else planes[s]
+        y = _resample(stage, layout)
+        return (y.permute(0, 2, 3, 1) if layout.channels_last else y).reshape(-1)
 
-    return gather(x, counts, stage_output)
+    return gather(x, layout.counts, stage_output)
 
 
-def _resample(
-    x: Tensor, taps: tuple[float, ...], upward: bool, stride: int, out_size: tuple[int, int]
-) -> Tensor:
-    """``x`` is ``[n, C, H, W]``, in either memory format, which the result has, too."""
+def _resample(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """``x`` is one stage, ``[n, C, H, W]``, in either memory format, which the result has, too."""
+    taps, upward, stride = layout.taps, layout.upward, layout.stride
+    out_size = layout.out_height, layout.out_width
     if taps == (1.0,) and stride == 1:
         return x.clone()
     if taps in BOXES and stride == 2:

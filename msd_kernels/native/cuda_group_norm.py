@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels import allocate
+from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.native import cuda
 
 # x and its likes may come and go in their own shapes: the kernels look at the order in memory alone.
@@ -20,32 +21,20 @@ KERNELS = torch.ops.msd_kernels_cuda
 CUT: list[int] | None = None
 
 
-def cannot(*, dtype: torch.dtype, channels: Sequence[int], groups: Sequence[int], **_) -> str | None:
+def cannot(*, dtype: torch.dtype, layout: GroupNormLayout, **_) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    widest = max(c // g for c, g in zip(channels, groups, strict=True))
-    if widest > MAX_GROUP_CHANNELS:
-        return f"takes up to {MAX_GROUP_CHANNELS} channels per group, got {widest}"
+    if layout.widest_group > MAX_GROUP_CHANNELS:
+        return f"takes up to {MAX_GROUP_CHANNELS} channels per group, got {layout.widest_group}"
     return cuda.cannot_run(dtype)
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the dispatcher op ``msd_kernels::group_norm``; in one launch if a slab fits the shared memory of a cluster."""
-    outputs = allocate.group_norm_outputs(x, counts, groups)
-    layout = (counts, channels, groups, spatial, channels_last, eps, silu)
-    cuda.run(KERNELS.group_norm_forward.default, x, x, weight, bias, scale, shift, *layout, *outputs, CUT)
+def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd.
+
+    In one launch if a slab fits the shared memory of a cluster.
+    """
+    outputs = allocate.group_norm_outputs(x, layout)
+    cuda.run(KERNELS.group_norm_forward.default, x, x, *affine, *layout, *outputs, CUT)
     return outputs
 
 
@@ -54,24 +43,15 @@ def group_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    affine: Affine,
+    layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
+    counts, channels, groups, spatial, channels_last, _, silu = layout
     if channels_last and dy.dim() == 4:
         dy = dy.contiguous(memory_format=torch.channels_last)
-    gradients = allocate.gradients_like((x, weight, bias, scale, shift), wanted)
-    layout = (counts, channels, groups, spatial, channels_last, silu)
-    inputs = (dy, x, mean, rstd, weight, bias, scale, shift)
-    cuda.run(KERNELS.group_norm_backward.default, x, *inputs, *layout, *gradients, CUT)
+    gradients = allocate.gradients_like((x, *affine), wanted)
+    sizes = (counts, channels, groups, spatial, channels_last, silu)
+    cuda.run(KERNELS.group_norm_backward.default, x, dy, x, mean, rstd, *affine, *sizes, *gradients, CUT)
     return gradients

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from msd_kernels import allocate
+from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.native import cuda
 
 KERNELS = torch.ops.msd_kernels_cuda
@@ -18,21 +16,8 @@ def cannot(*, dtype: torch.dtype, **_) -> str | None:
     return cuda.cannot_run(dtype)
 
 
-def resample2d(
-    x: Tensor,
-    taps: Sequence[float],
-    upward: bool,
-    stride: int,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-) -> Tensor:
-    """As the dispatcher op ``msd_kernels::resample2d``; one launch, or two where only some stages fill vectors."""
-    y = allocate.grouped_output(x, [n * out_height * out_width for n in counts], channels)
-    layout = (counts, channels, height, width, out_height, out_width, channels_last)
-    cuda.run(KERNELS.resample2d.default, x, x, taps, upward, stride, *layout, y)
+def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.resample2d`, by one launch, or two where only some stages fill vectors."""
+    y = x.new_empty(layout.out_elements)
+    cuda.run(KERNELS.resample2d.default, x, x, *layout, y)
     return y

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.native import load
 
 # x and its likes may come and go in their own shapes, and dy in NCHW order although x is NHWC: the kernels look at
@@ -29,24 +30,9 @@ def _operator(name: str):
     return getattr(torch.ops.msd_kernels_native, name).default
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the dispatcher op ``msd_kernels::group_norm``."""
-    return _operator("group_norm_forward")(
-        x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu
-    )
+def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of :func:`msd_kernels.group_norm` in the shape of ``x``, and each group's mean and rstd, flat."""
+    return _operator("group_norm_forward")(x, *affine, *layout)
 
 
 def group_norm_backward(
@@ -54,24 +40,15 @@ def group_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    affine: Affine,
+    layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
+    counts, channels, groups, spatial, channels_last, _, silu = layout
     planar = channels_last and dy.dim() > 1 and dy.is_contiguous()
-    layout = (counts, channels, groups, spatial, channels_last, silu)
     bits = sum(flag << i for i, flag in enumerate(wanted))
     gradients = _operator("group_norm_backward")(
-        dy, planar, x, mean, rstd, weight, bias, scale, shift, *layout, bits
+        dy, planar, x, mean, rstd, *affine, counts, channels, groups, spatial, channels_last, silu, bits
     )
     return [gradient if flag else None for gradient, flag in zip(gradients, wanted, strict=True)]

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from msd_kernels import allocate
+from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.native.group_norm import cannot_cpu
 
 __all__ = ["cannot_cpu", "resample2d"]
 
 
-def resample2d(
-    x: Tensor,
-    taps: Sequence[float],
-    upward: bool,
-    stride: int,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-) -> Tensor:
-    """As the dispatcher op ``msd_kernels::resample2d``."""
-    y = allocate.grouped_output(x, [n * out_height * out_width for n in counts], channels)
-    layout = (counts, channels, height, width, out_height, out_width, channels_last)
-    torch.ops.msd_kernels_native.resample2d(x, taps, upward, stride, *layout, y)
+def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.resample2d`."""
+    y = x.new_empty(layout.out_elements)
+    torch.ops.msd_kernels_native.resample2d(x, *layout, y)
     return y

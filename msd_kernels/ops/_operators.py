@@ -9,8 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from inspect import Parameter as Argument
 from inspect import signature
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -41,12 +42,64 @@ if _private.AROUND_THE_DISPATCHER:
 PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
+class Form:
+    """How a kernel takes its arguments, and how the dispatcher does: tensors first, then a layout, then options.
+
+    The dispatcher knows no NamedTuples, so the fields of the layout are arguments of the registered op.
+    """
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        signed = signature(kernel, eval_str=True)
+        arguments = list(signed.parameters.values())
+        self.num_tensors = sum(a.annotation in (Tensor, Tensor | None) for a in arguments)
+        self.num_arguments = len(arguments)
+        at = self._at = self.num_tensors
+        layout = arguments[at].annotation if at < len(arguments) else None
+        self._layout = layout if hasattr(layout, "_fields") else None
+        if self._layout is not None:
+            fields = [
+                Argument(name, Argument.POSITIONAL_OR_KEYWORD, annotation=_schema_type(kind))
+                for name, kind in get_type_hints(layout).items()
+            ]
+            self._end = at + len(fields)
+            arguments[at : at + 1] = fields
+        self.flat_arguments = len(arguments)
+
+        def prototype(*args: Any) -> Any:
+            raise NotImplementedError
+
+        prototype.__signature__ = signed.replace(parameters=arguments)
+        self.schema = torch.library.infer_schema(prototype, mutates_args=())
+
+    def flat(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The dispatcher's arguments of a kernel's."""
+        if self._layout is None:
+            return args
+        return (*args[: self._at], *args[self._at], *args[self._at + 1 :])
+
+    def whole(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """The kernel's arguments of the dispatcher's, whose lists become what has a hash."""
+        if self._layout is None:
+            return flat
+        fields = (tuple(f) if isinstance(f, list) else f for f in flat[self._at : self._end])
+        return (*flat[: self._at], self._layout(*fields), *flat[self._end :])
+
+    def of_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` as the dispatcher calls it."""
+        return function if self._layout is None else lambda *flat: function(*self.whole(flat))
+
+
+def _schema_type(kind: Any) -> Any:
+    return Sequence[kind.__args__[0]] if get_origin(kind) is tuple else kind
+
+
 class Operator:
     """An op without aliases and side effects, whose arguments are all positional and without defaults.
 
     Args:
         name: its name below ``torch.ops.msd_kernels``.
-        kernel: computes it for every device; the annotations of its arguments make the schema. Tensors come first.
+        kernel: computes it for every device; the annotations of its arguments make the schema. Tensors come first, a
+            layout may follow.
         check: raises for arguments that do not fit each other. It sees the calls that come through the dispatcher, the
             fake ones included; this library's own are checked before.
     """
@@ -56,17 +109,17 @@ class Operator:
         self._name = name
         self._check = check
         self._passed: set[tuple] = set()
-        LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=TAGS)
+        self._form = Form(kernel)
+        LIBRARY.define(name + self._form.schema, tags=TAGS)
         LIBRARY.impl(name, self._checked(kernel), "CompositeExplicitAutograd")
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        arguments = signature(kernel, eval_str=True).parameters.values()
-        self._num_tensors = sum(a.annotation in (Tensor, Tensor | None) for a in arguments)
+        self._num_tensors = self._form.num_tensors
         self._function: type[torch.autograd.Function] | None = None
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         if _observed(args[: self._num_tensors]):
-            return self._overload(*args)
+            return self._overload(*self._form.flat(args))
         return self._differentiable(None, *args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +132,7 @@ class Operator:
             self._require(args)
             return function(*args)
 
-        return checked
+        return self._form.of_flat(checked)
 
     def _require(self, args: Sequence[Any]) -> None:
         """Checks arguments, or knows them by a call that has passed; of symbolic sizes nothing is known yet."""
@@ -88,7 +141,7 @@ class Operator:
             if key in self._passed:
                 return
         except (TypeError, RuntimeError):  # symbols have no hash, sparse tensors no strides
-            if _arguments.are_symbolic(args):
+            if _arguments.are_symbolic(self._form.flat(args)):
                 return
             key = None
         self._check(*args)
@@ -103,7 +156,10 @@ class Operator:
         *,
         setup_context: Callable[[Context, tuple, Any], None],
     ) -> None:
-        """``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *cotangents)`` needs."""
+        """``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *cotangents)`` needs.
+
+        ``backward`` returns a gradient, or None, for each tensor; more arguments have none.
+        """
 
         def forward(ctx: Context, *args_and_keyset: Any) -> Any:
             *args, keyset = args_and_keyset
@@ -113,19 +169,23 @@ class Operator:
             return output
 
         def backward_with_keyset(ctx: Context, *cotangents: Any) -> tuple:
-            return (*_by_choice_of_forward(backward, ctx, cotangents), None)
+            gradients = _by_choice_of_forward(backward, ctx, cotangents)
+            return (*gradients, *(None,) * (self._form.num_arguments + 1 - len(gradients)))
 
         self._function = type(
             f"{self._name}_autograd",
             (torch.autograd.Function,),
             {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)},
         )
-        LIBRARY.impl(self._name, self._differentiable, "Autograd", with_keyset=True)
+        LIBRARY.impl(self._name, self._dispatched, "Autograd", with_keyset=True)
+
+    def _dispatched(self, keyset: Any, *flat: Any) -> Any:
+        args = self._form.whole(flat)
+        self._require(args)
+        return self._differentiable(keyset, *args)
 
     def _differentiable(self, keyset: Any, *args: Any) -> Any:
         """``keyset`` is the dispatcher's, None for a call around it."""
-        if keyset is not None:
-            self._require(args)
         tensors = args[: self._num_tensors]
         differentiated = torch.is_grad_enabled() and _private.any_requires_grad(*tensors)
         transformed = differentiated and _private.transforms_active()
@@ -151,7 +211,7 @@ class Operator:
         with _private.below_autograd():
             if keyset is None or (keyset & _private.below_autograd_keyset).raw_repr() in _DEVICE_ALONE:
                 return self._kernel(*args)
-            return self._overload.redispatch(keyset & _private.below_autograd_keyset, *args)
+            return self._overload.redispatch(keyset & _private.below_autograd_keyset, *self._form.flat(args))
 
 
 class PublicOperator:
@@ -165,22 +225,25 @@ class PublicOperator:
             check(*args)
             return kernel(*args)
 
-        schema = torch.library.infer_schema(kernel, mutates_args=())
-        self._kernel, self._check = kernel, check
+        self._form, self._check = Form(kernel), check
         self._op = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema, tags=TAGS
+            f"{NAMESPACE}::{name}",
+            self._form.of_flat(checked),
+            mutates_args=(),
+            schema=self._form.schema,
+            tags=TAGS,
         )
 
     def __call__(self, *args: Any) -> Any:
-        return self._op(*args)
+        return self._op(*self._form.flat(args))
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any) -> Any:
-            if not _arguments.are_symbolic(args):
+            if not _arguments.are_symbolic(self._form.flat(args)):
                 self._check(*args)
             return fake(*args)
 
-        self._op.register_fake(checked)
+        self._op.register_fake(self._form.of_flat(checked))
         return fake
 
     def register_autograd(
@@ -190,11 +253,12 @@ class PublicOperator:
         setup_context: Callable[[Context, tuple, Any], None],
     ) -> None:
         def setup(ctx: Context, inputs: tuple, output: Any) -> None:
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, self._form.whole(inputs), output)
             ctx.backend = own_choice()
 
         def backward_by_choice(ctx: Context, *cotangents: Any) -> tuple:
-            return _by_choice_of_forward(backward, ctx, cotangents)
+            gradients = _by_choice_of_forward(backward, ctx, cotangents)
+            return (*gradients, *(None,) * (self._form.flat_arguments - len(gradients)))
 
         self._op.register_autograd(backward_by_choice, setup_context=setup)
 

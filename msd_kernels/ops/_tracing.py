@@ -107,7 +107,7 @@ def resample2d(prepare: Callable, x: Tensor, filter: Sequence[float], up: int, d
     """As the op of that name on dense tensors; ``prepare`` is that op's, which checks the call."""
     (x,) = _autocast.to_lower_precision(x.device.type, x)
     with _constants():
-        taps = prepare(x, filter, up, down)[1]
+        taps = prepare(x, filter, up, down)[1].taps
         products = [[a * b for b in taps] for a in taps]
         weight = torch.tensor(products, dtype=wide(x.dtype), device=x.device)[None, None]
     convolve = F.conv_transpose2d if up == 2 else F.conv2d

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.layouts import AttentionLayout, flatten_heads, view_heads
 from msd_kernels.library import attention as library
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
@@ -17,7 +18,6 @@ from msd_kernels.reference import autodiff
 from msd_kernels.reference.dtypes import wide
 from msd_kernels.stage_batch import StageBatch
 from msd_kernels.triton import attention as triton
-from msd_kernels.triton.attention_plans import Layout
 from msd_kernels.triton.launch import devices
 
 __all__ = ["attention"]
@@ -92,30 +92,27 @@ def attention(
         return _tracing.symbolic(attention, q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     if _tracing.is_traced(q):
         return _tracing.attention(_prepare, q, k, v, num_heads, scale, layout)
-    call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
-    y, _ = _forward(*call)
+    tensors, call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
+    y, _ = _forward(*tensors, call)
     if isinstance(q, StageBatch):
-        _, heads, head_dims = call[3:6]
-        channels = tuple(h * d for h, d in zip(heads, head_dims, strict=True))
-        return StageBatch(y, q.counts, channels, q.height, q.width)
-    order = reference.one_part(call[8])
+        return StageBatch(y, q.counts, call.channels, q.height, q.width)
     if k is not None:
         batch, heads, tokens, head_dim = q.shape
-        return reference.view_heads(y, batch, tokens, heads, head_dim, order)
+        return view_heads(y, batch, tokens, heads, head_dim, call.out_order)
     batch, channels, height, width = q.shape
-    if order == TOKENS_FIRST:
+    if call.out_order == TOKENS_FIRST:
         return y.view(batch, height, width, channels // 3).permute(0, 3, 1, 2)
     return y.view(batch, channels // 3, height, width)
 
 
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``attention(*args, **kwargs)``, and why the others do not."""
-    call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device, _predicate_arguments(call[0], *call[3:9]))
+    (q, *_), layout = _prepare(*args, **kwargs)
+    return BACKENDS.explain(q.device, _predicate_arguments(q, layout))
 
 
 def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
-    """Checks a call and flattens it to the arguments of the dispatcher op."""
+    """Checks a call; returns its tensors as they lie, and the layout."""
     if (k is None) != (v is None):
         raise ValueError(
             f"{OP}: k and v must be given both or neither, got {'v' if k is None else 'k'} alone"
@@ -135,7 +132,7 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None:
             _checks.require_like(OP, name, tensor, q)
-    return (q, k, v, *shape, order, scale)
+    return (q, k, v), AttentionLayout(*shape, order, scale)
 
 
 def _prepare_packed(q, num_heads, layout):
@@ -192,7 +189,7 @@ def _prepare_dense(q, k, v, num_heads):
             f"{OP}: num_heads={num_heads} differs from the {heads} heads of q of {list(q.shape)}"
         )
     order = TOKENS_FIRST if q.transpose(1, 2).is_contiguous() else HEADS_FIRST
-    tensors = tuple(reference.flatten_heads(tensor, order) for tensor in (q, k, v))
+    tensors = tuple(flatten_heads(tensor, order) for tensor in (q, k, v))
     return tensors, ((batch,), (heads,), (head_dim,), tokens, context), order
 
 
@@ -206,16 +203,17 @@ def _split_channels(channels, num_heads, parts):
     return heads, tuple(c // (parts * h) for c, h in zip(channels, heads, strict=True))
 
 
-def _predicate_arguments(q: Tensor, *layout, backward: bool = False) -> dict:
-    return triton.call_of(q, Layout.of(*layout), backward)
+def _predicate_arguments(q: Tensor, layout: AttentionLayout, backward: bool = False) -> dict:
+    return {"device": q.device, "dtype": q.dtype, "layout": layout, "backward": backward}
 
 
-def _require(q, k, v, counts, heads, head_dims, tokens, context, order, scale) -> None:
+def _require(q, k, v, layout: AttentionLayout) -> None:
+    counts, heads, head_dims, tokens, context, order, _ = layout
     _arguments.require_stages(OP, {"counts": 0}, counts=counts, heads=heads, head_dims=head_dims)
     _arguments.require_positive(OP, tokens=tokens, context=context)
     if order not in ORDERS:
         raise ValueError(f"{OP}: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    packed = "p" in order
+    packed = layout.packed
     if (k is None, v is None) != (packed, packed) or (packed and tokens != context):
         raise ValueError(
             f"{OP}: order {order!r} goes with {'q alone and as much context as tokens' if packed else 'q, k and v'}, "
@@ -228,39 +226,26 @@ def _require(q, k, v, counts, heads, head_dims, tokens, context, order, scale) -
     _arguments.require_flat(OP, q, {"q": (q, queries), "k": (k, keys), "v": (v, keys)})
 
 
-def _require_backward(dy, q, k, v, y, log_sum, *layout_and_wanted) -> None:
-    *layout, wanted = layout_and_wanted
-    _require(q, k, v, *layout)
-    counts, heads, head_dims, tokens = layout[:4]
-    size = _arguments.total(OP, counts, heads, head_dims, tokens)
+def _require_backward(dy, q, k, v, y, log_sum, layout: AttentionLayout, wanted) -> None:
+    _require(q, k, v, layout)
+    rows = (layout.counts, layout.heads, layout.tokens)
+    size = _arguments.total(OP, *rows, layout.head_dims)
     _arguments.require_flat(OP, q, {"dy": (dy, size), "y": (y, size)})
     _arguments.require_like(OP, "log_sum", log_sum, q, wide(q.dtype))
-    _arguments.require_shape(OP, "log_sum", log_sum, _arguments.total(OP, counts, heads, tokens))
+    _arguments.require_shape(OP, "log_sum", log_sum, _arguments.total(OP, *rows))
     _arguments.require_dense(OP, "log_sum", log_sum)
     _arguments.require_wanted(OP, wanted, 3)
 
 
 @operator("attention", _require)
-def _forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    counts: Sequence[int],
-    heads: Sequence[int],
-    head_dims: Sequence[int],
-    tokens: int,
-    context: int,
-    order: str,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    layout = (counts, heads, head_dims, tokens, context, order)
-    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, *layout))
-    return implementation.attention(q, k, v, *layout, scale)
+def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
+    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, layout))
+    return implementation.attention(q, k, v, layout)
 
 
 @_forward.register_fake
-def _(q, k, v, counts, heads, head_dims, tokens, context, order, scale):
-    return allocate.attention_outputs(q, counts, heads, head_dims, tokens)
+def _(q, k, v, layout):
+    return allocate.attention_outputs(q, layout)
 
 
 @operator("attention_backward", _require_backward)
@@ -271,55 +256,46 @@ def _backward(
     v: Tensor | None,
     y: Tensor,
     log_sum: Tensor,
-    counts: Sequence[int],
-    heads: Sequence[int],
-    head_dims: Sequence[int],
-    tokens: int,
-    context: int,
-    order: str,
-    scale: float | None,
+    layout: AttentionLayout,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = (counts, heads, head_dims, tokens, context, order)
-    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, *layout, backward=True))
-    gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, *layout, scale, wanted)
+    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, layout, backward=True))
+    gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, layout, wanted)
     return allocate.without_absent(gradients, q)
 
 
 @_backward.register_fake
-def _(dy, q, k, v, y, log_sum, counts, heads, head_dims, tokens, context, order, scale, wanted):
-    gradients = allocate.gradients_like((q, k, v), wanted)
-    return allocate.without_absent(gradients, q)
+def _(dy, q, k, v, y, log_sum, layout, wanted):
+    return allocate.without_absent(allocate.gradients_like((q, k, v), wanted), q)
 
 
 def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.layout = inputs
     y, log_sum = output
     ctx.mark_non_differentiable(log_sum)
-    ctx.save_for_backward(*inputs[:3], y, log_sum)
-    ctx.layout = inputs[3:]
+    ctx.save_for_backward(*tensors, y, log_sum)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dy, _dlog_sum):
     if dy is None:
-        return (None,) * 10
+        return ()
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted)
-    return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), *(None,) * 7)
+    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.layout, wanted)
+    return tuple(g if flag else None for g, flag in zip(gradients, wanted, strict=True))
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.layout, ctx.wanted = inputs[6:13], inputs[13]
+    dy, q, k, v, _, _, ctx.layout, ctx.wanted = inputs
+    ctx.save_for_backward(dy, q, k, v)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
     dy, *inputs = ctx.saved_tensors
-    found = autodiff.second_vjp(
-        lambda *leaves: reference.attention(*leaves, *ctx.layout)[0], dy, inputs, ctx.wanted, grad_gradients
+    return autodiff.second_vjp(
+        lambda *leaves: reference.attention(*leaves, ctx.layout)[0], dy, inputs, ctx.wanted, grad_gradients
     )
-    return (*found, *(None,) * 10)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.library import group_norm as library
 from msd_kernels.native import cuda_group_norm
 from msd_kernels.native import group_norm as native
@@ -88,8 +89,10 @@ def group_norm(
         )
     if _tracing.is_traced(x):
         return _tracing.group_norm(_prepare, x, num_groups, weight, bias, eps, scale, shift, activation)
-    call = _prepare(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    y, _, _ = _forward(*call)
+    tensors, layout = _prepare(
+        x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
+    )
+    y, _, _ = _forward(*tensors, layout)
     if isinstance(x, StageBatch):
         return x.with_values(y)
     return y
@@ -97,13 +100,12 @@ def group_norm(
 
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``group_norm(*args, **kwargs)``, and why the others do not."""
-    call = _prepare(*args, **kwargs)
-    x, channels, groups = call[0], call[6], call[7]
-    return BACKENDS.explain(x.device, _predicate_arguments(x, channels, groups))
+    (x, *_), layout = _prepare(*args, **kwargs)
+    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
 
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
-    """Checks a call and turns it into the arguments of the dispatcher op."""
+    """Checks a call; returns its tensors and the layout."""
     settings = (_checks.integers(OP, "num_groups", num_groups), eps, activation)
     if isinstance(x, StageBatch):
         tensors, layout = _prepare_stage_batch(x, weight, bias, scale, shift, *settings)
@@ -112,7 +114,7 @@ def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shi
         layout = _DENSE_LAYOUTS.find(lambda: _dense_layout(*tensors, *settings), tensors, settings)
     if tensors[0].is_cuda:
         tensors = _autocast.to_float32_on_cuda("cuda", *tensors)
-    return (*tensors, *layout)
+    return tensors, layout
 
 
 def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
@@ -171,8 +173,10 @@ def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):
     return _layout(tensors, (batch,), (channels,), spatial, channels_last, num_groups, eps, activation)
 
 
-def _layout(tensors, counts, channels, spatial, channels_last, num_groups, eps, activation):
-    """The arguments of the dispatcher op behind its tensors."""
+def _layout(
+    tensors, counts, channels, spatial, channels_last, num_groups, eps, activation
+) -> GroupNormLayout:
+    """Checks what dense tensors and stage batches have in common."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be None or 'silu', got {activation!r}")
     eps = _checks.real(OP, "eps", eps)
@@ -185,11 +189,11 @@ def _layout(tensors, counts, channels, spatial, channels_last, num_groups, eps, 
     for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
         if g < 1 or c % g:
             raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
-    return counts, channels, groups, spatial, channels_last, eps, activation == "silu"
+    return GroupNormLayout(counts, channels, groups, spatial, channels_last, eps, activation == "silu")
 
 
-def _predicate_arguments(x: Tensor, channels: Sequence[int], groups: Sequence[int]) -> dict:
-    return {"device_type": x.device.type, "dtype": x.dtype, "channels": channels, "groups": groups}
+def _predicate_arguments(x: Tensor, layout: GroupNormLayout) -> dict:
+    return {"device_type": x.device.type, "dtype": x.dtype, "layout": layout}
 
 
 def _order(channels_last: bool) -> torch.memory_format:
@@ -235,16 +239,15 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _require(
-    x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last=True, eps=0.0, silu=False
-) -> None:
+def _require(x, weight, bias, scale, shift, layout: GroupNormLayout) -> None:
+    counts, channels, groups = layout.counts, layout.channels, layout.groups
     _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels, groups=groups)
-    _arguments.require_positive(OP, spatial=spatial)
+    _arguments.require_positive(OP, spatial=layout.spatial)
     for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
         if c % g:
             raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
     _checks.require_floating(OP, "x", x)
-    _arguments.require_elements(OP, "x", x, _arguments.total(OP, counts, channels, spatial))
+    _arguments.require_elements(OP, "x", x, _arguments.total(OP, counts, channels, layout.spatial))
     if x.dim() != 1 and (len(counts) > 1 or tuple(x.shape[:2]) != (counts[0], channels[0])):
         raise ValueError(
             f"{OP}: x must be flat, or dense of one stage with counts={list(counts)} and channels={list(channels)}, "
@@ -264,12 +267,11 @@ def _require(
             _arguments.require_shape(OP, name, tensor, *(x.shape[:2] if dense else (size,)))
 
 
-def _require_backward(dy, x, mean, rstd, weight, bias, scale, shift, *layout_and_wanted) -> None:
-    *layout, wanted = layout_and_wanted
-    _require(x, weight, bias, scale, shift, *layout)
+def _require_backward(dy, x, mean, rstd, weight, bias, scale, shift, layout: GroupNormLayout, wanted) -> None:
+    _require(x, weight, bias, scale, shift, layout)
     _arguments.require_like(OP, "dy", dy, x, x.dtype)
     _arguments.require_shape(OP, "dy", dy, *x.shape)
-    size = _arguments.total(OP, layout[0], layout[2])
+    size = _arguments.total(OP, layout.counts, layout.groups)
     for name, tensor in (("mean", mean), ("rstd", rstd)):
         _arguments.require_like(OP, name, tensor, x, wide(x.dtype))
         _arguments.require_shape(OP, name, tensor, size)
@@ -284,29 +286,22 @@ def _forward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    layout: GroupNormLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` is dense or the flat buffer of a stage batch; the statistics are flat."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, channels, groups))
-    layout = (counts, channels, groups, spatial, channels_last, eps, silu)
-    parameters = (_dense(weight), _dense(bias), _dense(scale), _dense(shift))
-    if _fits_as_it_is(implementation, x, channels_last):
-        return implementation.group_norm(x, *parameters, *layout)
-    flat = [_flat(t, False) for t in parameters]
-    y, mean, rstd = implementation.group_norm(_flat(x, channels_last), *flat, *layout)
-    return _like(x, y, channels_last), mean, rstd
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    affine = Affine(_dense(weight), _dense(bias), _dense(scale), _dense(shift))
+    if _fits_as_it_is(implementation, x, layout.channels_last):
+        return implementation.group_norm(x, affine, layout)
+    flat = Affine(*(_flat(t, False) for t in affine))
+    y, mean, rstd = implementation.group_norm(_flat(x, layout.channels_last), flat, layout)
+    return _like(x, y, layout.channels_last), mean, rstd
 
 
 @_forward.register_fake
-def _(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last, eps, silu):
-    y, mean, rstd = allocate.group_norm_outputs(x.new_empty(x.numel()), counts, groups)
-    return _like(x, y, channels_last), mean, rstd
+def _(x, weight, bias, scale, shift, layout):
+    y, mean, rstd = allocate.group_norm_outputs(x.new_empty(x.numel()), layout)
+    return _like(x, y, layout.channels_last), mean, rstd
 
 
 @operator("group_norm_backward", _require_backward)
@@ -319,96 +314,66 @@ def _backward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, channels, groups))
-    layout = (counts, channels, groups, spatial, channels_last, eps, silu, wanted)
-    parameters = (_dense(weight), _dense(bias), _dense(scale), _dense(shift))
-    if _fits_as_it_is(implementation, x, channels_last):
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    affine = Affine(_dense(weight), _dense(bias), _dense(scale), _dense(shift))
+    last = layout.channels_last
+    if _fits_as_it_is(implementation, x, last):
         if not dy.is_contiguous():
-            dy = dy.contiguous(memory_format=_order(channels_last and x.dim() == 4))
-        gradients = implementation.group_norm_backward(dy, x, mean, rstd, *parameters, *layout)
+            dy = dy.contiguous(memory_format=_order(last and x.dim() == 4))
+        gradients = implementation.group_norm_backward(dy, x, mean, rstd, affine, layout, wanted)
         return allocate.without_absent(gradients, x)
-    flat = [_flat(t, False) for t in parameters]
+    flat = Affine(*(_flat(t, False) for t in affine))
     gradients = implementation.group_norm_backward(
-        _flat(dy, channels_last),
-        _flat(x, channels_last),
-        mean,
-        rstd,
-        *flat,
-        *layout,
+        _flat(dy, last), _flat(x, last), mean, rstd, flat, layout, wanted
     )
-    return _gradients((x, weight, bias, scale, shift), gradients, channels_last)
+    return _gradients((x, weight, bias, scale, shift), gradients, last)
 
 
 @_backward.register_fake
-def _(
-    dy,
-    x,
-    mean,
-    rstd,
-    weight,
-    bias,
-    scale,
-    shift,
-    counts,
-    channels,
-    groups,
-    spatial,
-    channels_last,
-    eps,
-    silu,
-    wanted,
-):
+def _(dy, x, mean, rstd, weight, bias, scale, shift, layout, wanted):
     inputs = (x, weight, bias, scale, shift)
     flat = [
         t.new_empty(t.numel()) if t is not None and flag else None
         for t, flag in zip(inputs, wanted, strict=True)
     ]
-    return _gradients(inputs, flat, channels_last)
+    return _gradients(inputs, flat, layout.channels_last)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, weight, bias, scale, shift = inputs[:5]
+    x, *affine, ctx.layout = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
-    ctx.layout = inputs[5:]
+    ctx.save_for_backward(x, mean, rstd, *affine)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dy, _dmean, _drstd):
     if dy is None:
-        return (None,) * 12
+        return ()
     wanted = list(ctx.needs_input_grad[:5])
-    gradients = _backward(dy, *ctx.saved_tensors, *ctx.layout, wanted)
-    return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), *(None,) * 7)
+    gradients = _backward(dy, *ctx.saved_tensors, ctx.layout, wanted)
+    return tuple(g if flag else None for g, flag in zip(gradients, wanted, strict=True))
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    dy, x, _, _, *parameters = inputs[:8]
-    ctx.save_for_backward(dy, x, *parameters)
-    ctx.layout, ctx.wanted = inputs[8:15], inputs[15]
+    dy, x, _, _, *affine, ctx.layout, ctx.wanted = inputs
+    ctx.save_for_backward(dy, x, *affine)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
     dy, *inputs = ctx.saved_tensors
-    channels_last = ctx.layout[4]
+    last = ctx.layout.channels_last
 
     def function(x, weight, bias, scale, shift):
-        flat = (_flat(x, channels_last), weight, bias, _flat(scale, False), _flat(shift, False))
-        return _like(x, reference.group_norm(*flat, *ctx.layout)[0], channels_last)
+        affine = Affine(weight, bias, _flat(scale, False), _flat(shift, False))
+        return _like(x, reference.group_norm(_flat(x, last), affine, ctx.layout)[0], last)
 
-    d_dy, d_x, *d_parameters = autodiff.second_vjp(function, dy, inputs, ctx.wanted, grad_gradients)
-    return (d_dy, d_x, None, None, *d_parameters, *(None,) * 8)
+    d_dy, d_x, *d_affine = autodiff.second_vjp(function, dy, inputs, ctx.wanted, grad_gradients)
+    return (d_dy, d_x, None, None, *d_affine)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

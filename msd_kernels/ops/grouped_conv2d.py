@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.layouts import Conv2dLayout, resampled_size
 from msd_kernels.library import grouped_conv2d as library
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
@@ -17,7 +18,6 @@ from msd_kernels.reference import grouped_conv2d as reference
 from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
 from msd_kernels.triton import grouped_conv2d as triton
 from msd_kernels.triton.launch import devices
-from msd_kernels.triton.problems import Layout
 
 __all__ = ["grouped_conv2d"]
 
@@ -86,22 +86,22 @@ def grouped_conv2d(
     options["resample"] = resample
     if isinstance(x, _tracing.Proxy):
         return _tracing.symbolic(grouped_conv2d, x, weight, bias, **options)
-    call, (out_height, out_width) = _prepare(x, weight, bias, **options)
-    return StageBatch(_forward(*call), x.counts, call[9], out_height, out_width)
+    tensors, layout, scale = _prepare(x, weight, bias, **options)
+    return StageBatch(_forward(*tensors, layout, scale), x.counts, layout.out_channels, *layout.out_size)
 
 
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_conv2d(*args, **kwargs)``, and why the others do not."""
-    call, _ = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device, _predicate_arguments(call[0], *call[6:14]))
+    (x, *_), layout, _ = _prepare(*args, **kwargs)
+    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
 
 
-def _predicate_arguments(x: Tensor, *layout) -> dict:
-    return triton.call_of(OP, x, Layout.of(*layout))
+def _predicate_arguments(x: Tensor, layout: Conv2dLayout) -> dict:
+    return {"op": OP, "device": x.device, "dtype": x.dtype, "layout": layout}
 
 
 def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None, scale=1.0, resample=None):
-    """Checks a call; returns the arguments of the dispatcher op and the output's height and width."""
+    """Checks a call; returns its tensors as they lie, the layout and the scale."""
     if not isinstance(x, StageBatch):
         raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
     _checks.require_floating(OP, "x", x.values)
@@ -130,10 +130,10 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
         bias and bias.shapes,
         resample,
     )
-    layout, out_size = _LAYOUTS.find(
+    layout = _LAYOUTS.find(
         lambda: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
     )
-    return (*tensors, *layout, _checks.number(OP, "scale", scale)), out_size
+    return tensors, layout, _checks.number(OP, "scale", scale)
 
 
 def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | None, ...]]:
@@ -144,41 +144,30 @@ def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | N
     return [(None, c + d, None, None) for c, d in zip(x.channels, skip_channels, strict=True)]
 
 
-def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> tuple[tuple, tuple[int, int]]:
-    """Checks a call; returns the arguments of the dispatcher op between its tensors and the scale, and the output's
-    height and width.
-    """
-    out_size = _resampled_size(x, resample)
+def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> Conv2dLayout:
+    """Checks a call."""
+    _require_resample(x, resample)
     _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
     kernel = _kernel_size(weight)
     out_channels = tuple(shape[0] for shape in weight.shapes)
     if sample_bias is not None:
         _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
     if residual is not None:
+        out_size = resampled_size(x.height, x.width, resample or "none")
         _checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
     for name, tensor in zip(("skip", "weight", "bias", "sample_bias", "residual"), tensors[1:], strict=True):
         if tensor is not None:
             _checks.require_like(OP, name, tensor, tensors[0])
     skip_channels = skip.channels if skip is not None else (0,) * x.num_stages
-    layout = (
-        x.counts,
-        x.channels,
-        skip_channels,
-        out_channels,
-        x.height,
-        x.width,
-        kernel,
-        resample or "none",
-    )
-    return layout, out_size
+    sizes = (x.height, x.width, kernel)
+    return Conv2dLayout(x.counts, x.channels, skip_channels, out_channels, *sizes, resample or "none")
 
 
-def _resampled_size(x: StageBatch, resample: str | None) -> tuple[int, int]:
+def _require_resample(x: StageBatch, resample: str | None) -> None:
     if resample not in RESAMPLE:
         raise ValueError(f"{OP}: resample must be None, 'up' or 'down', got {resample!r}")
     if resample == "down" and (x.height % 2 or x.width % 2):
         raise ValueError(f"{OP}: resample='down' needs even height and width, got {x.height}x{x.width}")
-    return reference.resampled_size(x.height, x.width, resample or "none")
 
 
 def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch | None:
@@ -204,10 +193,8 @@ def _kernel_size(weight: StageWeights) -> int:
     return kernel[0]
 
 
-def _require(
-    x, skip, weight, bias, sample_bias, residual,
-    counts, channels, skip_channels, out_channels, height, width, kernel, resample, scale=1.0,
-) -> None:  # fmt: skip
+def _require(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout, scale=1.0) -> None:
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample = layout
     least = {"counts": 0, "skip_channels": 0}
     lists = {"channels": channels, "skip_channels": skip_channels, "out_channels": out_channels}
     _arguments.require_stages(OP, least, counts=counts, **lists)
@@ -222,23 +209,20 @@ def _require(
     if skip is None and any(skip_channels):
         raise ValueError(f"{OP}: skip must be given for skip_channels={list(skip_channels)}, got None")
     _checks.require_floating(OP, "x", x)
-    in_channels = [c + d for c, d in zip(channels, skip_channels, strict=True)]
-    out_size = reference.resampled_size(height, width, resample)
     sizes = {
         "x": (x, _arguments.total(OP, counts, channels, height, width)),
         "skip": (skip, _arguments.total(OP, counts, skip_channels, height, width)),
-        "weight": (weight, _arguments.total(OP, out_channels, in_channels, kernel, kernel)),
+        "weight": (weight, _arguments.total(OP, out_channels, layout.in_channels, kernel, kernel)),
         "bias": (bias, _arguments.total(OP, out_channels)),
         "sample_bias": (sample_bias, _arguments.total(OP, counts, out_channels)),
-        "residual": (residual, _arguments.total(OP, counts, out_channels, *out_size)),
+        "residual": (residual, _arguments.total(OP, counts, out_channels, *layout.out_size)),
     }
     _arguments.require_flat(OP, x, sizes)
 
 
-def _require_backward(dy, x, skip, weight, *layout_and_wanted) -> None:
-    *layout, wanted = layout_and_wanted
+def _require_backward(dy, x, skip, weight, layout: Conv2dLayout, wanted) -> None:
     # The cotangent lies as a residual does.
-    _require(x, skip, weight, None, None, dy, *layout)
+    _require(x, skip, weight, None, None, dy, layout)
     _arguments.require_wanted(OP, wanted, 5)
 
 
@@ -250,28 +234,16 @@ def _forward(
     bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
-    layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, *layout))
-    return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, *layout, scale)
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, layout, scale)
 
 
 @_forward.register_fake
-def _(
-    x, skip, weight, bias, sample_bias, residual,
-    counts, channels, skip_channels, out_channels, height, width, kernel, resample, scale,
-):  # fmt: skip
-    out_height, out_width = reference.resampled_size(height, width, resample)
-    return allocate.grouped_output(x, [n * out_height * out_width for n in counts], out_channels)
+def _(x, skip, weight, bias, sample_bias, residual, layout, scale):
+    return x.new_empty(sum(layout.out_sizes))
 
 
 @operator("grouped_conv2d_backward", _require_backward)
@@ -280,67 +252,53 @@ def _backward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, *layout))
-    gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)
     return allocate.without_absent(gradients, x)
 
 
 @_backward.register_fake
-def _(
-    dy, x, skip, weight,
-    counts, channels, skip_channels, out_channels, height, width, kernel, resample, wanted,
-):  # fmt: skip
-    bias = weight.new_empty(sum(out_channels))
-    sample_bias = allocate.grouped_output(x, counts, out_channels)
+def _(dy, x, skip, weight, layout, wanted):
+    bias, sample_bias = weight.new_empty(sum(layout.out_channels)), x.new_empty(sum(layout.sample_sizes))
     gradients = allocate.gradients_like((x, skip, weight, bias, sample_bias), wanted)
     return allocate.without_absent(gradients, x)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, skip, weight = inputs[:3]
+    x, skip, weight, *_, ctx.layout, ctx.scale = inputs
     ctx.save_for_backward(x, skip, weight)
-    ctx.layout, ctx.scale = inputs[6:14], inputs[14]
 
 
 def _differentiate(ctx, dy):
     """The residual's gradient is the cotangent of the unscaled sum; all the others follow from it."""
     wanted = list(ctx.needs_input_grad[:5])
     dsum = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
-    gradients = _backward(dsum, *ctx.saved_tensors, *ctx.layout, wanted)
+    gradients = _backward(dsum, *ctx.saved_tensors, ctx.layout, wanted)
     found = [g if flag else None for g, flag in zip(gradients, wanted, strict=True)]
-    return (*found, dsum if ctx.needs_input_grad[5] else None, *(None,) * 9)
+    return (*found, dsum if ctx.needs_input_grad[5] else None)
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.layout, ctx.wanted = inputs[4:12], inputs[12]
+    *tensors, ctx.layout, ctx.wanted = inputs
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
     dy, x, skip, weight = ctx.saved_tensors
-    counts, out_channels = ctx.layout[0], ctx.layout[3]
     bias, sample_bias = (
-        weight.new_zeros(sum(out_channels)),
-        allocate.grouped_output(x, counts, out_channels).zero_(),
+        weight.new_zeros(sum(ctx.layout.out_channels)),
+        x.new_zeros(sum(ctx.layout.sample_sizes)),
     )
 
     def forward(x, skip, weight, bias, sample_bias):
-        return reference.grouped_conv2d(x, skip, weight, bias, sample_bias, None, *ctx.layout, 1.0)
+        return reference.grouped_conv2d(x, skip, weight, bias, sample_bias, None, ctx.layout, 1.0)
 
     found = autodiff.second_vjp(forward, dy, (x, skip, weight, bias, sample_bias), ctx.wanted, grad_gradients)
-    return (*found[:4], *(None,) * 9)
+    return found[:4]
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.layouts import LinearLayout
 from msd_kernels.library import grouped_linear as library
 from msd_kernels.ops import _arguments, _autocast, _checks, _tracing
 from msd_kernels.ops._operators import operator
@@ -65,22 +66,25 @@ def grouped_linear(
     """
     if isinstance(x, _tracing.Proxy):
         return _tracing.symbolic(grouped_linear, x, weight, bias, counts=counts)
-    batch, call = _prepare(x, weight, bias, counts=counts)
-    return StageBatch(_forward(*call), batch.counts, call[5], batch.height, batch.width)
+    batch, tensors, layout = _prepare(x, weight, bias, counts=counts)
+    y = _forward(*tensors, layout)
+    return StageBatch(y, batch.counts, layout.out_features, batch.height, batch.width)
 
 
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_linear(*args, **kwargs)``, and why the others do not."""
-    _, call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device, _predicate_arguments(call[0], *call[3:6]))
+    _, (x, *_), layout = _prepare(*args, **kwargs)
+    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
 
 
-def _predicate_arguments(x: Tensor, *layout: Sequence[int]) -> dict:
-    return triton.call_of(OP, x, triton.layout_of(*layout))
+def _predicate_arguments(x: Tensor, layout: LinearLayout) -> dict:
+    return {"op": OP, "device": x.device, "dtype": x.dtype, "layout": layout}
 
 
-def _prepare(x, weight, bias=None, *, counts=None):
-    """Checks a call; returns the input as a StageBatch and the arguments of the dispatcher op."""
+def _prepare(
+    x, weight, bias=None, *, counts=None
+) -> tuple[StageBatch, tuple[Tensor | None, ...], LinearLayout]:
+    """Checks a call; returns the input as a StageBatch, the tensors as they lie, and the layout."""
     batch = _as_stage_batch(x, weight, counts)
     if not _checks.is_packed(weight, bias):
         weight, bias = _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
@@ -89,22 +93,22 @@ def _prepare(x, weight, bias=None, *, counts=None):
     )
     settings = (batch.layout, weight.shapes, bias and bias.shapes)
     layout = _LAYOUTS.find(lambda: _layout(tensors, batch, weight, bias), tensors, settings)
-    return batch, (*tensors, *layout)
+    return batch, tensors, layout
 
 
 def _weight_shapes(batch: StageBatch) -> list[tuple[int | None, ...]]:
     return [(None, c) for c in batch.channels]
 
 
-def _layout(tensors, batch, weight, bias) -> tuple[tuple[int, ...], ...]:
-    """Checks a call; returns the arguments of the dispatcher op behind its tensors."""
+def _layout(tensors, batch, weight, bias) -> LinearLayout:
+    """Checks a call."""
     _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
     out_features = tuple(shape[0] for shape in weight.shapes)
     for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):
         if tensor is not None:
             _checks.require_like(OP, name, tensor, tensors[0])
     rows = tuple(n * batch.height * batch.width for n in batch.counts)
-    return rows, batch.channels, out_features
+    return LinearLayout(rows, batch.channels, out_features)
 
 
 def _as_stage_batch(x, weight, counts) -> StageBatch:
@@ -131,8 +135,9 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
     return StageBatch.from_dense(x, counts)
 
 
-def _require(x, weight, bias, rows, in_features, out_features) -> None:
-    _arguments.require_stages(OP, {"rows": 0}, rows=rows, in_features=in_features, out_features=out_features)
+def _require(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> None:
+    rows, in_features, out_features = layout
+    _arguments.require_stages(OP, {"rows": 0}, **layout._asdict())
     _checks.require_floating(OP, "x", x)
     sizes = {
         "x": (x, _arguments.total(OP, rows, in_features)),
@@ -142,82 +147,68 @@ def _require(x, weight, bias, rows, in_features, out_features) -> None:
     _arguments.require_flat(OP, x, sizes)
 
 
-def _require_backward(dy, x, weight, rows, in_features, out_features, wanted) -> None:
-    _require(x, weight, None, rows, in_features, out_features)
-    _arguments.require_flat(OP, x, {"dy": (dy, _arguments.total(OP, rows, out_features))})
+def _require_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
+) -> None:
+    _require(x, weight, None, layout)
+    _arguments.require_flat(OP, x, {"dy": (dy, _arguments.total(OP, layout.rows, layout.out_features))})
     _arguments.require_wanted(OP, wanted, 3)
 
 
 @operator("grouped_linear", _require)
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Sequence[int],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-) -> Tensor:
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, rows, in_features, out_features))
-    return implementation.grouped_linear(x, weight, bias, rows, in_features, out_features)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    return implementation.grouped_linear(x, weight, bias, layout)
 
 
 @_forward.register_fake
-def _(x, weight, bias, rows, in_features, out_features):
-    return allocate.grouped_output(x, rows, out_features)
+def _(x, weight, bias, layout):
+    return x.new_empty(sum(layout.out_sizes))
 
 
 @operator("grouped_linear_backward", _require_backward)
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rows: Sequence[int],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-    wanted: Sequence[bool],
+    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, rows, in_features, out_features))
-    gradients = implementation.grouped_linear_backward(dy, x, weight, rows, in_features, out_features, wanted)
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    gradients = implementation.grouped_linear_backward(dy, x, weight, layout, wanted)
     return allocate.without_absent(gradients, x)
 
 
 @_backward.register_fake
-def _(dy, x, weight, rows, in_features, out_features, wanted):
-    bias = weight.new_empty(sum(out_features))
-    gradients = allocate.gradients_like((x, weight, bias), wanted)
-    return allocate.without_absent(gradients, x)
+def _(dy, x, weight, layout, wanted):
+    bias = weight.new_empty(sum(layout.out_features))
+    return allocate.without_absent(allocate.gradients_like((x, weight, bias), wanted), x)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, weight, _, *layout = inputs
+    x, weight, _, ctx.layout = inputs
     ctx.save_for_backward(x, weight)
-    ctx.layout = layout
 
 
 def _differentiate(ctx, dy):
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *ctx.layout, wanted)
-    return (*(g if flag else None for g, flag in zip(gradients, wanted, strict=True)), None, None, None)
+    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.layout, wanted)
+    return tuple(g if flag else None for g, flag in zip(gradients, wanted, strict=True))
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    dy, x, weight, *layout, wanted = inputs
+    dy, x, weight, ctx.layout, ctx.wanted = inputs
     ctx.save_for_backward(dy, x, weight)
-    ctx.layout, ctx.wanted = layout, wanted
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
     dy, x, weight = ctx.saved_tensors
-    bias = weight.new_zeros(sum(ctx.layout[2]))
+    bias = weight.new_zeros(sum(ctx.layout.out_features))
     found = autodiff.second_vjp(
-        lambda *leaves: reference.grouped_linear(*leaves, *ctx.layout),
+        lambda *leaves: reference.grouped_linear(*leaves, ctx.layout),
         dy,
         (x, weight, bias),
         ctx.wanted,
         grad_gradients,
     )
-    return (*found[:3], None, None, None, None)
+    return found[:3]
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels import allocate
 from msd_kernels.backends import Candidate, Explanation, OpBackends
+from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.library import resample2d as library
 from msd_kernels.native import cuda_resample2d
 from msd_kernels.native import resample2d as native
@@ -78,25 +78,24 @@ def resample2d(
         return _tracing.symbolic(resample2d, x, filter, up, down)
     if _tracing.is_traced(x):
         return _tracing.resample2d(_prepare, x, filter, up, down)
-    call = _prepare(x, filter, up, down)
-    y = _forward(*call)
-    out_height, out_width, channels_last = call[8:]
+    values, layout = _prepare(x, filter, up, down)
+    y = _forward(values, layout)
     if isinstance(x, StageBatch):
-        return StageBatch(y, x.counts, x.channels, out_height, out_width)
+        return StageBatch(y, x.counts, x.channels, layout.out_height, layout.out_width)
     batch, channels = x.shape[:2]
-    if channels_last:
-        return y.view(batch, out_height, out_width, channels).permute(0, 3, 1, 2)
-    return y.view(batch, channels, out_height, out_width)
+    if layout.channels_last:
+        return y.view(batch, layout.out_height, layout.out_width, channels).permute(0, 3, 1, 2)
+    return y.view(batch, channels, layout.out_height, layout.out_width)
 
 
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``resample2d(*args, **kwargs)``, and why the others do not."""
-    call = _prepare(*args, **kwargs)
-    return BACKENDS.explain(call[0].device, _predicate_arguments(*call[:4]))
+    x, layout = _prepare(*args, **kwargs)
+    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
 
 
-def _prepare(x, filter, up=1, down=1):
-    """Checks a call and flattens it to the arguments of the dispatcher op."""
+def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
+    """Checks a call; returns the elements as they lie, and the layout."""
     taps = _normalised(filter)
     up, down = _checks.integer(OP, "up", up), _checks.integer(OP, "down", down)
     if (up, down) not in ((1, 1), (2, 1), (1, 2)):
@@ -120,9 +119,9 @@ def _prepare(x, filter, up=1, down=1):
             f"but {out_height}x{out_width}"
         )
     (flat,) = _autocast.to_lower_precision(flat.device.type, flat)
-    taps = [up * tap for tap in taps]
-    layout = (counts, channels, height, width, out_height, out_width, channels_last)
-    return (flat, taps, up == 2, max(up, down), *layout)
+    taps = tuple(up * tap for tap in taps)
+    sizes = (height, width, out_height, out_width)
+    return flat, Resample2dLayout(taps, up == 2, max(up, down), counts, channels, *sizes, channels_last)
 
 
 def _normalised(filter) -> list[float]:
@@ -144,13 +143,12 @@ def _out_size(size: int, taps: int, up: int, down: int) -> int:
     return (size + 2 * padding - taps) // down + 1
 
 
-def _predicate_arguments(x: Tensor, taps: Sequence[float], upward: bool, stride: int) -> dict:
-    return {"device_type": x.device.type, "dtype": x.dtype, "taps": taps, "upward": upward, "stride": stride}
+def _predicate_arguments(x: Tensor, layout: Resample2dLayout) -> dict:
+    return {"device_type": x.device.type, "dtype": x.dtype, "layout": layout}
 
 
-def _require(
-    x, taps, upward, stride, counts, channels, height, width, out_height, out_width, channels_last
-) -> None:
+def _require(x: Tensor, layout: Resample2dLayout) -> None:
+    taps, upward, stride, counts, channels, height, width, out_height, out_width, _ = layout
     _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels)
     _arguments.require_positive(OP, height=height, width=width, out_height=out_height, out_width=out_width)
     if not 1 <= len(taps) <= MAX_TAPS or stride not in (1, 2):
@@ -170,47 +168,21 @@ def _require(
 
 
 @operator("resample2d", _require)
-def _forward(
-    x: Tensor,
-    taps: Sequence[float],
-    upward: bool,
-    stride: int,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-) -> Tensor:
-    """Downward it correlates with ``taps``, gain included, at ``stride``; upward it is the adjoint of that.
-
-    The input's size of a downward pass does not follow from the output's: hence both are arguments.
-    """
-    layout = (counts, channels, height, width, out_height, out_width, channels_last)
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, taps, upward, stride))
-    return implementation.resample2d(x, taps, upward, stride, *layout)
+def _forward(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    return BACKENDS.choose(x.device, _predicate_arguments(x, layout)).resample2d(x, layout)
 
 
 @_forward.register_fake
-def _(x, taps, upward, stride, counts, channels, height, width, out_height, out_width, channels_last):
-    return allocate.grouped_output(x, [n * out_height * out_width for n in counts], channels)
+def _(x, layout):
+    return x.new_empty(layout.out_elements)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.arguments = inputs[1:]
+    _, ctx.layout = inputs
 
 
 def _differentiate(ctx, dy):
-    """The op is linear, and its adjoint is the same op in the other direction."""
-    taps, upward, stride, counts, channels, height, width, out_height, out_width, channels_last = (
-        ctx.arguments
-    )
-    layout = (counts, channels, out_height, out_width, height, width, channels_last)
-    return (
-        _forward(dy.contiguous(), taps, not upward, stride, *layout),
-        *(None,) * 10,
-    )
+    return (_forward(dy.contiguous(), ctx.layout.adjoint),)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.reference.dtypes import wide
 
 
@@ -29,27 +30,17 @@ class _Stage:
         return mean.repeat_interleave(c // self.groups, dim=1)[:, :, None]
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable in plain autograd; arguments and results as the dispatcher op ``msd_kernels::group_norm``."""
+def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat.
+
+    Differentiable in plain autograd.
+    """
     ys, means, rstds = [], [], []
-    for stage in _stages(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last):
-        x_hat, mean, rstd = _normalise(stage, eps)
+    for stage in _stages(x, affine, layout):
+        x_hat, mean, rstd = _normalise(stage, layout.eps)
         z = (x_hat * stage.weight + stage.bias) * (1 + stage.scale) + stage.shift
-        y = z * torch.sigmoid(z) if silu else z
-        ys.append(_flatten(y, channels_last).to(x.dtype))
+        y = z * torch.sigmoid(z) if layout.silu else z
+        ys.append(_flatten(y, layout.channels_last).to(x.dtype))
         first_of_group = slice(None, None, y.shape[1] // stage.groups)
         means.append(mean[:, first_of_group].reshape(-1))
         rstds.append(rstd[:, first_of_group].reshape(-1))
@@ -61,39 +52,28 @@ def group_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    affine: Affine,
+    layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
-    stages = _stages(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last)
-    cotangents = _stages(dy, None, None, None, None, counts, channels, groups, spatial, channels_last)
-    gradients = [_stage_gradients(d.x, stage, eps, silu) for d, stage in zip(cotangents, stages, strict=True)]
+    stages, cotangents = _stages(x, affine, layout), _stages(dy, Affine(), layout)
+    gradients = [_stage_gradients(d.x, stage, layout) for d, stage in zip(cotangents, stages, strict=True)]
     dx, *others = zip(*gradients, strict=True)
-    joined = [torch.cat([_flatten(d, channels_last) for d in dx])]
+    joined = [torch.cat([_flatten(d, layout.channels_last) for d in dx])]
     joined += [torch.cat([d.reshape(-1) for d in parts]) for parts in others]
-    inputs = (x, weight, bias, scale, shift)
     return [
         d.to(t.dtype) if t is not None and flag else None
-        for d, t, flag in zip(joined, inputs, wanted, strict=True)
+        for d, t, flag in zip(joined, (x, *affine), wanted, strict=True)
     ]
 
 
-def _stage_gradients(dy: Tensor, stage: _Stage, eps: float, silu: bool) -> tuple[Tensor, ...]:
-    x_hat, _, rstd = _normalise(stage, eps)
+def _stage_gradients(dy: Tensor, stage: _Stage, layout: GroupNormLayout) -> tuple[Tensor, ...]:
+    x_hat, _, rstd = _normalise(stage, layout.eps)
     affine = x_hat * stage.weight + stage.bias
     z = affine * (1 + stage.scale) + stage.shift
     sigmoid = torch.sigmoid(z)
-    dz = dy * sigmoid * (1 + z * (1 - sigmoid)) if silu else dy
+    dz = dy * sigmoid * (1 + z * (1 - sigmoid)) if layout.silu else dy
     d_affine = dz * (1 + stage.scale)
     dx_hat = d_affine * stage.weight
     dx = rstd * (dx_hat - stage.group_mean(dx_hat) - x_hat * stage.group_mean(dx_hat * x_hat))
@@ -111,22 +91,20 @@ def _normalise(stage: _Stage, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return centred * rstd, mean, rstd
 
 
-def _stages(x, weight, bias, scale, shift, counts, channels, groups, spatial, channels_last) -> list[_Stage]:
-    samples = [n * c for n, c in zip(counts, channels, strict=True)]
-    planes = [
-        part.view(n, spatial, c).transpose(1, 2) if channels_last else part.view(n, c, spatial)
-        for part, n, c in zip(x.split([m * spatial for m in samples]), counts, channels, strict=True)
+def _stages(x: Tensor, affine: Affine, layout: GroupNormLayout) -> list[_Stage]:
+    planes, channels = layout.planes(x), layout.channels
+    weights = [
+        _split(flat, channels, x, default) for flat, default in ((affine.weight, 1.0), (affine.bias, 0.0))
     ]
-    weights = [_split(flat, channels, x, default) for flat, default in ((weight, 1.0), (bias, 0.0))]
-    modulation = [_split(flat, samples, x, 0.0) for flat in (scale, shift)]
+    modulation = [_split(flat, layout.sample_sizes, x, 0.0) for flat in (affine.scale, affine.shift)]
     return [
         _Stage(
             planes[s].to(wide(x.dtype)),
             *(parts[s].view(1, channels[s], 1) for parts in weights),
-            *(parts[s].view(counts[s], channels[s], 1) for parts in modulation),
-            groups[s],
+            *(parts[s].view(layout.counts[s], channels[s], 1) for parts in modulation),
+            layout.groups[s],
         )
-        for s in range(len(counts))
+        for s in range(len(channels))
     ]
 
 

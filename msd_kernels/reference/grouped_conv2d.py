@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.reference.dtypes import wide
 
 
@@ -31,21 +32,13 @@ def grouped_conv2d(
     bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
-    """Differentiable in plain autograd; arguments as the dispatcher op ``msd_kernels::grouped_conv2d``."""
-    layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    """The flat output of :func:`msd_kernels.grouped_conv2d`; differentiable in plain autograd."""
     outputs = []
-    for stage in _stages(x, skip, weight, bias, sample_bias, residual, *layout):
-        y = _convolve(_resample(stage.source, resample), stage.weight)
+    for stage in _stages(x, skip, weight, bias, sample_bias, residual, layout):
+        y = _convolve(_resample(stage.source, layout.resample), stage.weight)
         y = (y + stage.bias + stage.sample_bias + stage.residual) * scale
         outputs.append(y.reshape(-1))
     return torch.cat(outputs).to(x.dtype)
@@ -56,42 +49,25 @@ def grouped_conv2d_backward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
-    layout = (counts, channels, skip_channels, out_channels, height, width, kernel, resample)
-    out_height, out_width = resampled_size(height, width, resample)
-    sizes = [n * out_height * out_width * o for n, o in zip(counts, out_channels, strict=True)]
     gradients = []
-    stages = _stages(x, skip, weight, None, None, None, *layout)
-    for stage, part, n, o in zip(stages, dy.split(sizes), counts, out_channels, strict=True):
-        d = part.view(n, out_height, out_width, o).to(wide(x.dtype))
-        source = _resample(stage.source, resample)
-        dsource = _resample_adjoint(_convolve(d, _adjoint_weight(stage.weight)), resample)
+    stages = _stages(x, skip, weight, None, None, dy, layout)
+    for stage in stages:
+        d = stage.residual  # the cotangent lies as a residual does
+        source = _resample(stage.source, layout.resample)
+        dsource = _resample_adjoint(_convolve(d, _adjoint_weight(stage.weight)), layout.resample)
         dx, dskip = dsource[..., : stage.channels], dsource[..., stage.channels :]
         gradients.append(
-            (dx, dskip, _weight_gradient(source, d, kernel), d.sum(dim=(0, 1, 2)), d.sum(dim=(1, 2)))
+            (dx, dskip, _weight_gradient(source, d, layout.kernel), d.sum(dim=(0, 1, 2)), d.sum(dim=(1, 2)))
         )
     dtypes = (x.dtype, x.dtype, weight.dtype, weight.dtype, x.dtype)
     return [
         torch.cat([g.reshape(-1) for g in parts]).to(dtype) if flag else None
         for parts, dtype, flag in zip(zip(*gradients, strict=True), dtypes, wanted, strict=True)
     ]
-
-
-def resampled_size(height: int, width: int, resample: str) -> tuple[int, int]:
-    """Height and width after ``"none"``, ``"up"`` or ``"down"``."""
-    if resample == "up":
-        return 2 * height, 2 * width
-    return (height // 2, width // 2) if resample == "down" else (height, width)
 
 
 def _convolve(source: Tensor, weight: Tensor) -> Tensor:
@@ -148,38 +124,28 @@ def _sum_of_blocks(source: Tensor) -> Tensor:
     return source.view(n, height // 2, 2, width // 2, 2, c).sum(dim=(2, 4))
 
 
-def _stages(
-    x, skip, weight, bias, sample_bias, residual,
-    counts, channels, skip_channels, out_channels, height, width, kernel, resample,
-):  # fmt: skip
+def _stages(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout) -> Iterator[_Stage]:
     dtype = wide(x.dtype)
-    in_channels = [c + d for c, d in zip(channels, skip_channels, strict=True)]
-    out_height, out_width = resampled_size(height, width, resample)
-    samples = [n * o for n, o in zip(counts, out_channels, strict=True)]
 
     def pieces(flat: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor]:
         if flat is None:
             return [x.new_zeros(size, dtype=dtype) for size in sizes]
         return flat.to(dtype).split(list(sizes))
 
-    sources = [
-        pieces(flat, [n * height * width * c for n, c in zip(counts, widths, strict=True)])
-        for flat, widths in ((x, channels), (skip, skip_channels))
-    ]
-    weights = pieces(weight, [o * kernel**2 * i for o, i in zip(out_channels, in_channels, strict=True)])
-    biases = pieces(bias, out_channels)
-    sample_biases = pieces(sample_bias, samples)
-    residuals = pieces(residual, [m * out_height * out_width for m in samples])
-    for s, (n, o) in enumerate(zip(counts, out_channels, strict=True)):
+    widths = (layout.channels, layout.skip_channels)
+    sources = [pieces(flat, layout.source_sizes(c)) for flat, c in zip((x, skip), widths, strict=True)]
+    weights, biases = pieces(weight, layout.weight_sizes), pieces(bias, layout.out_channels)
+    samples, residuals = pieces(sample_bias, layout.sample_sizes), pieces(residual, layout.out_sizes)
+    for s, (n, o) in enumerate(zip(layout.counts, layout.out_channels, strict=True)):
         planes = [
-            part[s].view(n, height, width, widths[s])
-            for part, widths in zip(sources, (channels, skip_channels), strict=True)
+            part[s].view(n, layout.height, layout.width, c[s])
+            for part, c in zip(sources, widths, strict=True)
         ]
         yield _Stage(
             torch.cat(planes, dim=3),
-            weights[s].view(o, kernel, kernel, in_channels[s]),
+            weights[s].view(o, layout.kernel, layout.kernel, layout.in_channels[s]),
             biases[s],
-            sample_biases[s].view(n, 1, 1, o),
-            residuals[s].view(n, out_height, out_width, o),
-            channels[s],
+            samples[s].view(n, 1, 1, o),
+            residuals[s].view(n, *layout.out_size, o),
+            layout.channels[s],
         )

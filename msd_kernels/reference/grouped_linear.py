@@ -7,42 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from msd_kernels.layouts import LinearLayout
 from msd_kernels.reference.dtypes import wide
 
 
-def grouped_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Sequence[int],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-) -> Tensor:
-    """Differentiable in plain autograd; arguments as the dispatcher op ``msd_kernels::grouped_linear``."""
-    inputs, weights = _views(x, weight, rows, in_features, out_features)
-    biases = x.new_zeros(sum(out_features)) if bias is None else bias
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.grouped_linear`; differentiable in plain autograd."""
+    inputs, weights = _wide_views(x, weight, layout)
+    biases = x.new_zeros(sum(layout.out_features)) if bias is None else bias
     outputs = [
         i @ w.t() + b.to(i.dtype)
-        for i, w, b in zip(inputs, weights, biases.split(list(out_features)), strict=True)
+        for i, w, b in zip(inputs, weights, biases.split(list(layout.out_features)), strict=True)
     ]
     return torch.cat([y.reshape(-1) for y in outputs]).to(x.dtype)
 
 
 def grouped_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rows: Sequence[int],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-    wanted: Sequence[bool],
+    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias)``, None where not wanted."""
-    inputs, weights = _views(x, weight, rows, in_features, out_features)
-    sizes = [n * o for n, o in zip(rows, out_features, strict=True)]
-    cotangents = [
-        d.view(n, o).to(wide(x.dtype)) for d, n, o in zip(dy.split(sizes), rows, out_features, strict=True)
-    ]
+    inputs, weights = _wide_views(x, weight, layout)
+    cotangents = [d.to(wide(x.dtype)) for d in layout.outputs(dy)]
     pairs = list(zip(cotangents, inputs, weights, strict=True))
     gradients = (
         [d @ w for d, _, w in pairs],
@@ -55,11 +40,5 @@ def grouped_linear_backward(
     ]
 
 
-def _views(x, weight, rows, in_features, out_features):
-    dtype = wide(x.dtype)
-    inputs = x.split([n * i for n, i in zip(rows, in_features, strict=True)])
-    weights = weight.split([i * o for i, o in zip(in_features, out_features, strict=True)])
-    return (
-        [part.view(n, i).to(dtype) for part, n, i in zip(inputs, rows, in_features, strict=True)],
-        [part.view(o, i).to(dtype) for part, o, i in zip(weights, out_features, in_features, strict=True)],
-    )
+def _wide_views(x: Tensor, weight: Tensor, layout: LinearLayout) -> list[list[Tensor]]:
+    return [[part.to(wide(x.dtype)) for part in parts] for parts in layout.views(x, weight)]

@@ -8,29 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.reference.dtypes import wide
 
 
-def resample2d(
-    x: Tensor,
-    taps: Sequence[float],
-    upward: bool,
-    stride: int,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-) -> Tensor:
-    """As the dispatcher op ``msd_kernels::resample2d``; differentiable in plain autograd."""
-    axes = ((1, out_height), (2, out_width)) if channels_last else ((2, out_height), (3, out_width))
+def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.resample2d`; differentiable in plain autograd."""
+    first = 1 if layout.channels_last else 2
     ys = []
-    for plane in stage_planes(x, counts, channels, height, width, channels_last):
+    for plane in layout.planes(x):
         y = plane.to(wide(x.dtype))
-        for dim, out_size in axes:
-            y = _filter_axis(y, dim, taps, upward, stride, out_size)
+        for dim, out_size in ((first, layout.out_height), (first + 1, layout.out_width)):
+            y = _filter_axis(y, dim, layout.taps, layout.upward, layout.stride, out_size)
         ys.append(y.reshape(-1).to(x.dtype))
     return torch.cat(ys)
 
@@ -48,14 +37,3 @@ def _filter_axis(
     x = F.pad(x, (padding, reach + len(taps) - 1 - padding - x.shape[-1]))
     y = sum(tap * x[..., t : t + reach : step] for t, tap in enumerate(taps))
     return y.movedim(-1, dim)
-
-
-def stage_planes(
-    x: Tensor, counts: Sequence[int], channels: Sequence[int], height: int, width: int, channels_last: bool
-) -> list[Tensor]:
-    """Views of each stage's segment as ``[n, H, W, C]``, or ``[n, C, H, W]`` where x is not channels_last."""
-    segments = x.split([n * c * height * width for n, c in zip(counts, channels, strict=True)])
-    return [
-        part.view(n, height, width, c) if channels_last else part.view(n, c, height, width)
-        for part, n, c in zip(segments, counts, channels, strict=True)
-    ]

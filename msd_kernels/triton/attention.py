@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from msd_kernels import allocate, tuned
+from msd_kernels.layouts import AttentionLayout
 from msd_kernels.triton.attention_plans import (
     INTERPRETED,
     LARGEST_HEAD,
     MAX_LOCAL,
     ROW,
     VECTOR_BYTES,
-    Layout,
     Plan,
+    largest_local_offset,
     plan,
 )
 from msd_kernels.triton.launch import cannot_run, launch
@@ -29,21 +30,20 @@ from msd_kernels.triton.launch import cannot_run, launch
 LARGEST_FLASH = 256
 
 
-def call_of(q: Tensor, layout: Layout, backward: bool = False) -> dict:
-    """What the predicates below look at."""
-    return {"device": q.device, "dtype": q.dtype, "layout": layout, "backward": backward}
-
-
-def cannot(*, device: torch.device, dtype: torch.dtype, layout: Layout, backward: bool) -> str | None:
+def cannot(
+    *, device: torch.device, dtype: torch.dtype, layout: AttentionLayout, backward: bool
+) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     if max(layout.head_dims) > LARGEST_HEAD:
         return f"takes head dimensions up to {LARGEST_HEAD}, got {max(layout.head_dims)}"
-    if layout.largest_local_offset > MAX_LOCAL:
-        return f"one sample may span {MAX_LOCAL} elements, got {layout.largest_local_offset}"
+    if largest_local_offset(layout) > MAX_LOCAL:
+        return f"one sample may span {MAX_LOCAL} elements, got {largest_local_offset(layout)}"
     return cannot_run(device.type, dtype)
 
 
-def slower(*, device: torch.device, dtype: torch.dtype, layout: Layout, backward: bool) -> str | None:
+def slower(
+    *, device: torch.device, dtype: torch.dtype, layout: AttentionLayout, backward: bool
+) -> str | None:
     """Why the library is preferred, or None.
 
     Never for a gradient: SDPA's own backward on CUDA adds with atomics, so the library's is made of matrix products.
@@ -63,20 +63,10 @@ def slower(*, device: torch.device, dtype: torch.dtype, layout: Layout, backward
 
 
 def attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    counts: Sequence[int],
-    heads: Sequence[int],
-    head_dims: Sequence[int],
-    tokens: int,
-    context: int,
-    order: str,
-    scale: float | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, layout: AttentionLayout
 ) -> tuple[Tensor, Tensor]:
-    """As the dispatcher op ``msd_kernels::attention``."""
-    layout = Layout.of(counts, heads, head_dims, tokens, context, order, scale)
-    y, log_sum = allocate.attention_outputs(q, counts, heads, head_dims, tokens)
+    """The output of :func:`msd_kernels.attention` and the log-sum-exp of each row of scores, flat."""
+    y, log_sum = allocate.attention_outputs(q, layout)
     q, k, v = _parts(q, k, v)
     _run("forward", layout, q, q, k, v, y, log_sum)
     return y, log_sum
@@ -89,17 +79,10 @@ def attention_backward(
     v: Tensor | None,
     y: Tensor,
     log_sum: Tensor,
-    counts: Sequence[int],
-    heads: Sequence[int],
-    head_dims: Sequence[int],
-    tokens: int,
-    context: int,
-    order: str,
-    scale: float | None,
+    layout: AttentionLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(q, k, v)``, None where not wanted; for a packed ``q`` one gradient in its layout."""
-    layout = Layout.of(counts, heads, head_dims, tokens, context, order, scale)
     gradients = allocate.gradients_like((q, k, v), wanted)
     dq, dk, dv = _parts(*gradients) if k is None else gradients
     q, k, v = _parts(q, k, v)
@@ -117,7 +100,7 @@ def _parts(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor
     return (q, q, q) if k is None else (q, k, v)
 
 
-def _plan(which: str, layout: Layout, like: Tensor) -> Plan:
+def _plan(which: str, layout: AttentionLayout, like: Tensor) -> Plan:
     arithmetic = tuned.arithmetic(like.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
     parameters = INTERPRETED
     if like.device.type == "cuda":
@@ -125,7 +108,7 @@ def _plan(which: str, layout: Layout, like: Tensor) -> Plan:
     return plan(layout, which, parameters, arithmetic, like.itemsize, like.device)
 
 
-def _run(which: str, layout: Layout, like: Tensor, *tensors: Tensor | None) -> None:
+def _run(which: str, layout: AttentionLayout, like: Tensor, *tensors: Tensor | None) -> None:
     """One launch over all stages."""
     found = _plan(which, layout, like)
     if not found.table.tiles:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from msd_kernels import tuned
-from msd_kernels.triton.attention_plans import FIELDS, Layout, plan
+from msd_kernels.layouts import AttentionLayout
+from msd_kernels.triton.attention_plans import FIELDS, plan
 from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation
 from msd_kernels.triton.table import find_problem, read_number, read_offset
 
@@ -138,7 +139,7 @@ def compilations(architecture: int, kernels: Mapping[tuple[str, bool], object]) 
     for arithmetic, cases in CASES.items():
         element = ELEMENTS[arithmetic]
         for name, (head_dims, tokens, order) in cases.items():
-            layout = Layout.of((1,) * len(head_dims), (1,) * len(head_dims), head_dims, tokens, tokens, order)
+            layout = AttentionLayout(*[(1,) * len(head_dims)] * 2, head_dims, tokens, tokens, order, None)
             for (which, streams), kernel in kernels.items():
                 parameters = tuned.attention(architecture, arithmetic, which)
                 found = plan(layout, which, parameters, arithmetic, ITEMSIZES[element], torch.device("cpu"))

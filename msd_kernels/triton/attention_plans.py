@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import torch
 
+from msd_kernels.layouts import AttentionLayout
 from msd_kernels.triton.plan_cache import Table, cached_plan, make_table
 from msd_kernels.tuned import AttentionParameters, RowTile, StreamTile
 
@@ -58,86 +58,64 @@ _ROW, _STREAM = RowTile(64, 128, 1), (StreamTile(LARGEST_HEAD, 256, 128, 1),)
 INTERPRETED = AttentionParameters(_ROW, _ROW, _ROW, _STREAM, _STREAM, warps=4)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Everything about a call that is known before its data."""
+def is_planar(layout: AttentionLayout) -> bool:
+    """Whether the tokens lie side by side instead of the head dimension."""
+    return layout.order.endswith("t")
 
-    counts: tuple[int, ...]
-    heads: tuple[int, ...]
-    head_dims: tuple[int, ...]
-    tokens: int
-    context: int
-    order: str
-    scale: float | None
 
-    @staticmethod
-    def of(counts, heads, head_dims, tokens, context, order, scale=None) -> Layout:
-        return Layout(tuple(counts), tuple(heads), tuple(head_dims), tokens, context, order, scale)
+def parts_between(layout: AttentionLayout) -> int:
+    """The distance between elements of the head dimension where tokens do not lie side by side."""
+    return 3 if layout.order.endswith("dp") else 1
 
-    @property
-    def stages(self) -> list[int]:
-        """The stages that have samples."""
-        return [stage for stage, count in enumerate(self.counts) if count]
 
-    @property
-    def planar(self) -> bool:
-        """Whether the tokens lie side by side instead of the head dimension."""
-        return self.order.endswith("t")
+def vector(layout: AttentionLayout, itemsize: int) -> int:
+    """Elements per load: 16 bytes' worth where every row and every stage starts at such a place, else 1."""
+    elements = VECTOR_BYTES // itemsize
+    sizes = (layout.tokens, layout.context) if is_planar(layout) else layout.head_dims
+    return 1 if parts_between(layout) > 1 or any(size % elements for size in sizes) else elements
 
-    @property
-    def parts(self) -> int:
-        """The distance between elements of the head dimension where tokens do not lie side by side."""
-        return 3 if self.order.endswith("dp") else 1
 
-    def vector(self, itemsize: int) -> int:
-        """Elements per load: 16 bytes' worth where every row and every stage starts at such a place, else 1."""
-        elements = VECTOR_BYTES // itemsize
-        sizes = (self.tokens, self.context) if self.planar else self.head_dims
-        return 1 if self.parts > 1 or any(size % elements for size in sizes) else elements
+def largest_local_offset(layout: AttentionLayout) -> int:
+    """The largest distance inside one head."""
+    longest = max(layout.tokens, layout.context)
+    return max(
+        _distances(layout.order, h, d, longest)["t"] * longest
+        + _distances(layout.order, h, d, longest)["d"] * d
+        for h, d in zip(layout.heads, layout.head_dims, strict=True)
+    )
 
-    @cached_property
-    def largest_local_offset(self) -> int:
-        """The largest distance inside one head."""
-        longest = max(self.tokens, self.context)
-        return max(
-            _distances(self.order, h, d, longest)["t"] * longest
-            + _distances(self.order, h, d, longest)["d"] * d
-            for h, d in zip(self.heads, self.head_dims, strict=True)
+
+def table_rows(layout: AttentionLayout) -> list[dict[str, int]]:
+    """A table row per stage, without what the launch adds: its tiles."""
+    starts = {"q": 0, "k": 0, "y": 0, "rows": 0}
+    found = []
+    for s, (n, h, d) in enumerate(zip(layout.counts, layout.heads, layout.head_dims, strict=True)):
+        q, k, y = (
+            _distances(layout.order, h, d, layout.tokens),
+            _distances(layout.order, h, d, layout.context),
+            _distances(layout.out_order, h, d, layout.tokens),
         )
-
-    def rows(self) -> list[dict[str, int]]:
-        """A table row per stage, without what the launch adds: its tiles."""
-        output = self.order.replace("p", "")
-        starts = {"q": 0, "k": 0, "y": 0, "rows": 0}
-        found = []
-        for n, h, d in zip(self.counts, self.heads, self.head_dims, strict=True):
-            q, k, y = (
-                _distances(self.order, h, d, self.tokens),
-                _distances(self.order, h, d, self.context),
-                _distances(output, h, d, self.tokens),
-            )
-            if "p" in self.order:
-                places = {"q": starts["q"], "k": starts["q"] + q["p"], "v": starts["q"] + 2 * q["p"]}
-            else:
-                places = {"q": starts["q"], "k": starts["k"], "v": starts["k"]}
-            scale = d**-0.5 if self.scale is None else self.scale
-            (bits,) = struct.unpack("<q", struct.pack("<d", scale))
-            row = {
-                "heads": h,
-                "head_dim": d,
-                "scale": bits,
-                "rows": starts["rows"],
-                "y": starts["y"],
-                **places,
-            }
-            for name, distances in (("q", q), ("k", k), ("y", y)):
-                row[f"{name}_sample"] = distances["n"]
-                row[f"{name}_head"] = distances["h"]
-                row[f"{name}_step"] = distances["d" if self.planar else "t"]
-            found.append(row)
-            sizes = {"q": n * q["n"], "k": n * k["n"], "y": n * y["n"], "rows": n * h * self.tokens}
-            starts = {name: start + sizes[name] for name, start in starts.items()}
-        return found
+        if layout.packed:
+            places = {"q": starts["q"], "k": starts["q"] + q["p"], "v": starts["q"] + 2 * q["p"]}
+        else:
+            places = {"q": starts["q"], "k": starts["k"], "v": starts["k"]}
+        (bits,) = struct.unpack("<q", struct.pack("<d", layout.scale_of(s)))
+        row = {
+            "heads": h,
+            "head_dim": d,
+            "scale": bits,
+            "rows": starts["rows"],
+            "y": starts["y"],
+            **places,
+        }
+        for name, distances in (("q", q), ("k", k), ("y", y)):
+            row[f"{name}_sample"] = distances["n"]
+            row[f"{name}_head"] = distances["h"]
+            row[f"{name}_step"] = distances["d" if is_planar(layout) else "t"]
+        found.append(row)
+        sizes = {"q": n * q["n"], "k": n * k["n"], "y": n * y["n"], "rows": n * h * layout.tokens}
+        starts = {name: start + sizes[name] for name, start in starts.items()}
+    return found
 
 
 def _distances(order: str, heads: int, head_dim: int, tokens: int) -> dict[str, int]:
@@ -166,7 +144,7 @@ class Plan:
 
 @cached_plan
 def plan(
-    layout: Layout,
+    layout: AttentionLayout,
     which: str,
     parameters: AttentionParameters,
     arithmetic: str,
@@ -177,9 +155,9 @@ def plan(
     own, other = layout.tokens, layout.context
     if which == "dkv":
         own, other = other, own
-    single = layout.vector(itemsize) == 1
+    single = vector(layout, itemsize) == 1
     streams = other > ROW
-    rows = layout.rows()
+    rows = table_rows(layout)
     constants = (_cut_streams if streams else _cut_rows)(parameters, rows, own, other, single)
     warps = parameters.warps
     if which != "dkv":
@@ -198,12 +176,12 @@ def plan(
     return Plan(table, streams, constants, warps)
 
 
-def order_constants(layout: Layout, arithmetic: str, itemsize: int) -> dict[str, object]:
+def order_constants(layout: AttentionLayout, arithmetic: str, itemsize: int) -> dict[str, object]:
     """Constants of all kernels that follow from the memory order and the dtype."""
     return {
-        "PLANAR": layout.planar,
-        "PARTS": layout.parts,
-        "ALIGN": layout.vector(itemsize),
+        "PLANAR": is_planar(layout),
+        "PARTS": parts_between(layout),
+        "ALIGN": vector(layout, itemsize),
         "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
     }
 

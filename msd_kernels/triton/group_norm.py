@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels import allocate
+from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.triton.launch import cannot_run, launch
 from msd_kernels.triton.plan_cache import Table, cached_plan, make_table
 
@@ -53,13 +54,10 @@ class Plan:
     constants: dict[str, int]
 
 
-def cannot(
-    *, device_type: str, dtype: torch.dtype, channels: Sequence[int], groups: Sequence[int]
-) -> str | None:
+def cannot(*, device_type: str, dtype: torch.dtype, layout: GroupNormLayout) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    widest = max(c // g for c, g in zip(channels, groups, strict=True))
-    if widest > MAX_COLUMNS:
-        return f"takes up to {MAX_COLUMNS} channels per group, got {widest}"
+    if layout.widest_group > MAX_COLUMNS:
+        return f"takes up to {MAX_COLUMNS} channels per group, got {layout.widest_group}"
     return cannot_run(device_type, dtype)
 
 
@@ -69,48 +67,39 @@ def slower(*, device_type: str, **_) -> str | None:
 
 
 @cached_plan
-def plan(
-    counts: tuple[int, ...],
-    channels: tuple[int, ...],
-    groups: tuple[int, ...],
-    spatial: int,
-    channels_last: bool,
-    device: torch.device,
-) -> Plan:
-    """The tables of one layout, made once."""
-    stages = _stages(counts, channels, groups, _groups_per_block(channels, groups, channels_last), spatial)
-    constants = tile_constants(channels, groups, spatial, channels_last)
+def plan(layout: GroupNormLayout, device: torch.device) -> Plan:
+    """The tables of one layout's sizes, made once."""
+    stages = _stages(layout)
+    constants = tile_constants(layout)
     columns = constants["BC"]
     per_sample = [{**s, "tiles": s["samples"] * -(-s["groups"] // s["groups_per_block"])} for s in stages]
     per_channel = [{**s, "tiles": -(-s["channels"] // columns)} for s in stages]
     return Plan(make_table(per_sample, FIELDS, device), make_table(per_channel, FIELDS, device), constants)
 
 
-def tile_constants(
-    channels: Sequence[int], groups: Sequence[int], spatial: int, channels_last: bool
-) -> dict[str, int]:
+def tile_constants(layout: GroupNormLayout) -> dict[str, int]:
     """The kernels' constexprs for a layout: a tile of BP pixels by BC channels that hold up to GB groups.
 
     Stages whose blocks fit BLOCK_CHANNELS have the same tile whatever other stages they are launched with, and so the
     same bits as alone.
     """
-    per_block = _groups_per_block(channels, groups, channels_last)
-    blocks = [b * (c // g) for b, c, g in zip(per_block, channels, groups, strict=True)]
-    columns = _power_of_two(max(BLOCK_CHANNELS if channels_last else 1, *blocks))
+    per_block = _groups_per_block(layout)
+    blocks = [b * (c // g) for b, c, g in zip(per_block, layout.channels, layout.groups, strict=True)]
+    columns = _power_of_two(max(BLOCK_CHANNELS if layout.channels_last else 1, *blocks))
     return {
-        "CHANNELS_LAST": channels_last,
-        "BP": max(1, min(_power_of_two(spatial), TILE[channels_last] // columns)),
+        "CHANNELS_LAST": layout.channels_last,
+        "BP": max(1, min(_power_of_two(layout.spatial), TILE[layout.channels_last] // columns)),
         "BC": columns,
         "GB": _power_of_two(max(per_block)),
-        "ALIGN": math.gcd(8, *channels, *blocks),
+        "ALIGN": math.gcd(8, *layout.channels, *blocks),
     }
 
 
-def _groups_per_block(channels: Sequence[int], groups: Sequence[int], channels_last: bool) -> list[int]:
+def _groups_per_block(layout: GroupNormLayout) -> list[int]:
     """Whole groups per program: one where each is contiguous (NCHW), else blocks that begin where wide loads can."""
-    if not channels_last:
-        return [1] * len(groups)
-    return [_aligned_groups(c // g, g) for c, g in zip(channels, groups, strict=True)]
+    if not layout.channels_last:
+        return [1] * len(layout.groups)
+    return [_aligned_groups(c // g, g) for c, g in zip(layout.channels, layout.groups, strict=True)]
 
 
 def _aligned_groups(width: int, groups: int) -> int:
@@ -120,13 +109,14 @@ def _aligned_groups(width: int, groups: int) -> int:
     return min(groups, max(unit, BLOCK_CHANNELS // width // unit * unit))
 
 
-def _stages(counts, channels, groups, per_block, spatial) -> list[dict[str, int]]:
+def _stages(layout: GroupNormLayout) -> list[dict[str, int]]:
     """One row per stage: its sizes and where it starts in every buffer."""
     rows = []
     start = {"x": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
-    for n, c, g, b in zip(counts, channels, groups, per_block, strict=True):
+    blocks = _groups_per_block(layout)
+    for n, c, g, b in zip(layout.counts, layout.channels, layout.groups, blocks, strict=True):
         rows.append({"channels": c, "groups": g, "groups_per_block": b, "samples": n, **start})
-        sizes = {"x": n * c * spatial, "per_sample": n * c, "per_channel": c, "stats": n * g}
+        sizes = {"x": n * c * layout.spatial, "per_sample": n * c, "per_channel": c, "stats": n * g}
         start = {name: begin + sizes[name] for name, begin in start.items()}
     return rows
 
@@ -141,29 +131,16 @@ def _kernels() -> ModuleType:
     return import_module("msd_kernels.triton.group_norm_kernels")
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the dispatcher op ``msd_kernels::group_norm``."""
-    y, mean, rstd = allocate.group_norm_outputs(x, counts, groups)
-    layout = plan(tuple(counts), tuple(channels), tuple(groups), spatial, channels_last, x.device)
-    blocks = layout.blocks
+def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
+    y, mean, rstd = allocate.group_norm_outputs(x, layout)
+    planned = plan(layout.sizes, x.device)
+    blocks = planned.blocks
     if blocks.tiles:
         launch(
             _kernels()._group_norm_forward_kernel, blocks.tiles, x,
-            x, weight, bias, scale, shift, y, mean, rstd, blocks.values, spatial, eps,
-            SILU=silu, PROBLEMS=blocks.problems, num_warps=WARPS, **layout.constants,
+            x, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
+            SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -173,35 +150,26 @@ def group_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    groups: Sequence[int],
-    spatial: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
+    affine: Affine,
+    layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted, in two launches."""
-    gradients = allocate.gradients_like((x, weight, bias, scale, shift), wanted)
+    gradients = allocate.gradients_like((x, *affine), wanted)
     dx, dweight, dbias, dscale, dshift = gradients
-    samples = sum(n * c for n, c in zip(counts, channels, strict=True))
+    samples = sum(layout.sample_sizes)
     parts = [None if d is None else x.new_empty(samples, dtype=torch.float32) for d in (dweight, dbias)]
-    layout = plan(tuple(counts), tuple(channels), tuple(groups), spatial, channels_last, x.device)
-    blocks, parameters = layout.blocks, layout.parameters
+    planned = plan(layout.sizes, x.device)
+    blocks, parameters = planned.blocks, planned.parameters
     if blocks.tiles:
         launch(
             _kernels()._group_norm_backward_kernel, blocks.tiles, x,
-            dy, x, mean, rstd, weight, bias, scale, shift, dx, dscale, dshift, *parts, blocks.values, spatial,
-            SILU=silu, PROBLEMS=blocks.problems, num_warps=WARPS, **layout.constants,
+            dy, x, mean, rstd, *affine, dx, dscale, dshift, *parts, blocks.values, layout.spatial,
+            SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
         )  # fmt: skip
     if dweight is not None or dbias is not None:
         launch(
             _kernels()._group_norm_parameters_kernel, parameters.tiles, x,
-            *parts, dweight, dbias, parameters.values, PROBLEMS=parameters.problems, BC=layout.constants["BC"],
+            *parts, dweight, dbias, parameters.values, PROBLEMS=parameters.problems, BC=planned.constants["BC"],
         )  # fmt: skip
     return gradients

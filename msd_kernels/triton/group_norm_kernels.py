@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
+from msd_kernels.layouts import GroupNormLayout
 from msd_kernels.triton.compilation import Compilation
 from msd_kernels.triton.group_norm import FIELDS, WARPS, tile_constants
 from msd_kernels.triton.table import find_problem
@@ -288,7 +289,9 @@ def compilations(architecture: int) -> Iterator[Compilation]:
     for dtype in ("bf16", "fp32"):
         for name, (channels, groups) in LAYOUTS.items():
             for channels_last in (True, False):
-                constants = tile_constants(channels, groups, SPATIAL, channels_last)
+                ones = (1,) * len(channels)
+                layout = GroupNormLayout(ones, channels, groups, SPATIAL, channels_last, 0.0, True)
+                constants = tile_constants(layout)
                 for direction, kernel in kernels.items():
                     arguments = {**shared, **dict.fromkeys(POINTERS[direction], dtype)}
                     yield Compilation(

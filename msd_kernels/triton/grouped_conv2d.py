@@ -15,19 +15,22 @@ import torch
 from torch import Tensor
 
 from msd_kernels import allocate, tuned
+from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.triton import launch as triton_launch
 from msd_kernels.triton.compilation import register_options
 from msd_kernels.triton.plan_cache import Table, cached_plan
 from msd_kernels.triton.problems import (
     MAX_KERNEL,
     MAX_LOCAL,
-    Layout,
     ProductPlan,
     arithmetic_constants,
+    dgrad_modes,
     dgrad_plan,
+    forward_modes,
     forward_plan,
     sum_constants,
     tile_constants,
+    wgrad_modes,
     wgrad_plan,
 )
 
@@ -60,12 +63,7 @@ class PlannedLaunch:
             triton_launch.launch(self.kernel, grid, on, *arguments, **self.options)
 
 
-def call_of(op: str, x: Tensor, layout: Layout) -> dict:
-    """What the predicates below look at."""
-    return {"op": op, "device": x.device, "dtype": x.dtype, "layout": layout}
-
-
-def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) -> str | None:
+def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayout) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     if layout.largest_local_offset > MAX_LOCAL // 2:
         return (
@@ -79,7 +77,7 @@ def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) ->
     return triton_launch.cannot_run(device.type, dtype)
 
 
-def slower(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) -> str | None:
+def slower(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayout) -> str | None:
     """Why the library's loop over the stages is preferred to one launch, or None."""
     if device.type != "cuda":
         return "Triton's interpreter is for tests; force the backend to use it"
@@ -87,7 +85,7 @@ def slower(op: str, device: torch.device, dtype: torch.dtype, layout: Layout) ->
 
 
 @lru_cache(maxsize=4096)
-def _prefers_library(op: str, architecture: int, layout: Layout) -> str | None:
+def _prefers_library(op: str, architecture: int, layout: Conv2dLayout) -> str | None:
     stages = len(list(layout.stages))
     if stages < 2:
         return f"{stages} non-empty stage: one library call is one launch too"
@@ -111,18 +109,10 @@ def grouped_conv2d(
     bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
-    """As the dispatcher op ``msd_kernels::grouped_conv2d``."""
-    layout = Layout.of(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
+    """The flat output of :func:`msd_kernels.grouped_conv2d`."""
     return run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, _arithmetic(x))
 
 
@@ -131,18 +121,10 @@ def grouped_conv2d_backward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    skip_channels: Sequence[int],
-    out_channels: Sequence[int],
-    height: int,
-    width: int,
-    kernel: int,
-    resample: str,
+    layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
-    layout = Layout.of(counts, channels, skip_channels, out_channels, height, width, kernel, resample)
     return run_backward(dy, x, skip, weight, layout, wanted, _arithmetic(x))
 
 
@@ -154,7 +136,7 @@ def _arithmetic(x: Tensor) -> str:
 
 def run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic) -> Tensor:
     """Allocates and computes the output."""
-    y = allocate.grouped_output(x, [n * layout.out_pixels for n in layout.counts], layout.out_channels)
+    y = x.new_empty(sum(layout.out_sizes))
     inputs = (t if t is None else t.contiguous() for t in (x, skip, weight, bias, sample_bias, residual))
     grouped_conv2d_forward(*inputs, y, layout, scale, arithmetic)
     return y
@@ -165,7 +147,7 @@ def run_backward(dy, x, skip, weight, layout, wanted, arithmetic) -> list[Tensor
     dy, x, skip, weight = (t if t is None else t.contiguous() for t in (dy, x, skip, weight))
     dx, dskip, dweight = allocate.gradients_like((x, skip, weight), wanted[:3])
     dbias = weight.new_empty(sum(layout.out_channels)) if wanted[3] else None
-    dsample_bias = allocate.grouped_output(x, layout.counts, layout.out_channels) if wanted[4] else None
+    dsample_bias = x.new_empty(sum(layout.sample_sizes)) if wanted[4] else None
     if dx is not None or dskip is not None:
         grouped_conv2d_dgrad(dy, weight, dx, dskip, layout, arithmetic)
     if dweight is not None or dbias is not None or dsample_bias is not None:
@@ -181,7 +163,7 @@ def grouped_conv2d_forward(
     sample_bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    layout: Layout,
+    layout: Conv2dLayout,
     scale: float,
     arithmetic: str,
     parameters: tuned.ProductParameters | None = None,
@@ -193,7 +175,7 @@ def grouped_conv2d_forward(
 
 @cached_plan
 def _plan_forward(
-    layout: Layout,
+    layout: Conv2dLayout,
     arithmetic: str,
     itemsize: int,
     biased_samples: bool,
@@ -211,11 +193,11 @@ def _plan_forward(
         parameters = replace(parameters, large=None)
     plan = forward_plan(layout, parameters, device)
     kernel = _product_kernels()._grouped_conv2d_forward_kernel
-    return _planned_product(kernel, plan, layout, layout.grid, layout.forward_modes | constants)
+    return _planned_product(kernel, plan, layout, layout.grid, forward_modes(layout) | constants)
 
 
 def _planned_product(
-    kernel, plan: ProductPlan, layout: Layout, grid: tuple[int, int], constants: dict
+    kernel, plan: ProductPlan, layout: Conv2dLayout, grid: tuple[int, int], constants: dict
 ) -> PlannedLaunch:
     options = {
         "PROBLEMS": plan.table.problems,
@@ -230,7 +212,7 @@ def _planned_product(
 
 
 def grouped_conv2d_dgrad(
-    dy: Tensor, weight: Tensor, dx: Tensor | None, dskip: Tensor | None, layout: Layout, arithmetic: str
+    dy: Tensor, weight: Tensor, dx: Tensor | None, dskip: Tensor | None, layout: Conv2dLayout, arithmetic: str
 ) -> None:
     """Writes the gradients of both sources, or of the one that is wanted: one launch."""
     wanted = (dx is not None, dskip is not None)
@@ -240,14 +222,14 @@ def grouped_conv2d_dgrad(
 
 @cached_plan
 def _plan_dgrad(
-    layout: Layout, wanted: tuple[bool, bool], arithmetic: str, itemsize: int, device: torch.device
+    layout: Conv2dLayout, wanted: tuple[bool, bool], arithmetic: str, itemsize: int, device: torch.device
 ) -> PlannedLaunch:
     constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = tuned.product(tuned.architecture_of(device), arithmetic)
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
     plan = dgrad_plan(layout, wanted, parameters, device)
     kernel = _product_kernels()._grouped_conv2d_dgrad_kernel
-    return _planned_product(kernel, plan, layout, layout.source_grid, layout.dgrad_modes | constants)
+    return _planned_product(kernel, plan, layout, layout.source_grid, dgrad_modes(layout) | constants)
 
 
 def grouped_conv2d_wgrad(
@@ -257,7 +239,7 @@ def grouped_conv2d_wgrad(
     dweight: Tensor | None,
     dbias: Tensor | None,
     dsample_bias: Tensor | None,
-    layout: Layout,
+    layout: Conv2dLayout,
     arithmetic: str,
     parameters: tuned.WgradParameters | None = None,
 ) -> None:
@@ -271,7 +253,7 @@ def grouped_conv2d_wgrad(
 
 @cached_plan
 def _plan_wgrad(
-    layout: Layout,
+    layout: Conv2dLayout,
     wanted: tuple[bool, bool, bool],
     arithmetic: str,
     itemsize: int,
@@ -286,7 +268,7 @@ def _plan_wgrad(
     options = {
         "PROBLEMS": plan.partials.problems,
         "KERNEL": layout.kernel,
-        **layout.wgrad_modes,
+        **wgrad_modes(layout),
         **constants,
         **tile_constants(plan.wide, plan.narrow),
         "SUM_ROWS": parameters.sum_rows if plan.pixel_sums else 0,

@@ -20,15 +20,13 @@ import triton
 import triton.language as tl
 
 from msd_kernels import tuned
+from msd_kernels.layouts import HALF, MEAN, SAME, SUM, Conv2dLayout
 from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation, register_options
 from msd_kernels.triton.problems import (
-    HALF,
-    MEAN,
     PRODUCT_FIELDS,
-    SAME,
-    SUM,
-    Layout,
     arithmetic_constants,
+    dgrad_modes,
+    forward_modes,
     is_pooled,
     is_resampled,
     tile_constants,
@@ -556,8 +554,8 @@ def _compilation(
 ) -> Compilation:
     channels = (65 if tiles == "unaligned" else 64,)
     out_channels = (3,) if tiles == "to image" else channels
-    layout = Layout.of((1,), channels, channels, out_channels, 2, 2, kernel, resample)
-    modes = layout.dgrad_modes if adjoint else layout.forward_modes
+    layout = Conv2dLayout((1,), channels, channels, out_channels, 2, 2, kernel, resample)
+    modes = dgrad_modes(layout) if adjoint else forward_modes(layout)
     constants = arithmetic_constants(layout, arithmetic, ITEMSIZES[ELEMENTS[arithmetic]])
     vectors = (
         [constants["VECTOR_IN"]] if tiles == "to image" else [constants["VECTOR_IN"], constants["VECTOR_OUT"]]

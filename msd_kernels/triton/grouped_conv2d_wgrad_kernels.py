@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from msd_kernels import tuned
+from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.triton.compilation import ELEMENTS, ITEMSIZES, Compilation, register_options
 from msd_kernels.triton.grouped_conv2d_product_kernels import (
     both,
@@ -36,11 +37,11 @@ from msd_kernels.triton.problems import (
     TO_WEIGHT,
     WGRAD_FIELDS,
     WIDE,
-    Layout,
     arithmetic_constants,
     is_pooled,
     sum_constants,
     tile_constants,
+    wgrad_modes,
 )
 from msd_kernels.triton.table import find_problem, read_number, read_offset
 
@@ -364,11 +365,11 @@ def _compilation(
     parameters: tuned.WgradParameters, arithmetic: str, kernel: int, resample: str, tiles: str
 ) -> Compilation:
     channels = (65 if tiles == "unaligned" else 64,)
-    layout = Layout.of((1,), channels, channels, channels, 2, 2, kernel, resample)
+    layout = Conv2dLayout((1,), channels, channels, channels, 2, 2, kernel, resample)
     element = ELEMENTS[arithmetic]
     constants = arithmetic_constants(layout, arithmetic, ITEMSIZES[element])
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
-    launch = parameters.launch(is_pooled(layout.wgrad_modes))
+    launch = parameters.launch(is_pooled(wgrad_modes(layout)))
     scalars = {"tiles": "scalar i32", "height": "scalar i32", "width": "scalar i32"}
     return Compilation(
         _grouped_conv2d_wgrad_kernel,
@@ -377,7 +378,7 @@ def _compilation(
         {
             "PROBLEMS": 8,
             "KERNEL": kernel,
-            **layout.wgrad_modes,
+            **wgrad_modes(layout),
             **constants,
             **tile_constants(launch.wide, launch.narrow),
             "SUM_ROWS": parameters.sum_rows,

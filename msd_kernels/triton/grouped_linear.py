@@ -8,38 +8,30 @@ import torch
 from torch import Tensor
 
 from msd_kernels import tuned
-from msd_kernels.triton.grouped_conv2d import call_of, cannot, run_backward, run_forward, slower
-from msd_kernels.triton.problems import Layout
+from msd_kernels.layouts import LinearLayout
+from msd_kernels.triton import grouped_conv2d as conv
+from msd_kernels.triton.grouped_conv2d import run_backward, run_forward
 
-__all__ = ["call_of", "cannot", "grouped_linear", "grouped_linear_backward", "layout_of", "slower"]
-
-
-def layout_of(rows: Sequence[int], in_features: Sequence[int], out_features: Sequence[int]) -> Layout:
-    """The convolution that a grouped linear layer is."""
-    return Layout.of(rows, in_features, (0,) * len(rows), out_features, 1, 1, 1, "none")
+__all__ = ["cannot", "grouped_linear", "grouped_linear_backward", "slower"]
 
 
-def grouped_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Sequence[int],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-) -> Tensor:
-    """As the dispatcher op ``msd_kernels::grouped_linear``."""
-    layout = layout_of(rows, in_features, out_features)
-    return run_forward(x, None, weight, bias, None, None, layout, 1.0, _arithmetic(x))
+def cannot(*, layout: LinearLayout, **call) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    return conv.cannot(layout=layout.conv2d, **call)
+
+
+def slower(*, layout: LinearLayout, **call) -> str | None:
+    """Why the library's loop over the stages is preferred to one launch, or None."""
+    return conv.slower(layout=layout.conv2d, **call)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.grouped_linear`."""
+    return run_forward(x, None, weight, bias, None, None, layout.conv2d, 1.0, _arithmetic(x))
 
 
 def grouped_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rows: Sequence[int],
-    in_features: Sequence[int],
-    out_features: Sequence[int],
-    wanted: Sequence[bool],
+    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias)``, None where not wanted."""
     want_x, want_weight, want_bias = wanted
@@ -48,7 +40,7 @@ def grouped_linear_backward(
         x,
         None,
         weight,
-        layout_of(rows, in_features, out_features),
+        layout.conv2d,
         (want_x, False, want_weight, want_bias, False),
         _arithmetic(x),
     )

@@ -10,14 +10,12 @@ samples have no row. Everything here is arithmetic on shapes; it needs no Triton
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
 
 import torch
 
-from msd_kernels.reference.grouped_conv2d import resampled_size
+from msd_kernels.layouts import MEAN, SAME, SUM, Conv2dLayout, starts
 from msd_kernels.triton.launch import multiprocessors
 from msd_kernels.triton.plan_cache import Table, make_table
 from msd_kernels.tuned import Launch, ProductParameters, Tile, WgradParameters
@@ -67,12 +65,6 @@ SUM_FIELDS = (
 )
 WIDE, NARROW, PIXEL_SUMS = range(3)
 
-# Where a gather finds the value that belongs to a pixel of its grid.
-SAME = 0  # at the pixel
-HALF = 1  # at half the position: an up-sampled source
-MEAN = 2  # the mean of 2×2 pixels: a down-sampled source
-SUM = 3  # the sum of 2×2 pixels: the gradient of an up-sampled source
-
 # Pixels per partial sum of the bias gradient where nobody asks for the sums per sample.
 SUM_CHUNK = 1024
 # Partial sums that one program of the kernel that adds them up adds at once, and elements that it owns: of weights and
@@ -84,124 +76,11 @@ WGRAD_TILES = 1024
 WGRAD_MIN_CHUNK = 512
 # Offsets inside one stage's weight, one image and one chunk of pixels are 32-bit, and so are numbers of pixels.
 MAX_LOCAL = 2**31 - 2**24
-# No tile reaches over more rows, those of a row that is written to 2×2 pixels counted each.
-MOST_ROWS = 1024
 # The taps inside of an image are bits of one number.
 MAX_KERNEL = 15
 # A vector is 16 bytes; channel counts that it divides make every load of a slice 16 bytes wide.
 VECTOR_BYTES = 16
 NO_TILE = Tile(0, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Everything about a grouped convolution that is known before its data."""
-
-    counts: tuple[int, ...]
-    channels: tuple[int, ...]
-    skip_channels: tuple[int, ...]
-    out_channels: tuple[int, ...]
-    height: int
-    width: int
-    kernel: int
-    resample: str
-
-    @staticmethod
-    def of(counts, channels, skip_channels, out_channels, height, width, kernel, resample) -> Layout:
-        """The same object for the same shapes, so that what follows from them is computed once."""
-        lists = (counts, channels, skip_channels, out_channels)
-        return _layout(*map(tuple, lists), height, width, kernel, resample)
-
-    @property
-    def stages(self) -> Iterator[int]:
-        """The stages that have samples."""
-        return (stage for stage, count in enumerate(self.counts) if count)
-
-    @property
-    def taps(self) -> int:
-        return self.kernel**2
-
-    @cached_property
-    def in_channels(self) -> tuple[int, ...]:
-        return tuple(c + d for c, d in zip(self.channels, self.skip_channels, strict=True))
-
-    @cached_property
-    def in_pixels(self) -> int:
-        return self.height * self.width
-
-    @cached_property
-    def out_size(self) -> tuple[int, int]:
-        return resampled_size(self.height, self.width, self.resample)
-
-    @cached_property
-    def out_pixels(self) -> int:
-        return self.out_size[0] * self.out_size[1]
-
-    @cached_property
-    def convolves_first(self) -> bool:
-        """A 1×1 convolution commutes with nearest up-sampling, so it runs on the four times smaller map."""
-        return self.kernel == 1 and self.resample == "up"
-
-    @cached_property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the map that the forward product and the weight gradient run over."""
-        return (self.height, self.width) if self.convolves_first else self.out_size
-
-    @cached_property
-    def source_gather(self) -> int:
-        """How a value of that grid is found in the sources."""
-        return SAME if self.convolves_first else {"none": SAME, "up": HALF, "down": MEAN}[self.resample]
-
-    @cached_property
-    def forward_modes(self) -> dict[str, int]:
-        """Constants of the forward kernel that follow from the resampling."""
-        return {"GATHER": self.source_gather, "REPEAT": self.convolves_first}
-
-    @cached_property
-    def dgrad_modes(self) -> dict[str, int]:
-        """Those of the input gradients' kernel."""
-        return {"GATHER": SUM if self.resample == "up" else SAME, "REPEAT": self.resample == "down"}
-
-    @cached_property
-    def wgrad_modes(self) -> dict[str, int]:
-        """Those of the weight gradients' kernel."""
-        return {"GATHER": self.source_gather, "COTANGENT_GATHER": SUM if self.convolves_first else SAME}
-
-    @cached_property
-    def source_grid(self) -> tuple[int, int]:
-        """Height and width of the map that the product of the input gradients runs over."""
-        return self.out_size if self.resample == "down" else (self.height, self.width)
-
-    @cached_property
-    def weight_sizes(self) -> tuple[int, ...]:
-        return tuple(o * self.taps * i for o, i in zip(self.out_channels, self.in_channels, strict=True))
-
-    def offsets(self, channels: Sequence[int], pixels: int) -> list[int]:
-        """The first element of each stage in a flat buffer of ``[n, pixels, channels]`` segments."""
-        return starts(n * pixels * c for n, c in zip(self.counts, channels, strict=True))
-
-    @cached_property
-    def flops(self) -> int:
-        """Of the forward pass: two per multiplication."""
-        rows = (n * self.out_pixels for n in self.counts)
-        return 2 * sum(r * size for r, size in zip(rows, self.weight_sizes, strict=True))
-
-    @cached_property
-    def largest_local_offset(self) -> int:
-        """The largest distance inside one image, one weight or the rows of one tile."""
-        pixels = max(self.in_pixels, self.out_pixels)
-        widest = max(*self.channels, *self.skip_channels, *self.out_channels)
-        return max(pixels * widest, MOST_ROWS * widest, *self.weight_sizes)
-
-    @cached_property
-    def most_pixels(self) -> int:
-        """Of a stage's samples together, in the larger of both maps."""
-        return max(self.counts, default=0) * max(self.in_pixels, self.out_pixels)
-
-
-@lru_cache(maxsize=4096)
-def _layout(*shapes) -> Layout:
-    return Layout(*shapes)
 
 
 @dataclass(frozen=True)
@@ -227,9 +106,19 @@ class WgradPlan:
     workspace: int
 
 
-def starts(sizes) -> list[int]:
-    """The first element of each of several consecutive blocks."""
-    return list(accumulate(sizes, initial=0))[:-1]
+def forward_modes(layout: Conv2dLayout) -> dict[str, int]:
+    """Constants of the forward kernel that follow from the resampling."""
+    return {"GATHER": layout.source_gather, "REPEAT": layout.convolves_first}
+
+
+def dgrad_modes(layout: Conv2dLayout) -> dict[str, int]:
+    """Of the input gradients' kernel."""
+    return {"GATHER": SUM if layout.resample == "up" else SAME, "REPEAT": layout.resample == "down"}
+
+
+def wgrad_modes(layout: Conv2dLayout) -> dict[str, int]:
+    """Of the weight gradients' kernel."""
+    return {"GATHER": layout.source_gather, "COTANGENT_GATHER": SUM if layout.convolves_first else SAME}
 
 
 def vector(itemsize: int, channels: Sequence[int]) -> int:
@@ -238,7 +127,7 @@ def vector(itemsize: int, channels: Sequence[int]) -> int:
     return elements if all(c % elements == 0 for c in channels) else 1
 
 
-def arithmetic_constants(layout: Layout, arithmetic: str, itemsize: int) -> dict[str, int | str]:
+def arithmetic_constants(layout: Conv2dLayout, arithmetic: str, itemsize: int) -> dict[str, int | str]:
     """Constants of all kernels that follow from the dtype and from what divides the channel counts."""
     return {
         "VECTOR_IN": vector(itemsize, (*layout.channels, *layout.skip_channels)),
@@ -262,7 +151,7 @@ def tile_constants(wide: Tile | None, narrow: Tile | None) -> dict[str, int]:
     }
 
 
-def forward_plan(layout: Layout, parameters: ProductParameters, device: torch.device) -> ProductPlan:
+def forward_plan(layout: Conv2dLayout, parameters: ProductParameters, device: torch.device) -> ProductPlan:
     """Rows: pixels of the grid. Columns: out channels. Depth: taps × both sources' channels."""
     rows = math.prod(layout.grid)
     sources = (
@@ -288,11 +177,11 @@ def forward_plan(layout: Layout, parameters: ProductParameters, device: torch.de
         }
         for s in layout.stages
     ]
-    return _product_plan(problems, parameters, layout.forward_modes, device)
+    return _product_plan(problems, parameters, forward_modes(layout), device)
 
 
 def dgrad_plan(
-    layout: Layout, wanted: tuple[bool, bool], parameters: ProductParameters, device: torch.device
+    layout: Conv2dLayout, wanted: tuple[bool, bool], parameters: ProductParameters, device: torch.device
 ) -> ProductPlan:
     """Rows: pixels of the source grid. Columns: the source's channels. Depth: taps × out channels."""
     rows = math.prod(layout.source_grid)
@@ -314,7 +203,7 @@ def dgrad_plan(
             for s in layout.stages
             if wanted[target] and widths[s]
         ]
-    return _product_plan(problems, parameters, layout.dgrad_modes, device)
+    return _product_plan(problems, parameters, dgrad_modes(layout), device)
 
 
 def is_pooled(modes: dict[str, int]) -> bool:
@@ -368,7 +257,7 @@ def _time(problems: list[dict], launch: Launch, speed: float, device: torch.devi
 
 
 def wgrad_plan(
-    layout: Layout,
+    layout: Conv2dLayout,
     wanted: tuple[bool, bool, bool],
     parameters: WgradParameters,
     device: torch.device,
@@ -378,7 +267,7 @@ def wgrad_plan(
     The pixels are cut into chunks of one length, the same for all stages, that follows from the shapes alone.
     """
     want_weight, want_bias, want_sample_bias = wanted
-    launch = parameters.launch(is_pooled(layout.wgrad_modes))
+    launch = parameters.launch(is_pooled(wgrad_modes(layout)))
     partials, sums = [], []
     workspace = _weight_gradients(layout, launch, partials, sums) if want_weight else 0
     if want_bias or want_sample_bias:
@@ -394,7 +283,7 @@ def wgrad_plan(
     )
 
 
-def _weight_gradients(layout: Layout, launch: Launch, partials: list, sums: list) -> int:
+def _weight_gradients(layout: Conv2dLayout, launch: Launch, partials: list, sums: list) -> int:
     """Appends the problems of the weight gradients; returns the size of their workspace."""
     rows = [n * math.prod(layout.grid) for n in layout.counts]
     pieces = [
@@ -427,7 +316,7 @@ def _weight_gradients(layout: Layout, launch: Launch, partials: list, sums: list
     return sum(t * size for t, size in zip(terms, layout.weight_sizes, strict=True))
 
 
-def _weight_tiles(layout: Layout, launch: Launch, stage: int, origin: int) -> dict:
+def _weight_tiles(layout: Conv2dLayout, launch: Launch, stage: int, origin: int) -> dict:
     """One source of one stage: the part of a problem that does not depend on the chunks."""
     widths = (layout.channels, layout.skip_channels)[origin]
     out_channels = layout.out_channels[stage]

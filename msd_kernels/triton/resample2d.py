@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from msd_kernels import allocate
+from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.triton.group_norm import slower
 from msd_kernels.triton.launch import cannot_run, launch, multiprocessors
 from msd_kernels.triton.plan_cache import Table, cached_plan, make_table
@@ -82,28 +82,21 @@ def tile_constants(channels: Sequence[int], out_width: int, channels_last: bool)
 
 
 @cached_plan
-def plan(
-    counts: tuple[int, ...],
-    channels: tuple[int, ...],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-    device: torch.device,
-) -> Plan:
+def plan(layout: Resample2dLayout, device: torch.device) -> Plan:
     """The table of one layout, made once."""
-    row_elements = max(width, out_width) * max(channels)
+    row_elements = max(layout.width, layout.out_width) * max(layout.channels)
     if row_elements > MAX_ROW:
         raise ValueError(f"resample2d: rows of up to {MAX_ROW} elements can be offset, got {row_elements}")
-    constants = tile_constants(channels, out_width, channels_last)
-    columns = _ceil_div(out_width, constants["BX"])
-    slabs = [n * columns * _ceil_div(c, constants["BC"]) for n, c in zip(counts, channels, strict=True)]
-    rows = _rows_of_tile(sum(slabs), out_height, device)
+    constants = tile_constants(layout.channels, layout.out_width, layout.channels_last)
+    columns = _ceil_div(layout.out_width, constants["BX"])
+    stages = list(zip(layout.counts, layout.channels, strict=True))
+    slabs = [n * columns * _ceil_div(c, constants["BC"]) for n, c in stages]
+    rows = _rows_of_tile(sum(slabs), layout.out_height, device)
     problems, start = [], {"x": 0, "y": 0}
-    for n, c, slab in zip(counts, channels, slabs, strict=True):
-        problems.append({"channels": c, "tiles": slab * _ceil_div(out_height, rows), **start})
-        x_size, y_size = n * c * height * width, n * c * out_height * out_width
+    for (n, c), slab in zip(stages, slabs, strict=True):
+        problems.append({"channels": c, "tiles": slab * _ceil_div(layout.out_height, rows), **start})
+        x_size = n * c * layout.height * layout.width
+        y_size = n * c * layout.out_height * layout.out_width
         start = {"x": start["x"] + x_size, "y": start["y"] + y_size}
     return Plan(make_table(problems, FIELDS, device), rows, constants)
 
@@ -133,27 +126,15 @@ def _kernels() -> ModuleType:
     return import_module("msd_kernels.triton.resample2d_kernels")
 
 
-def resample2d(
-    x: Tensor,
-    taps: Sequence[float],
-    upward: bool,
-    stride: int,
-    counts: Sequence[int],
-    channels: Sequence[int],
-    height: int,
-    width: int,
-    out_height: int,
-    out_width: int,
-    channels_last: bool,
-) -> Tensor:
-    """As the dispatcher op ``msd_kernels::resample2d``."""
-    y = allocate.grouped_output(x, [n * out_height * out_width for n in counts], channels)
-    sizes = (height, width, out_height, out_width)
-    layout = plan(tuple(counts), tuple(channels), *sizes, channels_last, x.device)
-    if layout.tiles.tiles:
+def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.resample2d`."""
+    y = x.new_empty(layout.out_elements)
+    made = plan(layout._replace(taps=(), upward=False, stride=1), x.device)
+    if made.tiles.tiles:
         launch(
-            _kernels()._resample2d_kernel, layout.tiles.tiles, x,
-            x, y, layout.tiles.values, *sizes, layout.rows,
-            TAPS=tuple(taps), UPWARD=upward, STRIDE=stride, PROBLEMS=layout.tiles.problems, **layout.constants,
+            _kernels()._resample2d_kernel, made.tiles.tiles, x,
+            x, y, made.tiles.values, layout.height, layout.width, layout.out_height, layout.out_width, made.rows,
+            TAPS=layout.taps, UPWARD=layout.upward, STRIDE=layout.stride,
+            PROBLEMS=made.tiles.problems, **made.constants,
         )  # fmt: skip
     return y

@@ -12,7 +12,7 @@ from attention_checks import check_close
 from helpers import exact_float32, waiting_is_an_error
 from msd_kernels import StageBatch, attention, explain
 from msd_kernels.backends import use
-from msd_kernels.reference.attention import stage_heads, stage_outputs
+from msd_kernels.layouts import AttentionLayout
 from msd_kernels.triton import attention as implementation
 from msd_kernels.triton import launch
 
@@ -23,40 +23,34 @@ pytestmark = [
 ]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# counts, heads, head_dims, tokens, context, order
 LAYOUTS = {
-    "EDM 16x16": ((3, 1, 2), (1, 1, 1), (384, 256, 32), 256, 256, "nthd"),
-    "EDM 16x16 interleaved": ((3, 1, 2), (1, 1, 1), (384, 256, 32), 256, 256, "nthdp"),
-    "EDM 8x8 interleaved": ((2, 0, 3), (1, 1, 1), (384, 256, 32), 64, 64, "nthdp"),
-    "one image, NCHW": ((2,), (1,), (384,), 256, 256, "nhpdt"),
-    "several heads": ((1, 2, 1), (6, 4, 2), (32, 40, 24), 200, 200, "ntphd"),
-    "odd sizes": ((2, 1), (3, 1), (20, 33), 37, 37, "nthpd"),
-    "one token": ((3,), (2,), (64,), 1, 1, "nhtd"),
-    "context of one token": ((2, 2), (2, 1), (64, 160), 100, 1, "nthd"),
-    "cross attention": ((2, 1), (4, 2), (40, 32), 1024, 77, "nthd"),
-    "long context": ((1, 1), (2, 2), (16, 64), 50, 1000, "nthd"),
-    "LDM": ((1, 1, 1), (8, 6, 4), (32, 32, 32), 1024, 1024, "nthpd"),
-    "streamed stages": ((1, 1, 1), (1, 1, 1), (384, 256, 32), 700, 700, "nthd"),
-    "streamed planar": ((1,), (2,), (80,), 320, 320, "nphdt"),
-    "largest head": ((1,), (1,), (512,), 300, 300, "nthd"),
-    "4096 tokens": ((1,), (2,), (40,), 4096, 4096, "nhtd"),
+    "EDM 16x16": AttentionLayout((3, 1, 2), (1, 1, 1), (384, 256, 32), 256, 256, "nthd", None),
+    "EDM 16x16 interleaved": AttentionLayout((3, 1, 2), (1, 1, 1), (384, 256, 32), 256, 256, "nthdp", None),
+    "EDM 8x8 interleaved": AttentionLayout((2, 0, 3), (1, 1, 1), (384, 256, 32), 64, 64, "nthdp", None),
+    "one image, NCHW": AttentionLayout((2,), (1,), (384,), 256, 256, "nhpdt", None),
+    "several heads": AttentionLayout((1, 2, 1), (6, 4, 2), (32, 40, 24), 200, 200, "ntphd", None),
+    "odd sizes": AttentionLayout((2, 1), (3, 1), (20, 33), 37, 37, "nthpd", None),
+    "one token": AttentionLayout((3,), (2,), (64,), 1, 1, "nhtd", None),
+    "context of one token": AttentionLayout((2, 2), (2, 1), (64, 160), 100, 1, "nthd", None),
+    "cross attention": AttentionLayout((2, 1), (4, 2), (40, 32), 1024, 77, "nthd", None),
+    "long context": AttentionLayout((1, 1), (2, 2), (16, 64), 50, 1000, "nthd", None),
+    "LDM": AttentionLayout((1, 1, 1), (8, 6, 4), (32, 32, 32), 1024, 1024, "nthpd", None),
+    "streamed stages": AttentionLayout((1, 1, 1), (1, 1, 1), (384, 256, 32), 700, 700, "nthd", None),
+    "streamed planar": AttentionLayout((1,), (2,), (80,), 320, 320, "nphdt", None),
+    "largest head": AttentionLayout((1,), (1,), (512,), 300, 300, "nthd", None),
+    "4096 tokens": AttentionLayout((1,), (2,), (40,), 4096, 4096, "nhtd", None),
 }
 EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def make_inputs(layout, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor | None]:
     """q, k, v and the cotangent on the GPU; ``scale`` is the size of q."""
-    counts, heads, head_dims, tokens, context, order = layout
-    channels = sum(n * h * d for n, h, d in zip(counts, heads, head_dims, strict=True))
+    size, context = sum(layout.out_sizes), sum(layout.out_sizes) // layout.tokens * layout.context
     generator = torch.Generator("cuda").manual_seed(7)
-    sizes = (
-        [3 * channels * tokens, None, None]
-        if "p" in order
-        else [channels * n for n in (tokens, context, context)]
-    )
+    sizes = [3 * size, None, None] if layout.packed else [size, context, context]
     drawn = [
         None if n is None else torch.randn(n, generator=generator, device="cuda").to(dtype)
-        for n in (*sizes, channels * tokens)
+        for n in (*sizes, size)
     ]
     drawn[0] *= scale
     return drawn
@@ -65,22 +59,16 @@ def make_inputs(layout, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor |
 def run(tensors: Sequence[Tensor | None], layout) -> list[Tensor | None]:
     """The output and all gradients."""
     q, k, v, dy = tensors
-    y, log_sum = implementation.attention(q, k, v, *layout, None)
+    y, log_sum = implementation.attention(q, k, v, layout)
     wanted = [t is not None for t in (q, k, v)]
-    return [y, *implementation.attention_backward(dy, q, k, v, y, log_sum, *layout, None, wanted)]
+    return [y, *implementation.attention_backward(dy, q, k, v, y, log_sum, layout, wanted)]
 
 
 def check(tensors: Sequence[Tensor | None], found: Sequence[Tensor | None], layout) -> None:
-    counts, heads, head_dims, tokens, context, order = layout
     *inputs, dy = tensors
     y, *gradients = found
-    shape = (counts, heads, head_dims, tokens)
     stages = zip(
-        stage_heads(*inputs, *shape, context, order),
-        stage_outputs(dy, *shape, order),
-        stage_outputs(y, *shape, order),
-        stage_heads(*gradients, *shape, context, order),
-        strict=True,
+        layout.inputs(*inputs), layout.outputs(dy), layout.outputs(y), layout.inputs(*gradients), strict=True
     )
     for qkv, cotangent, output, dqkv in stages:
         if output.numel():
@@ -136,7 +124,7 @@ def test_the_librarys_log_sum_serves_the_backward_here():
 def test_new_counts_never_wait_for_the_device():
     layout = LAYOUTS["EDM 16x16"]
     run(make_inputs(layout, torch.bfloat16), layout)  # compiles
-    others = ((2, 1, 3), *layout[1:]), ((1, 0, 4), *layout[1:])
+    others = layout._replace(counts=(2, 1, 3)), layout._replace(counts=(1, 0, 4))
     inputs = [make_inputs(other, torch.bfloat16) for other in others]
     torch.cuda.synchronize()
     with waiting_is_an_error():
@@ -148,7 +136,7 @@ def test_new_counts_never_wait_for_the_device():
 @pytest.mark.parametrize("planned_before", [True, False], ids=["planned before", "planned inside"])
 def test_a_captured_step_replays_with_new_data(name, planned_before):
     known = LAYOUTS[name]
-    layout = known if planned_before else ((1, 3, 1), *known[1:])
+    layout = known if planned_before else known._replace(counts=(1, 3, 1))
     run(make_inputs(known, torch.bfloat16), known)
     tensors = make_inputs(layout, torch.bfloat16)
     torch.cuda.synchronize()
@@ -168,10 +156,10 @@ def test_tensors_beyond_32_bit_offsets():
     free, _ = torch.cuda.mem_get_info()
     if free < 40 * 2**30:
         pytest.skip(f"needs 40 GiB of free device memory, {free / 2**30:.0f} are free")
-    layout = ((2**17 + 8, 1), (1, 1), (64, 32), 256, 256, "nthd")
-    size = (layout[0][0] * 64 + 32) * 256
+    layout = AttentionLayout((2**17 + 8, 1), (1, 1), (64, 32), 256, 256, "nthd", None)
+    size = sum(layout.out_sizes)
     q, k, v = (torch.zeros(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     v[-(64 + 32) * 256 :] = 1
-    y, _ = implementation.attention(q, k, v, *layout, None)
+    y, _ = implementation.attention(q, k, v, layout)
     assert y[: -(64 + 32) * 256].count_nonzero().item() == 0
     assert (y[-(64 + 32) * 256 :] == 1).all()

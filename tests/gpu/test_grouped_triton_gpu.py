@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import ROUNDING, assert_elements_close, exact_float32, waiting_is_an_error
+from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.reference import grouped_conv2d as reference
 from msd_kernels.triton import grouped_conv2d as implementation
 from msd_kernels.triton import launch
@@ -19,35 +20,30 @@ pytestmark = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Roundings to float32 per sum, times the sum of the terms' absolute values: tensor cores truncate some of them.
 SUM_ROUNDINGS = 32
-# counts, channels, skip_channels, out_channels, height, width, kernel, resample
 LAYOUTS = {
-    "EDM 16x16": ((3, 1, 2), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none"),
-    "one stage": ((2,), (160,), (0,), (96,), 9, 7, 3, "none"),
-    "empty stage": ((2, 0, 1), (64, 128, 32), (0, 0, 0), (32, 64, 128), 8, 8, 1, "none"),
-    "odd channels": ((2, 1), (3, 5), (0, 0), (12, 40), 7, 5, 3, "none"),
-    "up": ((1, 2), (256, 32), (0, 0), (256, 32), 8, 8, 3, "up"),
-    "up 1x1": ((1, 2), (256, 32), (0, 0), (384, 32), 8, 8, 1, "up"),
-    "down": ((1, 2), (128, 32), (0, 0), (128, 32), 16, 8, 3, "down"),
-    "linear": ((300, 4, 9), (512, 512, 512), (0, 0, 0), (384, 256, 32), 1, 1, 1, "none"),
-    "linear, few rows": ((5, 3, 8), (512, 512, 512), (0, 0, 0), (384, 256, 32), 1, 1, 1, "none"),
+    "EDM 16x16": Conv2dLayout((3, 1, 2), (384, 256, 32), (256, 256, 256), (384, 256, 32), 16, 16, 3, "none"),
+    "one stage": Conv2dLayout((2,), (160,), (0,), (96,), 9, 7, 3, "none"),
+    "empty stage": Conv2dLayout((2, 0, 1), (64, 128, 32), (0, 0, 0), (32, 64, 128), 8, 8, 1, "none"),
+    "odd channels": Conv2dLayout((2, 1), (3, 5), (0, 0), (12, 40), 7, 5, 3, "none"),
+    "up": Conv2dLayout((1, 2), (256, 32), (0, 0), (256, 32), 8, 8, 3, "up"),
+    "up 1x1": Conv2dLayout((1, 2), (256, 32), (0, 0), (384, 32), 8, 8, 1, "up"),
+    "down": Conv2dLayout((1, 2), (128, 32), (0, 0), (128, 32), 16, 8, 3, "down"),
+    "linear": Conv2dLayout((300, 4, 9), (512, 512, 512), (0, 0, 0), (384, 256, 32), 1, 1, 1, "none"),
+    "linear, few rows": Conv2dLayout((5, 3, 8), (512, 512, 512), (0, 0, 0), (384, 256, 32), 1, 1, 1, "none"),
 }
 EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def make_inputs(layout, dtype):
     """x, skip, weight, bias, sample_bias, residual and the cotangent on the GPU."""
-    counts, channels, skip_channels, out_channels, height, width, kernel, resample = layout
-    out_height, out_width = reference.resampled_size(height, width, resample)
-    stages = list(zip(counts, channels, skip_channels, out_channels, strict=True))
-    outputs = sum(n * o for n, _, _, o in stages)
     sizes = (
-        sum(n * c for n, c, _, _ in stages) * height * width,
-        sum(n * d for n, _, d, _ in stages) * height * width,
-        sum(o * (c + d) for _, c, d, o in stages) * kernel**2,
-        sum(out_channels),
-        outputs,
-        outputs * out_height * out_width,
-        outputs * out_height * out_width,
+        sum(layout.source_sizes(layout.channels)),
+        sum(layout.source_sizes(layout.skip_channels)),
+        sum(layout.weight_sizes),
+        sum(layout.out_channels),
+        sum(layout.sample_sizes),
+        sum(layout.out_sizes),
+        sum(layout.out_sizes),
     )
     generator = torch.Generator("cuda").manual_seed(7)
     return [torch.randn(n, generator=generator, device="cuda").to(dtype) if n else None for n in sizes]
@@ -56,17 +52,17 @@ def make_inputs(layout, dtype):
 def run(tensors, layout):
     """The output and all gradients."""
     x, skip, weight, bias, sample_bias, residual, dy = tensors
-    y = implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, *layout, 0.7)
+    y = implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, layout, 0.7)
     wanted = [True, skip is not None, True, True, True]
-    return [y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)]
+    return [y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)]
 
 
 def run_reference(tensors, layout, function=lambda t: t):
     wide = [None if t is None else function(t.double()) for t in tensors]
     x, skip, weight, *_, dy = wide
-    y = reference.grouped_conv2d(*wide[:6], *layout, 0.7)
+    y = reference.grouped_conv2d(*wide[:6], layout, 0.7)
     wanted = [True, skip is not None, True, True, True]
-    return [y, *reference.grouped_conv2d_backward(dy, x, skip, weight, *layout, wanted)]
+    return [y, *reference.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)]
 
 
 @EACH_LAYOUT
@@ -76,7 +72,7 @@ def test_results_equal_float64(layout, dtype):
     with exact_float32(torch.backends.cudnn.conv):
         found = run(tensors, layout)
     magnitudes = run_reference(tensors, layout, torch.abs)
-    pooled = ROUNDING[dtype] if layout[-1] != "none" else 0
+    pooled = ROUNDING[dtype] if layout.resample != "none" else 0
     for actual, expected, magnitude in zip(found, run_reference(tensors, layout), magnitudes, strict=True):
         if actual is not None:
             atol = (SUM_ROUNDINGS * ROUNDING[torch.float32] + pooled) * magnitude.cpu()
@@ -94,7 +90,7 @@ def test_new_counts_never_wait_for_the_device():
     layout = LAYOUTS["EDM 16x16"]
     tensors = make_inputs(layout, torch.bfloat16)
     run(tensors, layout)  # compiles
-    others = ((2, 1, 3), *layout[1:]), ((1, 0, 4), *layout[1:])
+    others = layout._replace(counts=(2, 1, 3)), layout._replace(counts=(1, 0, 4))
     inputs = [make_inputs(other, torch.bfloat16) for other in others]
     torch.cuda.synchronize()
     with waiting_is_an_error():
@@ -106,7 +102,7 @@ def test_new_counts_never_wait_for_the_device():
 def test_a_captured_step_replays_with_new_data(planned_before):
     layout = LAYOUTS["EDM 16x16"]
     if not planned_before:
-        layout = ((1, 3, 1), *layout[1:])
+        layout = layout._replace(counts=(1, 3, 1))
     tensors = make_inputs(layout, torch.bfloat16)
     warm = tensors if planned_before else make_inputs(LAYOUTS["EDM 16x16"], torch.bfloat16)
     run(warm, layout if planned_before else LAYOUTS["EDM 16x16"])
@@ -124,14 +120,14 @@ def test_a_captured_step_replays_with_new_data(planned_before):
 
 def test_tensors_beyond_32_bit_offsets():
     free, _ = torch.cuda.mem_get_info()
-    layout = ((2**21 + 8, 3), (1024, 32), (0, 0), (16, 16), 1, 1, 1, "none")
+    layout = Conv2dLayout((2**21 + 8, 3), (1024, 32), (0, 0), (16, 16), 1, 1, 1, "none")
     if free < 20 * 2**30:
         pytest.skip(f"needs 20 GiB of free device memory, {free / 2**30:.0f} are free")
-    rows, channels = layout[0][0], layout[1][0]
+    rows, channels = layout.counts[0], layout.channels[0]
     x = torch.zeros(rows * channels + 3 * 32, device="cuda", dtype=torch.bfloat16)
     x[-3 * 32 - channels :] = 1
     weight = torch.ones(16 * (1024 + 32), device="cuda", dtype=torch.bfloat16)
-    y = implementation.grouped_conv2d(x, None, weight, None, None, None, *layout, 1.0)
+    y = implementation.grouped_conv2d(x, None, weight, None, None, None, layout, 1.0)
     assert y[: (rows - 1) * 16].count_nonzero().item() == 0
     assert (y[(rows - 1) * 16 : rows * 16] == 1024).all()
     assert (y[rows * 16 :] == 32).all()

@@ -17,6 +17,7 @@ from attention_checks import check_close, dense, pixels_as_tokens, run, unpack  
 from helpers import poisoned_memory, stage_batch  # noqa: E402
 from msd_kernels import attention, explain, tuned  # noqa: E402
 from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.layouts import AttentionLayout  # noqa: E402
 from msd_kernels.ops.attention import PACKED_ORDERS  # noqa: E402
 from msd_kernels.triton import attention as implementation  # noqa: E402
 from msd_kernels.triton import attention_plans as plans  # noqa: E402
@@ -232,7 +233,7 @@ def test_tiles_of_the_committed_tables_equal_the_formula(shape, arithmetic, monk
 @pytest.mark.parametrize("which", ["forward", "dq", "dkv"])
 @pytest.mark.parametrize("tokens", [6, 258])
 def test_nothing_is_written_beside_the_results(which, tokens, generator):
-    guard, layout = 64, plans.Layout.of((1, 2), (1, 2), (24, 3), tokens, tokens, "nthd")
+    guard, layout = 64, AttentionLayout((1, 2), (1, 2), (24, 3), tokens, tokens, "nthd", None)
     size, rows = tokens * (24 + 2 * 6), tokens * (1 + 4)
 
     def guarded(n: int) -> Tensor:

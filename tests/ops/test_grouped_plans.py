@@ -13,14 +13,15 @@ import torch
 import msd_kernels
 from helpers import import_benchmarks
 from msd_kernels import tuned
+from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.triton import grouped_conv2d as triton
 from msd_kernels.triton import plan_cache, problems
-from msd_kernels.triton.problems import PRODUCT_FIELDS, SUM_FIELDS, WGRAD_FIELDS, Layout
+from msd_kernels.triton.problems import PRODUCT_FIELDS, SUM_FIELDS, WGRAD_FIELDS
 
 CPU = torch.device("cpu")
 PRODUCT = tuned.product(90, "half")
 WGRAD = tuned.wgrad(90, "half")
-EDM = Layout((60, 0, 3), (384, 256, 32), (256, 256, 256), (384, 256, 32), 32, 32, 3, "none")
+EDM = Conv2dLayout((60, 0, 3), (384, 256, 32), (256, 256, 256), (384, 256, 32), 32, 32, 3, "none")
 HOT_PATH = ("grouped_conv2d.py", "grouped_linear.py", "problems.py", "plan_cache.py", "launch.py")
 
 
@@ -47,7 +48,7 @@ def test_forward_covers_every_tile_once():
 
 
 def test_longest_tiles_come_first():
-    layout = replace(EDM, counts=(1, 2, 3), channels=(64, 256, 128), out_channels=(64, 64, 64))
+    layout = EDM._replace(counts=(1, 2, 3), channels=(64, 256, 128), out_channels=(64, 64, 64))
     plan = problems.forward_plan(layout, PRODUCT, CPU)
     assert [p["channels"] for p in rows(plan.table, PRODUCT_FIELDS)] == [256, 128, 64]
 
@@ -63,7 +64,7 @@ def test_dgrad_serves_both_sources_in_one_table():
 @pytest.mark.parametrize("stages", [1, 3, 64])
 def test_tables_grow_with_stages_alone(stages):
     few, many = (
-        Layout((n,) * stages, (64,) * stages, (0,) * stages, (64,) * stages, 8, 8, 3, "none")
+        Conv2dLayout((n,) * stages, (64,) * stages, (0,) * stages, (64,) * stages, 8, 8, 3, "none")
         for n in (1, 999)
     )
     shapes = {problems.forward_plan(layout, PRODUCT, CPU).table.values.shape for layout in (few, many)}
@@ -71,7 +72,7 @@ def test_tables_grow_with_stages_alone(stages):
 
 
 def test_offsets_are_64_bit():
-    layout = Layout((40_000, 8), (64, 64), (0, 0), (64, 64), 32, 32, 1, "none")
+    layout = Conv2dLayout((40_000, 8), (64, 64), (0, 0), (64, 64), 32, 32, 1, "none")
     last = rows(problems.forward_plan(layout, PRODUCT, CPU).table, PRODUCT_FIELDS)[-1]
     assert last["result"] == 40_000 * 1024 * 64 > 2**31
 
@@ -96,27 +97,24 @@ def test_wgrad_partial_sums_fill_the_workspace_without_overlap():
 
 def test_wgrad_cuts_long_sums_into_many_tiles():
     small = problems.wgrad_plan(EDM, (True, False, False), WGRAD, CPU)
-    large = problems.wgrad_plan(replace(EDM, counts=(600, 0, 30)), (True, False, False), WGRAD, CPU)
+    large = problems.wgrad_plan(EDM._replace(counts=(600, 0, 30)), (True, False, False), WGRAD, CPU)
     assert large.partials.tiles >= problems.WGRAD_TILES * 0.9
     assert {p["chunk"] % WGRAD.wide.k for p in rows(large.partials, WGRAD_FIELDS)} == {0}
     assert small.partials.tiles > 0
 
 
-def planned(layout: Layout, arithmetic: str = "half", itemsize: int = 2, biased_samples: bool = False):
+def planned(layout: Conv2dLayout, arithmetic: str = "half", itemsize: int = 2, biased_samples: bool = False):
     return triton._plan_forward(layout, arithmetic, itemsize, biased_samples, PRODUCT, CPU)
 
 
 def test_plans_are_cached_per_shapes():
-    assert planned(EDM) is planned(replace(EDM))
-    assert planned(EDM) is not planned(replace(EDM, counts=(1, 1, 1)))
-    assert Layout.of([1, 2], *[[4, 4]] * 3, 8, 8, 3, "none") is Layout.of(
-        (1, 2), *[(4, 4)] * 3, 8, 8, 3, "none"
-    )
+    assert planned(EDM) is planned(Conv2dLayout(*EDM))
+    assert planned(EDM) is not planned(EDM._replace(counts=(1, 1, 1)))
 
 
 def test_biases_of_single_samples_take_no_large_tile(monkeypatch):
     monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
-    layout = replace(EDM, counts=(3, 2, 1))
+    layout = EDM._replace(counts=(3, 2, 1))
     sides = [planned(layout, biased_samples=biased).options["WIDE_M"] for biased in (False, True)]
     assert sides == [PRODUCT.large.m, PRODUCT.wide.m]
 
@@ -126,7 +124,7 @@ def test_biases_of_single_samples_take_no_large_tile(monkeypatch):
 )
 def test_few_out_channels_of_any_number_keep_the_wide_loads(out_channels, narrow_m):
     """A network's last convolution has 3: what it loads is aligned all the same."""
-    options = planned(replace(EDM, out_channels=out_channels)).options
+    options = planned(EDM._replace(out_channels=out_channels)).options
     assert (options["VECTOR_IN"], options["VECTOR_OUT"]) == (8, 1)
     assert options["NARROW_M"] == narrow_m
 
@@ -138,7 +136,9 @@ def test_vector_needs_every_channel_count_divisible():
 
 
 def test_few_rows_take_the_short_tile():
-    plan = problems.forward_plan(Layout((5, 3), (512, 512), (0, 0), (384, 32), 1, 1, 1, "none"), PRODUCT, CPU)
+    plan = problems.forward_plan(
+        Conv2dLayout((5, 3), (512, 512), (0, 0), (384, 32), 1, 1, 1, "none"), PRODUCT, CPU
+    )
     assert (plan.wide.m, plan.narrow, plan.warps) == (PRODUCT.short.m, None, PRODUCT.short_warps)
 
 
@@ -166,7 +166,7 @@ def test_single_elements_take_the_unaligned_tile(parameters):
 def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large, monkeypatch):
     """``rows`` are those of wide tiles."""
     monkeypatch.setattr(problems, "multiprocessors", lambda _: multiprocessors)
-    layout = Layout((rows,), (64,), (0,), (128,), PRODUCT.wide.m, 1, 3, "none")
+    layout = Conv2dLayout((rows,), (64,), (0,), (128,), PRODUCT.wide.m, 1, 3, "none")
     plan = problems.forward_plan(layout, PRODUCT, CPU)
     assert (plan.wide.m, plan.wide.n) == ((256, 128) if large else (128, 128))
 
@@ -174,7 +174,7 @@ def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large,
 @pytest.mark.parametrize(("kernel", "resample"), [(3, "up"), (3, "down"), (1, "up")])
 def test_resampled_launches_take_no_large_tile(kernel, resample, monkeypatch):
     monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
-    layout = Layout((99,), (64,), (0,), (128,), 16, 16, kernel, resample)
+    layout = Conv2dLayout((99,), (64,), (0,), (128,), 16, 16, kernel, resample)
     assert problems.forward_plan(layout, PRODUCT, CPU).wide.m == 128
 
 
@@ -201,7 +201,7 @@ def on_a_gpu(monkeypatch) -> torch.device:
 
 
 def test_auto_takes_one_launch_where_stages_are_small(on_a_gpu):
-    small = replace(EDM, counts=(1, 1, 1), skip_channels=(0, 0, 0))
+    small = EDM._replace(counts=(1, 1, 1), skip_channels=(0, 0, 0))
     assert triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, small) is None
 
 
@@ -211,26 +211,26 @@ def test_auto_takes_the_library_where_stages_are_large(on_a_gpu):
 
 
 def test_auto_takes_the_library_for_one_stage(on_a_gpu):
-    alone = replace(EDM, counts=(1, 0, 0))
+    alone = EDM._replace(counts=(1, 0, 0))
     assert "one library call" in triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, alone)
 
 
 def test_too_large_an_image_is_refused():
-    layout = Layout((1,), (2048,), (0,), (4,), 1024, 1024, 1, "none")
+    layout = Conv2dLayout((1,), (2048,), (0,), (4,), 1024, 1024, 1, "none")
     assert "2147483648" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
 
 
 def test_too_many_pixels_are_refused():
-    layout = Layout((2**21, 1), (4, 4), (0, 0), (4, 4), 32, 32, 1, "none")
+    layout = Conv2dLayout((2**21, 1), (4, 4), (0, 0), (4, 4), 32, 32, 1, "none")
     assert f"got {2**31}" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
-    fewer = replace(layout, counts=(2**21 - 2**15, 2**20))
+    fewer = layout._replace(counts=(2**21 - 2**15, 2**20))
     assert "pixels" not in (triton.cannot("grouped_conv2d", CPU, torch.float32, fewer) or "")
 
 
 def test_too_large_a_kernel_is_refused():
-    layout = Layout((1,), (4,), (0,), (4,), 32, 32, 17, "none")
+    layout = Conv2dLayout((1,), (4,), (0,), (4,), 32, 32, 17, "none")
     assert "up to 15, got 17" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
-    fits = replace(layout, kernel=15)
+    fits = layout._replace(kernel=15)
     assert "kernel" not in (triton.cannot("grouped_conv2d", CPU, torch.float32, fits) or "")
 
 

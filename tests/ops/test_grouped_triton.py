@@ -14,10 +14,10 @@ require_interpreter()
 from helpers import ROUNDING, assert_elements_close, poisoned_memory, stage_batch  # noqa: E402
 from msd_kernels import explain, grouped_conv2d, grouped_linear, tuned  # noqa: E402
 from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.layouts import Conv2dLayout  # noqa: E402
 from msd_kernels.reference import grouped_conv2d as reference  # noqa: E402
 from msd_kernels.triton import grouped_conv2d as implementation  # noqa: E402
 from msd_kernels.triton import launch  # noqa: E402
-from msd_kernels.triton.problems import Layout  # noqa: E402
 
 TRITON = "grouped_conv2d=triton,grouped_linear=triton"
 GRADIENTS = ("x", "skip", "weight", "bias", "sample_bias")
@@ -42,28 +42,23 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     @property
-    def layout(self) -> tuple:
+    def layout(self) -> Conv2dLayout:
         skip_channels = self.skip_channels or (0,) * len(self.counts)
-        return (
-            self.counts, self.channels, skip_channels, self.out_channels,
-            self.height, self.width, self.kernel, self.resample,
-        )  # fmt: skip
+        widths = (self.channels, skip_channels, self.out_channels)
+        return Conv2dLayout(self.counts, *widths, self.height, self.width, self.kernel, self.resample)
 
     def tensors(self, generator) -> list[Tensor | None]:
         """x, skip, weight, bias, sample_bias, residual, and the cotangent."""
-        counts, channels, skip_channels, out_channels = self.layout[:4]
-        pixels = self.height * self.width
-        height, width = reference.resampled_size(self.height, self.width, self.resample)
-        outputs = sum(n * o for n, o in zip(counts, out_channels, strict=True))
-        stages = list(zip(counts, channels, skip_channels, out_channels, strict=True))
+        layout = self.layout
+        out_size = sum(layout.out_sizes)
         sizes = (
-            sum(n * c for n, c, _, _ in stages) * pixels,
-            sum(n * d for n, _, d, _ in stages) * pixels if self.skip_channels else None,
-            sum(o * (c + d) for _, c, d, o in stages) * self.kernel**2,
-            sum(out_channels) if "bias" in self.present.split() else None,
-            outputs if "sample_bias" in self.present else None,
-            outputs * height * width if "residual" in self.present else None,
-            outputs * height * width,
+            sum(layout.source_sizes(layout.channels)),
+            sum(layout.source_sizes(layout.skip_channels)) if self.skip_channels else None,
+            sum(layout.weight_sizes),
+            sum(self.out_channels) if "bias" in self.present.split() else None,
+            sum(layout.sample_sizes) if "sample_bias" in self.present else None,
+            out_size if "residual" in self.present else None,
+            out_size,
         )
         return [None if size is None else guarded(generator, size, self.dtype) for size in sizes]
 
@@ -131,9 +126,9 @@ def assert_close(case: Case, actual: Tensor, expected: Tensor, magnitude: Tensor
 def test_forward_equals_float64(case, generator):
     *inputs, _ = case.tensors(generator)
     with poisoned_memory():
-        y = implementation.grouped_conv2d(*inputs, *case.layout, 0.7)
-    expected = reference.grouped_conv2d(*wide(inputs), *case.layout, 0.7)
-    magnitude = reference.grouped_conv2d(*wide(inputs, torch.abs), *case.layout, 0.7)
+        y = implementation.grouped_conv2d(*inputs, case.layout, 0.7)
+    expected = reference.grouped_conv2d(*wide(inputs), case.layout, 0.7)
+    magnitude = reference.grouped_conv2d(*wide(inputs, torch.abs), case.layout, 0.7)
     assert_close(case, y, expected, magnitude)
 
 
@@ -142,10 +137,10 @@ def test_backward_equals_float64(case, generator):
     x, skip, weight, *_, dy = case.tensors(generator)
     wanted = [True, skip is not None, True, True, True]
     with poisoned_memory():
-        gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, wanted)
+        gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, case.layout, wanted)
     inputs = (dy, x, skip, weight)
-    expected = reference.grouped_conv2d_backward(*wide(inputs), *case.layout, wanted)
-    magnitude = reference.grouped_conv2d_backward(*wide(inputs, torch.abs), *case.layout, wanted)
+    expected = reference.grouped_conv2d_backward(*wide(inputs), case.layout, wanted)
+    magnitude = reference.grouped_conv2d_backward(*wide(inputs, torch.abs), case.layout, wanted)
     for name, gradient, *rest in zip(GRADIENTS, gradients, expected, magnitude, strict=True):
         assert (gradient is None) == (name == "skip" and skip is None)
         if gradient is not None:
@@ -191,7 +186,7 @@ def backward():
     x, skip, weight, *_, dy = case.tensors(torch.Generator().manual_seed(0))
 
     def run(wanted: list[bool]) -> list[Tensor | None]:
-        return implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, wanted)
+        return implementation.grouped_conv2d_backward(dy, x, skip, weight, case.layout, wanted)
 
     return run, run([True] * len(GRADIENTS))
 
@@ -212,7 +207,7 @@ def test_nothing_is_written_beside_the_results(name, generator):
     case = CASES[name]
     *inputs, dy = tensors = case.tensors(generator)
     x, skip, weight, bias, sample_bias, *_ = inputs
-    layout = Layout.of(*case.layout)
+    layout = case.layout
     y, dx, dskip, dweight, dbias, dsample_bias = results = [
         None if like is None else guarded(generator, like.numel(), case.dtype)
         for like in (dy, x, skip, weight, bias, sample_bias)
@@ -233,9 +228,9 @@ def test_results_do_not_depend_on_the_grid(generator, monkeypatch):
     found = []
     for programs in (1, 5, 5):
         monkeypatch.setattr(launch, "INTERPRETED_MULTIPROCESSORS", programs)
-        y = implementation.grouped_conv2d(*tensors[:6], *case.layout, 1.0)
+        y = implementation.grouped_conv2d(*tensors[:6], case.layout, 1.0)
         wanted = [True, False, True, True, True]
-        found.append([y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, *case.layout, wanted)])
+        found.append([y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, case.layout, wanted)])
     for others in found[1:]:
         for first, other in zip(found[0], others, strict=True):
             assert first is other is None or torch.equal(first, other)
