@@ -127,7 +127,7 @@ def _kernels() -> dict[Any, Callable[..., Any]]:
         if not m.name.startswith("_")
     ]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Operator)]
-    return {operator._overload: operator._kernel for operator in found}
+    return {operator._overload: operator._form.of_flat(operator._kernel) for operator in found}
 
 
 class _LaunchesNothing(Exception):

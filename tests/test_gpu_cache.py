@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import import_benchmarks
+from msd_kernels.layouts import GroupNormLayout
 from msd_kernels.triton import launch as triton_launch
 
 import_benchmarks()
@@ -60,7 +61,8 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
     assert forward.arguments == (HALF,) * 6 + (FLOAT, FLOAT, TABLE, 17, 0.5)  # 81 pixels, and eps
     from msd_kernels.triton import group_norm
 
-    constants = group_norm.tile_constants((3, 64, 160), (3, 8, 20), 81, channels_last=True)
+    layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (3, 8, 20), 81, True, 1e-5, False)
+    constants = group_norm.tile_constants(layout)
     assert constants.items() <= dict(forward.options).items()
     assert dict(backward.options)["SILU"] is True
     assert parameters.arguments == (FLOAT, FLOAT, HALF, HALF, TABLE)

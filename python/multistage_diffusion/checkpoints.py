@@ -40,7 +40,7 @@ from .checkpoint_schema import (
     read_kinds,
     same,
 )
-from .preconditioning import Preconditioner, precondition
+from .preconditioning import Preconditioner, constants_of, precondition
 from .stages import Stages
 
 FORMAT = 2
@@ -456,8 +456,11 @@ def load_model(
             with torch.device("meta"), at_most(len(found)):  # what the weights do not fit takes no memory
                 require_weights(found, _expected_of(build(arguments), file), file)
         network = build(arguments)
-        named = ("schedule", "sigma_data", "prediction")  # a run of an earlier version has some of them only
-        denoiser = precondition(network, stages, **{name: config[name] for name in named if name in config})
+        schedule = config.get("schedule", "edm")  # a run of an earlier version has some of these only
+        own = [
+            name for name in ("sigma_data", "prediction") if name in config and name in constants_of(schedule)
+        ]
+        denoiser = precondition(network, stages, schedule, **{name: config[name] for name in own})
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -347,8 +347,8 @@ def precondition(
     network: nn.Module,
     stages: Stages,
     schedule: str = "edm",
-    sigma_data: float = 0.5,
-    prediction: str = "epsilon",
+    sigma_data: float | None = None,
+    prediction: str | None = None,
     **constants: object,
 ) -> Preconditioner:
     """D(x; sigma) around a network of a family that has this schedule.
@@ -356,18 +356,24 @@ def precondition(
     Args:
         network: see ``Preconditioner``.
         stages: in sigma or in the schedule's variable.
-        schedule: "edm": ``EDMPreconditioner`` with ``sigma_data``; "iddpm": ``IDDPMPreconditioner``; or another key of
-            ``schedules.SCHEDULES``: ``SchedulePreconditioner``; the latter two with ``prediction``.
+        schedule: "edm": ``EDMPreconditioner``; "iddpm": ``IDDPMPreconditioner``; or another key of
+            ``schedules.SCHEDULES``: ``SchedulePreconditioner``.
+        sigma_data: of "edm" alone; default: 0.5.
+        prediction: of all others; default: "epsilon".
         **constants: of the schedule, such as ``beta_d`` for "vp"; for "edm" ``sigma_min`` and ``sigma_max``.
 
     Raises:
         ValueError: an unknown schedule, constant or prediction, or stages of another variable or number.
     """
-    require_known("precondition", schedule, constants)
+    given = {"sigma_data": sigma_data, "prediction": prediction}
+    require_known(
+        "precondition", schedule, [*(name for name, value in given.items() if value is not None), *constants]
+    )
     if schedule == "edm":
-        return EDMPreconditioner(network, stages, sigma_data, **constants)
+        return EDMPreconditioner(network, stages, 0.5 if sigma_data is None else sigma_data, **constants)
     kind = IDDPMPreconditioner if schedule == "iddpm" else SchedulePreconditioner
-    return kind(network, stages, PRECONDITIONINGS[schedule](**constants), prediction)
+    made = PRECONDITIONINGS[schedule](**constants)
+    return kind(network, stages, made, "epsilon" if prediction is None else prediction)
 
 
 def as_json(constants: Mapping[str, object]) -> dict[str, object]:

@@ -64,11 +64,16 @@ class Preset:
             changes: arguments of the network that replace the preset's, such as ``decoder_widths``.
 
         Raises:
-            ValueError: an unknown variant.
+            ValueError: an unknown variant, or widths that it does not have.
         """
         if variant not in VARIANTS:
             raise ValueError(f"presets: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         config = {**self.network, **changes}
+        fixed = {"unified": {"encoder_widths", "decoder_widths"}, "separate": {"encoder_widths"}}
+        if given := sorted(fixed.get(variant, set()) & changes.keys()):
+            raise ValueError(
+                f"presets: the {variant} network's widths follow from the preset, got {', '.join(given)}"
+            )
         if variant == "unified":
             config |= {"encoder_widths": [self.unified_width], "decoder_widths": [self.unified_width]}
         elif variant == "separate":

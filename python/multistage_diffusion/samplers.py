@@ -269,14 +269,16 @@ def sample(
     Args:
         denoiser: D(x; sigma), in eval mode.
         noise: where the start and the noise of stochastic steps come from; its dtype is that of x.
-        config: which sampler, and its settings; default: EDM's, 18 deterministic steps.
+        config: which sampler, and its settings; default: EDM's, 18 deterministic steps, on noise levels that the
+            denoiser's schedule has.
         progress: called after each step with the number of finished steps and of all steps.
         **conditioning: passed to the network, one row per sample.
 
     Raises:
         TypeError: the config of no sampler.
     """
-    config = SamplerConfig() if config is None else config
+    if config is None:
+        config = sampler_config("heun", schedule_of(denoiser))
     if not isinstance(config, AnyConfig):
         allowed = ", ".join(kind.__name__ for kind, _ in _CONFIGS.values())
         raise TypeError(f"sample: config must be one of {allowed}, got {type(config).__name__}")
@@ -298,7 +300,7 @@ def heun(
     **conditioning,
 ) -> Samples:
     """``sample`` with EDM's sampler (arXiv 2206.00364, algorithms 1 and 2)."""
-    return sample(denoiser, noise, config or SamplerConfig(), progress=progress, **conditioning)
+    return sample(denoiser, noise, config, progress=progress, **conditioning)
 
 
 def generate(
@@ -320,7 +322,8 @@ def generate(
         denoiser: D(x; sigma), in eval mode.
         seeds: one integer per sample; sample i depends on seeds[i] only, to rounding.
         shape: (C, H, W).
-        config: which sampler, and its settings; default: EDM's, 18 deterministic steps.
+        config: which sampler, and its settings; default: EDM's, 18 deterministic steps, on noise levels that the
+            denoiser's schedule has.
         batch_invariant: on the CPU, sample i depends on seeds[i] only bit for bit: it is the same image whatever
             ``batch_size``, the other seeds and their order; slower. See :func:`msd_kernels.batch_invariant`.
         batch_size: samples per network evaluation.

@@ -14,7 +14,7 @@ from . import checkpoints
 from .augmentation import Augmentation
 from .networks import in_effect
 from .noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
-from .preconditioning import PREDICTIONS, Preconditioner, precondition, stages_in_sigma
+from .preconditioning import PREDICTIONS, Preconditioner, constants_of, precondition, stages_in_sigma
 from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
 from .stages import Stages
 
@@ -221,7 +221,10 @@ class TrainingConfig:
 
     def denoiser(self, network: nn.Module) -> Preconditioner:
         """D(x; sigma) around the network."""
-        return precondition(network, self.stages, self.schedule, self.sigma_data, self.prediction)
+        own = (name for name in ("sigma_data", "prediction") if name in constants_of(self.schedule))
+        return precondition(
+            network, self.stages, self.schedule, **{name: getattr(self, name) for name in own}
+        )
 
     def augmentation(self) -> Augmentation | None:
         """What is done to the images before they are noised."""

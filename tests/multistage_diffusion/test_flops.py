@@ -167,6 +167,9 @@ def test_presets_name_what_they_do_not_know():
         find("vgg")
     with pytest.raises(ValueError, match=r"variant must be one of multistage, unified, separate, got 'half'"):
         find("edm-cifar10").config("half")
+    for variant, name in (("unified", "decoder_widths"), ("separate", "encoder_widths")):
+        with pytest.raises(ValueError, match=rf"the {variant} network's widths follow .* got {name}"):
+            find("edm-cifar10").config(variant, **{name: [64]})
     with pytest.raises(ValueError, match=r"sampler must be one of heun, .* got 'euler'"):
         evaluation_levels("euler", VP(), 3)
 
@@ -273,6 +276,8 @@ def test_a_narrow_preset_trains_in_bf16_and_exports_again(name, variant):
     if variant == "unified":
         changes = {k: v for k, v in changes.items() if not k.endswith("widths")}
         preset = Preset(**{**vars(preset), "unified_width": 32})
+    elif variant == "separate":
+        del changes["encoder_widths"]
     network = train_one_step(preset, variant, changes)
     if variant != "separate":
         assert len(official.export(network)) >= len({id(p) for p in network.parameters()})

@@ -143,6 +143,10 @@ def test_samplers_take_the_files_own_noise_levels(class_name, persistence, tmp_p
     images = generate(denoiser, [0, 1], (2, 8, 8), settings).images
     assert images.shape == (2, 2, 8, 8)
     assert bool(images.isfinite().all())
+    levels = sampler_config("heun", schedule_of(denoiser))
+    by_default = generate(denoiser, [0, 1], (2, 8, 8)).images
+    assert torch.equal(by_default, generate(denoiser, [0, 1], (2, 8, 8), levels).images)
+    assert levels.sigma_min >= lowest or levels.sigma_min == pytest.approx(lowest)
 
 
 def test_the_preconditionings_differ_so_much_that_a_wrong_one_shows():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multistage_diffusion.networks import build
-from multistage_diffusion.preconditioning import EDMPreconditioner, edm_coefficients
+from multistage_diffusion.preconditioning import EDMPreconditioner, edm_coefficients, precondition
 from multistage_diffusion.stage_order import StageOrder
 from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork
@@ -125,3 +125,15 @@ def test_construction_rejects():
         denoiser_of(RecordingNetwork(), sigma_data=0)
     with pytest.raises(ValueError, match="needs stages of 'sigma'"):
         EDMPreconditioner(RecordingNetwork(num_stages=1), Stages.single("t"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "constants", "message"),
+    [
+        ("vp", {"sigma_data": 0.5}, "vp takes beta_d, .* not 'sigma_data'"),
+        ("edm", {"prediction": "epsilon"}, "edm takes sigma_data, .* not 'prediction'"),
+    ],
+)
+def test_constants_of_other_schedules_are_refused(schedule, constants, message):
+    with pytest.raises(ValueError, match=message):
+        precondition(RecordingNetwork(), Stages.single(), schedule, **constants)
