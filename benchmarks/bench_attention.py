@@ -22,7 +22,7 @@ import harness
 import peers
 from harness import OURS
 from msd_kernels import StageBatch, attention, explain
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 EDM_HEADS = (384, 256, 32)
 # counts, heads and head dimensions per stage, side of the feature map

@@ -20,7 +20,7 @@ import harness
 import peers
 from harness import OURS
 from msd_kernels import group_norm
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 # (batch, channels, side): groups
 EDM = {

@@ -19,8 +19,9 @@ from torch import Tensor
 import harness
 import peers
 from harness import OURS
-from msd_kernels import StageBatch, StageWeights, explain, grouped_conv2d, processor
-from msd_kernels.backends import use
+from msd_kernels import StageBatch, StageWeights, explain, grouped_conv2d
+from msd_kernels.dispatch.backends import use
+from msd_kernels.runtime import processor
 
 WIDTHS = (384, 256, 32)
 SCALE = 0.5**0.5

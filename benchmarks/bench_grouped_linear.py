@@ -19,7 +19,7 @@ import harness
 import peers
 from harness import OURS
 from msd_kernels import StageWeights, explain, grouped_linear
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 WIDTHS, FEATURES = (384, 256, 32), 512
 MIXES = {

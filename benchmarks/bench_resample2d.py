@@ -21,7 +21,7 @@ import harness
 import peers
 from harness import OURS
 from msd_kernels import resample2d
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 # (batch, channels, side of the larger tensor): EDM's and score SDE's feature maps, LDM's, and images.
 SHAPES = [(8, 256, 32), (8, 384, 32), (8, 256, 16), (8, 32, 32), (1, 256, 32), (4, 224, 64), (8, 3, 32)]

@@ -42,7 +42,7 @@ import torch  # noqa: E402
 from gpu_parts import append  # noqa: E402
 from launches import ARCHITECTURE, AbsentGPU, Launch  # noqa: E402
 
-from msd_kernels.triton.launch import settle_keys  # noqa: E402
+from msd_kernels.runtime.launch import settle_keys  # noqa: E402
 
 CACHE = ROOT / "build" / "gpu-cache"
 MANIFEST, ARCHIVE = "manifest.json", "kernels.zip"

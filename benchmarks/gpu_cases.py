@@ -24,7 +24,7 @@ from msd_kernels import (
     optimal_denoiser,
     resample2d,
 )
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 # What a call computes in, by name; float32 without TF32 unless that is asked for.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

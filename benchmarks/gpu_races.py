@@ -39,7 +39,7 @@ from sanitize_cuda import no_gpu  # noqa: E402
 import harness  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
 from msd_kernels import explain  # noqa: E402
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 from multistage_diffusion.stage_order import StageOrder  # noqa: E402
 
 DTYPE = torch.bfloat16

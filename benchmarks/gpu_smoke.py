@@ -57,7 +57,7 @@ from launches import ARCHITECTURE, Launch, recorded  # noqa: E402
 from sanitize_cuda import FOUND, no_gpu  # noqa: E402
 
 import harness  # noqa: E402
-from msd_kernels.backends import BackendError, use  # noqa: E402
+from msd_kernels.dispatch.backends import BackendError, use  # noqa: E402
 
 # What needs no build comes first: it is there whatever becomes of the build.
 SECONDS = {"triton": 45.0, "build": 75.0, "cuda": 18.0, "step": 17.0, "memcheck": 30.0}

@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from msd_kernels import ops, triton
-from msd_kernels.backends import OpBackends
-from msd_kernels.native import cuda as compiled_cuda
-from msd_kernels.ops import _autocast
-from msd_kernels.ops._operators import NAMESPACE, Operator
-from msd_kernels.triton import launch
+from msd_kernels import ops
+from msd_kernels.dispatch import autocast as _autocast
+from msd_kernels.dispatch.backends import OpBackends
+from msd_kernels.dispatch.operator import NAMESPACE, Operator
+from msd_kernels.runtime import cuda as compiled_cuda
+from msd_kernels.runtime import launch
 
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132
@@ -137,7 +137,7 @@ class _LaunchesNothing(Exception):
 def _only_triton(choose: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(*arguments):
         implementation = choose(*arguments)
-        if not implementation.__name__.startswith(triton.__name__):
+        if not implementation.__name__.endswith(".triton"):
             raise _LaunchesNothing
         return implementation
 

@@ -27,7 +27,7 @@ from msd_kernels import (  # noqa: E402
     grouped_conv2d,
     resample2d,
 )
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 
 # The exit status that says that something is wrong with the kernels and not with this machine's tools.
 FOUND = 9

@@ -22,8 +22,8 @@ import torch  # noqa: E402
 
 import harness  # noqa: E402
 from msd_kernels.layouts import Affine, GroupNormLayout  # noqa: E402
-from msd_kernels.native import cuda_group_norm as implementation  # noqa: E402
-from msd_kernels.native import load  # noqa: E402
+from msd_kernels.ops.group_norm import cuda as implementation  # noqa: E402
+from msd_kernels.runtime.extension import load  # noqa: E402
 
 # (batch, channels, side): groups
 SHAPES = {

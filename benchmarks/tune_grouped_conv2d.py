@@ -28,10 +28,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 import torch  # noqa: E402
 
 import harness  # noqa: E402
-from msd_kernels import tuned  # noqa: E402
 from msd_kernels.layouts import Conv2dLayout  # noqa: E402
-from msd_kernels.library import grouped_conv2d as library  # noqa: E402
-from msd_kernels.triton import grouped_conv2d as triton  # noqa: E402
+from msd_kernels.ops.grouped_conv2d import library, triton  # noqa: E402
+from msd_kernels.runtime import tuned  # noqa: E402
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 # One third of the samples each, at the middle resolution: every tile kind has work.

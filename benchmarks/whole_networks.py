@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import Function
-from msd_kernels.processor import computes_in
+from msd_kernels.runtime.processor import computes_in
 from multistage_diffusion import flops, networks, presets
 from multistage_diffusion.layers import StageModule
 from multistage_diffusion.preconditioning import Preconditioner

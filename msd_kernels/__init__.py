@@ -5,8 +5,8 @@ backend serves a call. Nothing in this package knows diffusion; ``multistage_dif
 """
 
 from msd_kernels import nn
-from msd_kernels.backends import BackendError, Explanation, FallbackWarning
 from msd_kernels.batch_invariance import batch_invariant
+from msd_kernels.dispatch.backends import BackendError, Explanation, FallbackWarning
 from msd_kernels.ops import explain
 from msd_kernels.ops.attention import attention
 from msd_kernels.ops.group_norm import group_norm

@@ -11,8 +11,9 @@ from importlib import import_module, metadata
 import torch
 
 import msd_kernels
-from msd_kernels import native, processor
-from msd_kernels.backends import VARIABLE
+from msd_kernels.dispatch.backends import VARIABLE
+from msd_kernels.runtime import extension as native
+from msd_kernels.runtime import processor
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "ninja", "pybind11", "pytest", "pytest-benchmark")
 

@@ -10,7 +10,7 @@ import torch
 
 import cuda_emulator
 from helpers import unavailable
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 
 @pytest.fixture(autouse=True)

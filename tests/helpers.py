@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msd_kernels import StageBatch
-from msd_kernels.backends import OpBackends
-from msd_kernels.native import load
+from msd_kernels.dispatch.backends import OpBackends
+from msd_kernels.runtime.extension import load
 
 # The largest relative error of rounding to nearest.
 ROUNDING = {

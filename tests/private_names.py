@@ -60,7 +60,7 @@ def ask_for_names() -> None:
 
 
 def hide_op(name: str) -> None:
-    from msd_kernels.library import attention
+    from msd_kernels.ops.attention import library as attention
 
     class Aten:
         def __getattr__(self, asked: str):

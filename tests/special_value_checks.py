@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels import attention, group_norm, resample2d
-from msd_kernels.backends import OpBackends, use
+from msd_kernels.dispatch.backends import OpBackends, use
 from msd_kernels.ops import attention as attention_op
 from msd_kernels.ops import group_norm as group_norm_op
 from msd_kernels.ops import resample2d as resample2d_op

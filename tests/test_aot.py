@@ -9,9 +9,9 @@ from importlib import import_module
 
 import pytest
 
-from msd_kernels import aot, tuned
-from msd_kernels.triton import launch
-from msd_kernels.triton.compilation import register_options
+from msd_kernels.runtime import launch, tuned
+from msd_kernels.runtime.compilation import register_options
+from msd_kernels.tools import aot
 
 needs_compiler = pytest.mark.skipif(
     bool(launch.unavailable()) or launch.interpreted(), reason="needs Triton's compiler"

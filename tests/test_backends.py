@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from msd_kernels import BackendError, FallbackWarning, StageBatch, explain, group_norm, grouped_linear
-from msd_kernels.backends import NAMES, VARIABLE, Candidate, OpBackends, forced_backend, use
+from msd_kernels.dispatch.backends import NAMES, VARIABLE, Candidate, OpBackends, forced_backend, use
 from msd_kernels.ops import group_norm as group_norm_op
-from msd_kernels.triton import launch
+from msd_kernels.runtime import launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FAST, SLOW, PLAIN = (SimpleNamespace(name=name) for name in ("fast", "slow", "plain"))

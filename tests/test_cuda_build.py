@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from msd_kernels import explain, group_norm
-from msd_kernels.backends import BackendError, use
-from msd_kernels.native import cuda, load
+from msd_kernels.dispatch.backends import BackendError, use
+from msd_kernels.runtime import cuda
+from msd_kernels.runtime.extension import load
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SCHEMAS = {

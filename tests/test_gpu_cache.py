@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from helpers import import_benchmarks
 from msd_kernels.layouts import GroupNormLayout
-from msd_kernels.triton import launch as triton_launch
+from msd_kernels.runtime import launch as triton_launch
 
 import_benchmarks()
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 HALF, FLOAT, TABLE = (Pointer(dtype, 0) for dtype in (torch.bfloat16, torch.float32, torch.int64))
-KERNEL_MODULE = "msd_kernels.triton.grouped_conv2d_wgrad_kernels"
+KERNEL_MODULE = "msd_kernels.ops.grouped_conv2d.wgrad_kernels"
 CONSTANTS = {"PROBLEMS": 4, "BLOCK_TERMS": 4, "BLOCK": 16, "BIAS_BLOCK_TERMS": 4, "BIAS_BLOCK": 16}
 
 
@@ -59,7 +60,7 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
         "_group_norm_parameters_kernel",
     ]
     assert forward.arguments == (HALF,) * 6 + (FLOAT, FLOAT, TABLE, 17, 0.5)  # 81 pixels, and eps
-    from msd_kernels.triton import group_norm
+    from msd_kernels.ops.group_norm import triton as group_norm
 
     layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (3, 8, 20), 81, True, 1e-5, False)
     constants = group_norm.tile_constants(layout)
@@ -187,10 +188,11 @@ def test_keys_are_asked_for_in_the_order_of_the_definitions(monkeypatch):
     """In Triton 3.6 the key of a function lacks the constants of those whose key nobody has asked for yet."""
     from triton import JITFunction
 
-    asked = []
+    asked, module = [], "msd_kernels.ops.group_norm.kernels"
+    import_module(module)
     monkeypatch.setattr(JITFunction, "cache_key", property(lambda function: asked.append(function.__name__)))
     triton_launch.settle_keys.cache_clear()
-    triton_launch.settle_keys("msd_kernels.triton.group_norm_kernels")
+    triton_launch.settle_keys(module)
     triton_launch.settle_keys.cache_clear()
     order = ["find_problem", "_columns", "_group_norm_forward_kernel", "_group_norm_backward_kernel"]
     assert [name for name in dict.fromkeys(asked) if name in order] == order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from msd_kernels import machine_code
+from msd_kernels.tools import machine_code
 
 DISASSEMBLY = """
 .text._kernel:

@@ -17,7 +17,8 @@ import torch
 import forks
 import msd_kernels
 import multistage_diffusion
-from msd_kernels.native import load
+from msd_kernels import layouts
+from msd_kernels.runtime.extension import load
 
 KERNELS = Path(msd_kernels.__file__).parent
 MODELS = Path(multistage_diffusion.__file__).parent
@@ -27,11 +28,9 @@ SOURCES = sorted([*KERNELS.rglob("*.py"), *MODELS.rglob("*.py")])
 # The storeys of msd_kernels, lowest first. A part imports from its own storey and from those below; what is not
 # listed stands on top.
 STOREYS = (
-    {"_private", "layouts"},
-    {"reference"},
-    {"allocate", "batch_invariance", "processor", "tuned"},
-    {"library", "native", "triton"},
-    {"backends", "stage_batch"},
+    {"_private", "layouts", "stage_batch"},
+    {"batch_invariance", "runtime"},
+    {"dispatch"},
     {"ops"},
 )
 
@@ -73,10 +72,48 @@ def test_package_imports_go_one_way(path):
     assert not above
 
 
-@each([path for path in SOURCES if path.is_relative_to(KERNELS / "reference")])
+@each([path for path in SOURCES if path.name == "reference.py"])
 def test_package_reference_needs_only_pytorch(path):
     allowed = {"torch", "msd_kernels"} | set(sys.stdlib_module_names)
     assert {name.split(".")[0] for name in imported_modules(path)} <= allowed
+
+
+@each([path for path in SOURCES if path.is_relative_to(KERNELS)])
+def test_package_reference_is_only_an_oracle(path):
+    """An op offers it as the backend of that name; nothing else imports it."""
+    oracles = [name for name in imported_modules(path) if name.endswith(".reference")]
+    assert not oracles or oracles == [f"{module_name(path)}.reference"]
+
+
+LAYOUTS = [value for value in vars(layouts).values() if isinstance(value, type) and hasattr(value, "_fields")]
+# With at most so many of a layout's fields a function takes what it needs of it; with more it spells the layout again.
+MOST_FIELDS = 4
+
+
+def host_functions(path: Path) -> list[tuple[str, list[str]]]:
+    """The functions of a file but kernels, which take numbers alone, with the names of their parameters."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and not any(
+            "jit" in ast.unparse(d) for d in node.decorator_list
+        ):
+            arguments = node.args
+            names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            found.append((f"{module_name(path)}.{node.name}", names))
+    return found
+
+
+@each([path for path in SOURCES if path.is_relative_to(KERNELS) and path.name != "layouts.py"])
+def test_package_spells_a_layout_once(path):
+    for name, parameters in host_functions(path):
+        for layout in LAYOUTS:
+            again = set(layout._fields) & set(parameters)
+            assert len(again) <= MOST_FIELDS, f"{name} spells {layout.__name__}: {sorted(again)}"
+
+
+def test_package_functions_take_few_parameters():
+    functions = [f for path in SOURCES if path.is_relative_to(KERNELS) for f in host_functions(path)]
+    assert len([name for name, parameters in functions if len(parameters) >= 10]) <= 12
 
 
 @each([path for path in SOURCES if path.is_relative_to(KERNELS)])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import msd_kernels
-from msd_kernels import StageBatch, env, processor
-from msd_kernels.library import attention as library
+from msd_kernels import StageBatch, env
+from msd_kernels.ops.attention import library
+from msd_kernels.runtime import processor
 
 AVX512 = {"sse2", "avx2", "avx512_f"}
 PROCESSORS = {  # capabilities, its kind, what it computes in

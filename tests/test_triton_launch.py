@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msd_kernels.triton import launch
+from msd_kernels.runtime import launch
 
 pytestmark = pytest.mark.skipif(
     bool(launch.unavailable()) or launch.interpreted() or torch.cuda.is_available(),
@@ -60,7 +60,7 @@ def kernel(recorder):
     """A small one, new in each test: Triton remembers what it compiled for a device."""
     import triton
 
-    from msd_kernels.triton.grouped_conv2d_wgrad_kernels import _grouped_conv2d_sum_partials_kernel as kernel
+    from msd_kernels.ops.grouped_conv2d.wgrad_kernels import _grouped_conv2d_sum_partials_kernel as kernel
 
     kernel = triton.jit(kernel.fn)
     yield kernel
@@ -105,7 +105,7 @@ def test_keys_are_settled_before_triton_looks_a_kernel_up(recorder, kernel, monk
     monkeypatch.setattr(launch, "settle_keys", settle_keys)
     run(kernel)
     run(kernel)
-    assert settled == [("msd_kernels.triton.grouped_conv2d_wgrad_kernels", 0)]
+    assert settled == [("msd_kernels.ops.grouped_conv2d.wgrad_kernels", 0)]
 
 
 def test_grids_differ_between_launches_of_one_kernel(recorder, kernel, monkeypatch):

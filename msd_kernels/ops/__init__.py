@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
-from msd_kernels import batch_invariance, processor
-from msd_kernels.backends import Explanation
-from msd_kernels.ops import _autocast
+from msd_kernels import batch_invariance
+from msd_kernels.dispatch import autocast as _autocast
+from msd_kernels.dispatch.backends import Explanation
+from msd_kernels.runtime import processor
 
 NAMES = ("attention", "group_norm", "grouped_conv2d", "grouped_linear", "optimal_denoiser", "resample2d")
 SLOW_IN_16_BITS = ("attention", "grouped_conv2d", "grouped_linear")  # on many processors

@@ -16,15 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msd_kernels import (
-    StageBatch,
-    attention,
-    group_norm,
-    grouped_conv2d,
-    grouped_linear,
-    processor,
-    resample2d,
-)
+from msd_kernels import StageBatch, attention, group_norm, grouped_conv2d, grouped_linear, resample2d
+from msd_kernels.runtime import processor
 from multistage_diffusion.checks import integer
 from multistage_diffusion.stage_module import StageModule
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from msd_kernels.backends import OpBackends
+from msd_kernels.dispatch.backends import OpBackends
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -118,7 +118,7 @@ def _build(folder: Path) -> Path:
 
 
 def run(kernel, on, *arguments) -> None:
-    """In the place of :func:`msd_kernels.native.cuda.run`: there are no streams."""
+    """In the place of :func:`msd_kernels.runtime.cuda.run`: there are no streams."""
     kernel(*arguments, 0)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from attention_checks import check_close
 from helpers import exact_float32, waiting_is_an_error
 from msd_kernels import StageBatch, attention, explain
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 from msd_kernels.layouts import AttentionLayout
-from msd_kernels.triton import attention as implementation
-from msd_kernels.triton import launch
+from msd_kernels.ops.attention import triton as implementation
+from msd_kernels.runtime import launch
 
 pytestmark = [
     pytest.mark.gpu,

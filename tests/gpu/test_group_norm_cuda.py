@@ -16,7 +16,7 @@ from group_norm_checks import (
 )
 from helpers import on_cuda, unavailable, waiting_is_an_error
 from msd_kernels import explain, group_norm
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 
 pytestmark = pytest.mark.gpu
 

@@ -7,9 +7,9 @@ import torch
 
 from helpers import ROUNDING, assert_elements_close, exact_float32, waiting_is_an_error
 from msd_kernels.layouts import Conv2dLayout
-from msd_kernels.reference import grouped_conv2d as reference
-from msd_kernels.triton import grouped_conv2d as implementation
-from msd_kernels.triton import launch
+from msd_kernels.ops.grouped_conv2d import reference
+from msd_kernels.ops.grouped_conv2d import triton as implementation
+from msd_kernels.runtime import launch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from msd_kernels import StageBatch, processor
+from msd_kernels import StageBatch
+from msd_kernels.runtime import processor
 from multistage_diffusion.layers import (
     OnStages,
     StageConv2d,

@@ -103,7 +103,7 @@ def labels_for(network: StageNetwork, batch: int = BATCH) -> dict[str, torch.Ten
 @pytest.fixture(autouse=True)
 def _float64_is_served_by_the_library():
     """The compiled CPU kernels take no float64."""
-    from msd_kernels import backends
+    from msd_kernels.dispatch import backends
 
     with backends.use("library"):
         yield

@@ -9,7 +9,7 @@ from interpreter import require_interpreter
 
 require_interpreter()
 
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 from multistage_diffusion.networks import EDMUNet  # noqa: E402
 
 

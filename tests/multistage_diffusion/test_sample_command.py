@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msd_kernels import processor
+from msd_kernels.runtime import processor
 from multistage_diffusion import checkpoints, cli, networks, plots
 from multistage_diffusion.commands.sample import check_output, write_samples, written_form
 from multistage_diffusion.data import load_images

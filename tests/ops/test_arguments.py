@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from helpers import dispatcher_calls, unavailable
 from msd_kernels import optimal_denoiser
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 from op_calls import CALLS, Call, forward_and_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore::msd_kernels.FallbackWarning")

@@ -13,9 +13,8 @@ from torch import Tensor
 from attention_checks import check_close, dense, pixels_as_tokens, run, unpack
 from helpers import dispatcher_calls, each_backend, poisoned_memory, stage_batch
 from msd_kernels import StageBatch
-from msd_kernels.backends import use
-from msd_kernels.library import attention as library
-from msd_kernels.ops.attention import BACKENDS, attention, explain
+from msd_kernels.dispatch.backends import use
+from msd_kernels.ops.attention import BACKENDS, attention, explain, library
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda t: str(t)[6:]

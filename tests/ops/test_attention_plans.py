@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from msd_kernels import tuned
 from msd_kernels.layouts import AttentionLayout, view_heads
-from msd_kernels.ops.attention import PACKED_ORDERS
-from msd_kernels.triton import attention as triton
-from msd_kernels.triton import attention_plans as plans
-from msd_kernels.triton.attention_plans import FIELDS
+from msd_kernels.ops.attention import PACKED_ORDERS, triton
+from msd_kernels.ops.attention import plan as plans
+from msd_kernels.ops.attention.plan import FIELDS
+from msd_kernels.runtime import tuned
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 WHICH = ("forward", "dq", "dkv")

@@ -15,12 +15,13 @@ from test_attention import check  # noqa: E402
 
 from attention_checks import check_close, dense, pixels_as_tokens, run, unpack  # noqa: E402
 from helpers import poisoned_memory, stage_batch  # noqa: E402
-from msd_kernels import attention, explain, tuned  # noqa: E402
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels import attention, explain  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 from msd_kernels.layouts import AttentionLayout  # noqa: E402
 from msd_kernels.ops.attention import PACKED_ORDERS  # noqa: E402
-from msd_kernels.triton import attention as implementation  # noqa: E402
-from msd_kernels.triton import attention_plans as plans  # noqa: E402
+from msd_kernels.ops.attention import plan as plans  # noqa: E402
+from msd_kernels.ops.attention import triton as implementation  # noqa: E402
+from msd_kernels.runtime import tuned  # noqa: E402
 
 # Triton's interpreter truncates to bfloat16 and multiplies it wrongly.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import backend_names, dispatcher_calls, poisoned_memory
 from msd_kernels import StageBatch, StageWeights, group_norm, grouped_conv2d, grouped_linear
-from msd_kernels.backends import FallbackWarning
+from msd_kernels.dispatch.backends import FallbackWarning
 from msd_kernels.ops import group_norm as group_norm_op
 from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward, packed_size, strided
 
@@ -121,7 +121,7 @@ def test_contract_takes_inputs_with_gaps(build, backend, gaps, generator):
     assert_same_bits(found, forward_and_backward(call, dense))
 
 
-@pytest.mark.filterwarnings("ignore::msd_kernels.backends.FallbackWarning")
+@pytest.mark.filterwarnings("ignore::msd_kernels.dispatch.backends.FallbackWarning")
 @every_call
 def test_contract_forward_mode_derivatives(build, generator):
     call = build(2)
@@ -130,7 +130,7 @@ def test_contract_forward_mode_derivatives(build, generator):
     assert torch.autograd.gradgradcheck(call.function, leaves, check_fwd_over_rev=True, fast_mode=True)
 
 
-@pytest.mark.filterwarnings("ignore::msd_kernels.backends.FallbackWarning")
+@pytest.mark.filterwarnings("ignore::msd_kernels.dispatch.backends.FallbackWarning")
 @every_call
 def test_contract_transforms_of_torch_func(build, generator):
     call = build(4)

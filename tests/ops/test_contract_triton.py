@@ -8,7 +8,7 @@ from interpreter import require_interpreter
 
 require_interpreter()
 
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 from op_calls import CALLS, forward_and_backward, strided  # noqa: E402
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels import attention, group_norm, optimal_denoiser
-from msd_kernels.ops._operators import Operator
+from msd_kernels.dispatch.operator import Operator
 from op_calls import CALLS, Call
 
 

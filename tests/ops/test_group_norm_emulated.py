@@ -21,10 +21,11 @@ from group_norm_checks import (
     random_calls,
 )
 from msd_kernels import group_norm
-from msd_kernels.backends import use
+from msd_kernels.dispatch.backends import use
 from msd_kernels.layouts import GroupNormLayout
-from msd_kernels.native import cuda, cuda_group_norm
 from msd_kernels.ops.group_norm import BACKENDS
+from msd_kernels.ops.group_norm import cuda as cuda_group_norm
+from msd_kernels.runtime import cuda
 
 # Which way a feature map of SLAB with 4 groups takes.
 SLAB = (1, 64, 24, 24)

@@ -12,8 +12,8 @@ from test_group_norm import check, cotangent, make_inputs  # noqa: E402
 
 from helpers import stage_batch  # noqa: E402
 from msd_kernels import explain, group_norm  # noqa: E402
-from msd_kernels.backends import use  # noqa: E402
-from msd_kernels.triton import group_norm as implementation  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
+from msd_kernels.ops.group_norm import triton as implementation  # noqa: E402
 
 # Triton's interpreter truncates to bfloat16 instead of rounding.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])

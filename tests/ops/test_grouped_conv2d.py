@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, grouped_conv2d, processor
-from msd_kernels.backends import use
-from msd_kernels.library import grouped_conv2d as library
-from msd_kernels.ops.grouped_conv2d import BACKENDS
+from msd_kernels import StageBatch, StageWeights, grouped_conv2d
+from msd_kernels.dispatch.backends import use
+from msd_kernels.ops.grouped_conv2d import BACKENDS, library
+from msd_kernels.runtime import processor
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

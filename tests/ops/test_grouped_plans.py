@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import msd_kernels
 from helpers import import_benchmarks
-from msd_kernels import tuned
 from msd_kernels.layouts import Conv2dLayout
-from msd_kernels.triton import grouped_conv2d as triton
-from msd_kernels.triton import plan_cache, problems
-from msd_kernels.triton.problems import PRODUCT_FIELDS, SUM_FIELDS, WGRAD_FIELDS
+from msd_kernels.ops.grouped_conv2d import plan as problems
+from msd_kernels.ops.grouped_conv2d import triton
+from msd_kernels.ops.grouped_conv2d.plan import PRODUCT_FIELDS, SUM_FIELDS, WGRAD_FIELDS
+from msd_kernels.ops.grouped_linear import triton as linear
+from msd_kernels.runtime import launch, plan_cache, tuned
 
 CPU = torch.device("cpu")
 PRODUCT = tuned.product(90, "half")
 WGRAD = tuned.wgrad(90, "half")
 EDM = Conv2dLayout((60, 0, 3), (384, 256, 32), (256, 256, 256), (384, 256, 32), 32, 32, 3, "none")
-HOT_PATH = ("grouped_conv2d.py", "grouped_linear.py", "problems.py", "plan_cache.py", "launch.py")
+HOT_PATH = (triton, linear, problems, plan_cache, launch)
 
 
 def rows(table: plan_cache.Table, fields) -> list[dict[str, int]]:
@@ -235,14 +235,13 @@ def test_too_large_a_kernel_is_refused():
 
 
 def test_hot_path_never_waits_for_the_device():
-    folder = Path(msd_kernels.__file__).parent / "triton"
-    for name in HOT_PATH:
-        source = (folder / name).read_text()
+    for module in HOT_PATH:
+        source = Path(module.__file__).read_text()
         found = re.findall(
             r"\.item\(|\.cpu\(|\.tolist\(|\.numpy\(|synchronize\(|\.cuda\(|\.to\((?!device, non_blocking)",
             source,
         )
-        assert not found, f"{name}: {found}"
+        assert not found, f"{module.__name__}: {found}"
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from torch import Tensor
 require_interpreter()
 
 from helpers import ROUNDING, assert_elements_close, poisoned_memory, stage_batch  # noqa: E402
-from msd_kernels import explain, grouped_conv2d, grouped_linear, tuned  # noqa: E402
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels import explain, grouped_conv2d, grouped_linear  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 from msd_kernels.layouts import Conv2dLayout  # noqa: E402
-from msd_kernels.reference import grouped_conv2d as reference  # noqa: E402
-from msd_kernels.triton import grouped_conv2d as implementation  # noqa: E402
-from msd_kernels.triton import launch  # noqa: E402
+from msd_kernels.ops.grouped_conv2d import reference  # noqa: E402
+from msd_kernels.ops.grouped_conv2d import triton as implementation  # noqa: E402
+from msd_kernels.runtime import launch, tuned  # noqa: E402
 
 TRITON = "grouped_conv2d=triton,grouped_linear=triton"
 GRADIENTS = ("x", "skip", "weight", "bias", "sample_bias")

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import stage_batch
 from msd_kernels import StageBatch, group_norm, grouped_conv2d
-from msd_kernels.ops._checks import Remembered
-from msd_kernels.ops._operators import _observed
+from msd_kernels.dispatch.checks import Remembered
+from msd_kernels.dispatch.operator import _observed
 from msd_kernels.stage_batch import StageWeights
 
 

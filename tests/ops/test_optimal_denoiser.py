@@ -16,9 +16,8 @@ from torch import Tensor
 
 from helpers import dispatcher_calls, each_backend, poisoned_memory
 from msd_kernels import explain, optimal_denoiser
-from msd_kernels.backends import use
-from msd_kernels.library import optimal_denoiser as library
-from msd_kernels.ops.optimal_denoiser import BACKENDS
+from msd_kernels.dispatch.backends import use
+from msd_kernels.ops.optimal_denoiser import BACKENDS, library
 
 SIGMAS = torch.logspace(np.log10(0.002), 3, 24, dtype=torch.float64)
 
@@ -328,8 +327,8 @@ def test_optimal_denoiser_exponential_keeps_what_is_no_number(isa, backend, monk
 INTERPRETED = """
 import interpreter_sanitizer
 import torch
-from msd_kernels.library import optimal_denoiser as library
-from msd_kernels.triton import optimal_denoiser as triton
+from msd_kernels.ops.optimal_denoiser import library
+from msd_kernels.ops.optimal_denoiser import triton
 
 interpreter_sanitizer.install()
 generator = torch.Generator().manual_seed(0)

@@ -19,9 +19,9 @@ from helpers import (
     stage_batch,
 )
 from msd_kernels import StageBatch
-from msd_kernels.backends import use
-from msd_kernels.native import load
+from msd_kernels.dispatch.backends import use
 from msd_kernels.ops.resample2d import BACKENDS, explain, resample2d
+from msd_kernels.runtime.extension import load
 
 FILTERS = {
     "box": [1, 1],

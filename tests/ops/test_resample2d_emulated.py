@@ -21,9 +21,10 @@ import cuda_emulator
 from cuda_emulator import Device
 from helpers import stage_batch
 from msd_kernels import resample2d
-from msd_kernels.backends import use
-from msd_kernels.native import cuda, cuda_resample2d
+from msd_kernels.dispatch.backends import use
 from msd_kernels.ops.resample2d import BACKENDS
+from msd_kernels.ops.resample2d import cuda as cuda_resample2d
+from msd_kernels.runtime import cuda
 
 # Vectors in 16 bits and in 32, several blocks of threads, several strips, strips of several rows.
 LARGE_SHAPES = ((2, 8, 9, 12), (1, 40, 37, 5), (1, 4, 6, 130))

@@ -21,8 +21,8 @@ from test_resample2d import (  # noqa: E402
 
 from helpers import stage_batch  # noqa: E402
 from msd_kernels import explain, resample2d  # noqa: E402
-from msd_kernels.backends import use  # noqa: E402
-from msd_kernels.triton import resample2d as implementation  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
+from msd_kernels.ops.resample2d import triton as implementation  # noqa: E402
 
 # Several blocks of channels, of columns and of rows.
 LARGE_SHAPES = ((1, 66, 3, 4), (1, 1, 3, 258))

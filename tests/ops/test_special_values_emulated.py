@@ -10,8 +10,10 @@ from special_value_checks import CASES, check
 
 import cuda_emulator
 from cuda_emulator import Device
-from msd_kernels.backends import use
-from msd_kernels.native import cuda, cuda_group_norm, cuda_resample2d
+from msd_kernels.dispatch.backends import use
+from msd_kernels.ops.group_norm import cuda as cuda_group_norm
+from msd_kernels.ops.resample2d import cuda as cuda_resample2d
+from msd_kernels.runtime import cuda
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ require_interpreter()
 
 from special_value_checks import check  # noqa: E402
 
-from msd_kernels.backends import use  # noqa: E402
+from msd_kernels.dispatch.backends import use  # noqa: E402
 
 
 @pytest.mark.parametrize(

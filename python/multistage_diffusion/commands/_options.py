@@ -40,7 +40,7 @@ def set_up_machine(args: argparse.Namespace):
     """
     import torch
 
-    from msd_kernels import processor
+    from msd_kernels.runtime import processor
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -1,0 +1,1 @@
+"""What every op shares: registration, autograd, checks of arguments, choice of backend."""

@@ -1,0 +1,227 @@
+"""Checks that every op needs. Each raises before any kernel runs, with the op's name first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from numbers import Real
+from operator import index
+
+import torch
+from torch import Tensor
+
+from msd_kernels import _private
+from msd_kernels.dispatch.operator import PLAIN
+from msd_kernels.stage_batch import StageBatch, StageWeights, as_integer, fixed_shape
+
+NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Remembered:
+    """The layouts of calls that passed their checks: a step repeats its calls, and checking takes longer than this.
+
+    A call is known by what checks look at in its tensors (shapes, dtypes, devices, strides of the first) and by its
+    settings. Nothing is remembered while compiling or tracing or under a mode, where sizes may be symbolic.
+    """
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._layouts: dict[Hashable, tuple] = {}
+
+    def find(self, check: Callable[[], tuple], tensors: Sequence[Tensor | None], settings: tuple) -> tuple:
+        """``check()``, which looks at ``tensors`` and ``settings``, or what it has returned for such a call.
+
+        Settings that are equal must mean the same: no integers that may be floats.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or _private.dispatch_modes()
+            or _private.is_tracing()
+            or tensors[0] is None
+            or not PLAIN.issuperset(map(type, tensors))
+        ):
+            return check()
+        key = (
+            tensors[0].stride(),
+            settings,
+            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+        )
+        layout = None
+        with suppress(TypeError):  # settings that cannot be hashed, like lists
+            layout = self._layouts.get(key)
+        if layout is None:
+            layout = check()
+            with suppress(TypeError):
+                if len(self._layouts) >= self.MOST:
+                    self._layouts.clear()
+                self._layouts[key] = layout
+        return layout
+
+
+def require_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+
+
+def require_like(
+    op: str, name: str, tensor: Tensor, x: Tensor, *, also: tuple[torch.dtype, ...] = ()
+) -> None:
+    """``tensor`` must be on the device of ``x`` and have its dtype, or one of ``also``."""
+    require_floating(op, name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but x is on {x.device}")
+    if tensor.dtype != x.dtype and tensor.dtype not in also:
+        allowed = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, *also)))
+        raise TypeError(f"{op}: {name} must be {allowed} for x of {x.dtype}, got {tensor.dtype}")
+
+
+def real(op: str, name: str, value: float) -> float:
+    """A number, also NaN or infinite. No tensor: its gradient would be lost, and a GPU waited for."""
+    if type(value) is float:
+        return value
+    if type(value) not in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def number(op: str, name: str, value: float) -> float:
+    """A finite number."""
+    found = real(op, name, value)
+    if not math.isfinite(found):
+        raise ValueError(f"{op}: {name} must be finite, got {found}")
+    return found
+
+
+def integer(op: str, name: str, value: int) -> int:
+    """What stands for an integer, as NumPy's do, is turned into one."""
+    if type(value) is int:
+        return value
+    try:
+        return as_integer(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+
+
+def integers(op: str, name: str, value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """One integer or several."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return tuple(map(as_integer, value)) if isinstance(value, Sequence) else index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be one integer or one per stage, got {value!r}") from None
+
+
+def stage_counts(op: str, counts: Sequence[int]) -> tuple[int, ...]:
+    """The samples of each stage, as integers."""
+    try:
+        return tuple(map(as_integer, counts))
+    except TypeError:
+        raise TypeError(f"{op}: counts must be integers, one per stage, got {counts!r}") from None
+
+
+def per_stage(op: str, name: str, value: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Spreads one integer over the stages, or checks that there is one per stage."""
+    if isinstance(value, Sequence):
+        if len(value) != num_stages:
+            raise ValueError(
+                f"{op}: {name} must be one integer or one per stage ({num_stages}), got {tuple(value)}"
+            )
+        return tuple(value)
+    return (value,) * num_stages
+
+
+def require_weights(op: str, name: str, weights: StageWeights | Sequence[Tensor]) -> None:
+    """``weights`` must be a StageWeights or a sequence of tensors, of whatever shapes."""
+    if isinstance(weights, StageWeights):
+        return
+    if isinstance(weights, str | bytes) or not isinstance(weights, Sequence | torch.nn.ParameterList):
+        got = "a single tensor" if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"{op}: {name} must be a StageWeights or one tensor per stage, got {got}")
+    for stage, tensor in enumerate(weights):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} of stage {stage} must be a tensor, got {type(tensor).__name__}")
+
+
+def pack_weights(
+    op: str, name: str, weights: StageWeights | Sequence[Tensor], shapes: Sequence[tuple[int | None, ...]]
+) -> StageWeights:
+    """One weight per stage, packed; ``shapes`` holds what each must be, with None where any size goes."""
+    require_weights(op, name, weights)
+    if not isinstance(weights, StageWeights):
+        weights, given = zip(*map(fixed_shape, weights), strict=True) if len(weights) else ((), ())
+    else:
+        given = weights.shapes
+    if len(given) != len(shapes):
+        raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(shapes)}), got {len(given)}")
+    for stage, (shape, expected) in enumerate(zip(given, shapes, strict=True)):
+        fits = len(shape) == len(expected) and all(
+            e is None or s == e for s, e in zip(shape, expected, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in expected)
+            raise ValueError(f"{op}: {name} of stage {stage} must be [{wanted}], got {list(shape)}")
+    if isinstance(weights, StageWeights):
+        return weights
+    first = weights[0]
+    for stage, tensor in enumerate(weights):
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise TypeError(
+                f"{op}: {name} of stage {stage} is {tensor.dtype} on {tensor.device}, "
+                f"stage 0 is {first.dtype} on {first.device}"
+            )
+    return StageWeights.from_tensors(weights)
+
+
+def pack_layer(
+    op: str,
+    weight: StageWeights | Sequence[Tensor],
+    bias: StageWeights | Sequence[Tensor] | None,
+    shapes: Sequence[tuple[int | None, ...]],
+) -> tuple[StageWeights, StageWeights | None]:
+    """A layer's weight, whose ``shapes`` are known, and its bias of as many elements as the weight has rows."""
+    weight = pack_weights(op, "weight", weight, shapes)
+    if bias is not None:
+        bias = pack_weights(op, "bias", bias, [shape[:1] for shape in weight.shapes])
+    return weight, bias
+
+
+def is_packed(weight: StageWeights | Sequence[Tensor], bias: StageWeights | Sequence[Tensor] | None) -> bool:
+    """Whether there is nothing left to pack."""
+    return isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights))
+
+
+def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:
+    if not isinstance(batch, StageBatch):
+        raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")
+
+
+def require_layout(
+    op: str,
+    name: str,
+    batch: StageBatch,
+    counts: Sequence[int],
+    channels: Sequence[int],
+    height: int,
+    width: int,
+) -> None:
+    """``batch`` must be a StageBatch of exactly this layout."""
+    require_stage_batch(op, name, batch)
+    got = batch.layout
+    expected = (tuple(counts), tuple(channels), height, width)
+    if got != expected:
+        raise ValueError(
+            f"{op}: {name} must have counts={expected[0]}, channels={expected[1]} at {height}x{width}, "
+            f"got counts={got[0]}, channels={got[1]} at {got[2]}x{got[3]}"
+        )

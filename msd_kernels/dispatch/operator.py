@@ -1,0 +1,295 @@
+"""Registration of the ops with PyTorch's dispatcher, and the way around it for ordinary eager calls.
+
+It does what ``torch.library.custom_op`` does for a functional op, at a fraction of its time per call: on small feature
+maps, and behind kernels that leave nothing of Python in the caches, that time is most of an op's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from inspect import Parameter as Argument
+from inspect import signature
+from typing import Any, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from msd_kernels import _private
+from msd_kernels.dispatch import arguments as _arguments
+from msd_kernels.dispatch.backends import FallbackWarning, own_choice, use
+
+# Calls to remember per op: a compiled step repeats its calls.
+MOST_PASSED = 4096
+
+Context = torch.autograd.function.FunctionCtx
+
+NAMESPACE = "msd_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+# With only this key left below autograd, no mode, subclass, transform or lazy view waits for the call.
+_DEVICE_ALONE: frozenset[int] = frozenset()
+if _private.AROUND_THE_DISPATCHER:
+    _DEVICE_ALONE = frozenset(
+        _private.DispatchKeySet(key).raw_repr()
+        for key in (_private.DispatchKey.CPU, _private.DispatchKey.CUDA)
+    )
+# Types of tensors that nobody has overridden, and of an absent one.
+PLAIN = frozenset((Tensor, Parameter, type(None)))
+
+
+class Form:
+    """How a kernel takes its arguments, and how the dispatcher does: tensors first, then a layout, then options.
+
+    The dispatcher knows no NamedTuples, so the fields of the layout are arguments of the registered op.
+    """
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        signed = signature(kernel, eval_str=True)
+        arguments = list(signed.parameters.values())
+        self.num_tensors = sum(a.annotation in (Tensor, Tensor | None) for a in arguments)
+        self.num_arguments = len(arguments)
+        at = self._at = self.num_tensors
+        layout = arguments[at].annotation if at < len(arguments) else None
+        self._layout = layout if hasattr(layout, "_fields") else None
+        if self._layout is not None:
+            fields = [
+                Argument(name, Argument.POSITIONAL_OR_KEYWORD, annotation=_schema_type(kind))
+                for name, kind in get_type_hints(layout).items()
+            ]
+            self._end = at + len(fields)
+            arguments[at : at + 1] = fields
+        self.flat_arguments = len(arguments)
+
+        def prototype(*args: Any) -> Any:
+            raise NotImplementedError
+
+        prototype.__signature__ = signed.replace(parameters=arguments)
+        self.schema = torch.library.infer_schema(prototype, mutates_args=())
+
+    def flat(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The dispatcher's arguments of a kernel's."""
+        if self._layout is None:
+            return args
+        return (*args[: self._at], *args[self._at], *args[self._at + 1 :])
+
+    def whole(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """The kernel's arguments of the dispatcher's, whose lists become what has a hash."""
+        if self._layout is None:
+            return flat
+        fields = (tuple(f) if isinstance(f, list) else f for f in flat[self._at : self._end])
+        return (*flat[: self._at], self._layout(*fields), *flat[self._end :])
+
+    def of_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` as the dispatcher calls it."""
+        return function if self._layout is None else lambda *flat: function(*self.whole(flat))
+
+
+def _schema_type(kind: Any) -> Any:
+    return Sequence[kind.__args__[0]] if get_origin(kind) is tuple else kind
+
+
+class Operator:
+    """An op without aliases and side effects, whose arguments are all positional and without defaults.
+
+    Args:
+        name: its name below ``torch.ops.msd_kernels``.
+        kernel: computes it for every device; the annotations of its arguments make the schema. Tensors come first, a
+            layout may follow.
+        check: raises for arguments that do not fit each other. It sees the calls that come through the dispatcher, the
+            fake ones included; this library's own are checked before.
+    """
+
+    def __init__(self, name: str, kernel: Callable[..., Any], check: Callable[..., None]) -> None:
+        self._kernel = kernel
+        self._name = name
+        self._check = check
+        self._passed: set[tuple] = set()
+        self._form = Form(kernel)
+        LIBRARY.define(name + self._form.schema, tags=TAGS)
+        LIBRARY.impl(name, self._checked(kernel), "CompositeExplicitAutograd")
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._num_tensors = self._form.num_tensors
+        self._function: type[torch.autograd.Function] | None = None
+        self._warned = False
+
+    def __call__(self, *args: Any) -> Any:
+        if _observed(args[: self._num_tensors]):
+            return self._overload(*self._form.flat(args))
+        return self._differentiable(None, *args)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """A decorator: ``fake`` allocates what the kernel returns, without computing it."""
+        torch.library.register_fake(f"{NAMESPACE}::{self._name}", self._checked(fake), lib=LIBRARY)
+        return fake
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            self._require(args)
+            return function(*args)
+
+        return self._form.of_flat(checked)
+
+    def _require(self, args: Sequence[Any]) -> None:
+        """Checks arguments, or knows them by a call that has passed; of symbolic sizes nothing is known yet."""
+        try:
+            key = tuple([_arguments.seen_of(arg) for arg in args])
+            if key in self._passed:
+                return
+        except (TypeError, RuntimeError):  # symbols have no hash, sparse tensors no strides
+            if _arguments.are_symbolic(self._form.flat(args)):
+                return
+            key = None
+        self._check(*args)
+        if len(self._passed) >= MOST_PASSED:
+            self._passed.clear()
+        if key is not None:
+            self._passed.add(key)
+
+    def register_autograd(
+        self,
+        backward: Callable[..., tuple],
+        *,
+        setup_context: Callable[[Context, tuple, Any], None],
+    ) -> None:
+        """``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *cotangents)`` needs.
+
+        ``backward`` returns a gradient, or None, for each tensor; more arguments have none.
+        """
+
+        def forward(ctx: Context, *args_and_keyset: Any) -> Any:
+            *args, keyset = args_and_keyset
+            output = self._below_autograd(keyset, *args)
+            setup_context(ctx, args, output)
+            ctx.backend = own_choice()
+            return output
+
+        def backward_with_keyset(ctx: Context, *cotangents: Any) -> tuple:
+            gradients = _by_choice_of_forward(backward, ctx, cotangents)
+            return (*gradients, *(None,) * (self._form.num_arguments + 1 - len(gradients)))
+
+        self._function = type(
+            f"{self._name}_autograd",
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)},
+        )
+        LIBRARY.impl(self._name, self._dispatched, "Autograd", with_keyset=True)
+
+    def _dispatched(self, keyset: Any, *flat: Any) -> Any:
+        args = self._form.whole(flat)
+        self._require(args)
+        return self._differentiable(keyset, *args)
+
+    def _differentiable(self, keyset: Any, *args: Any) -> Any:
+        """``keyset`` is the dispatcher's, None for a call around it."""
+        tensors = args[: self._num_tensors]
+        differentiated = torch.is_grad_enabled() and _private.any_requires_grad(*tensors)
+        transformed = differentiated and _private.transforms_active()
+        if transformed or (_private.forward_mode() and any(map(_has_tangent, tensors))):
+            return self._plain(*args)
+        if differentiated:
+            return self._function.apply(*args, keyset)
+        return self._below_autograd(keyset, *args)
+
+    def _plain(self, *args: Any) -> Any:
+        """By the reference, which is plain PyTorch and so has forward-mode derivatives and torch.func's."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._name}: served by 'reference', which alone has forward-mode and torch.func derivatives",
+                FallbackWarning,
+                stacklevel=4,
+            )
+        with use("reference"):
+            return self._kernel(*args)
+
+    def _below_autograd(self, keyset: Any, *args: Any) -> Any:
+        with _private.below_autograd():
+            if keyset is None or (keyset & _private.below_autograd_keyset).raw_repr() in _DEVICE_ALONE:
+                return self._kernel(*args)
+            return self._overload.redispatch(keyset & _private.below_autograd_keyset, *self._form.flat(args))
+
+
+class PublicOperator:
+    """An :class:`Operator` by ``torch.library.custom_op``, for a PyTorch that lacks what goes around the dispatcher.
+
+    It costs some ten times as much per call, and has no forward-mode derivatives.
+    """
+
+    def __init__(self, name: str, kernel: Callable[..., Any], check: Callable[..., None]) -> None:
+        def checked(*args: Any) -> Any:
+            check(*args)
+            return kernel(*args)
+
+        self._form, self._check = Form(kernel), check
+        self._op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}",
+            self._form.of_flat(checked),
+            mutates_args=(),
+            schema=self._form.schema,
+            tags=TAGS,
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        return self._op(*self._form.flat(args))
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            if not _arguments.are_symbolic(self._form.flat(args)):
+                self._check(*args)
+            return fake(*args)
+
+        self._op.register_fake(self._form.of_flat(checked))
+        return fake
+
+    def register_autograd(
+        self,
+        backward: Callable[..., tuple],
+        *,
+        setup_context: Callable[[Context, tuple, Any], None],
+    ) -> None:
+        def setup(ctx: Context, inputs: tuple, output: Any) -> None:
+            setup_context(ctx, self._form.whole(inputs), output)
+            ctx.backend = own_choice()
+
+        def backward_by_choice(ctx: Context, *cotangents: Any) -> tuple:
+            gradients = _by_choice_of_forward(backward, ctx, cotangents)
+            return (*gradients, *(None,) * (self._form.flat_arguments - len(gradients)))
+
+        self._op.register_autograd(backward_by_choice, setup_context=setup)
+
+
+def _by_choice_of_forward(backward: Callable[..., tuple], ctx: Context, cotangents: tuple) -> tuple:
+    """``backward`` with the backend that :func:`use` forced for its forward."""
+    with nullcontext() if ctx.backend is None else use(ctx.backend):
+        return backward(ctx, *cotangents)
+
+
+def _observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher must see the call: for a compiler, trace, profiler, mode, transform or subclass."""
+    if torch.compiler.is_compiling() or _private.profiler_enabled() or _private.is_tracing():
+        return True
+    if _private.dispatch_modes() or _private.transforms_active():
+        return True
+    if tensors[0].is_meta or not PLAIN.issuperset(map(type, tensors)):
+        return True
+    for tensor in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def operator(
+    name: str, check: Callable[..., None]
+) -> Callable[[Callable[..., Any]], Operator | PublicOperator]:
+    """A decorator that makes an operator of its kernel."""
+    kind = Operator if _private.AROUND_THE_DISPATCHER else PublicOperator
+    return lambda kernel: kind(name, kernel, check)

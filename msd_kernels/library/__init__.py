@@ -1,1 +1,0 @@
-"""Every op as a loop of PyTorch's own calls over the stages: cuDNN, oneDNN and SDPA on each segment."""

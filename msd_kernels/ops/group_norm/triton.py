@@ -1,0 +1,175 @@
+"""GroupNorm with scale, shift and SiLU in Triton: one launch for all stages, dense NHWC, NCHW or packed.
+
+The kernels are imported with the first call, so that this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from msd_kernels.dispatch import allocate
+from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.runtime.launch import cannot_run, launch
+from msd_kernels.runtime.plan_cache import Table, cached_plan, make_table
+
+FIELDS = (
+    "first_tile",  # programs of the stages before this one
+    "channels",
+    "groups",
+    "groups_per_block",  # groups that one program owns
+    "samples",
+    "x",  # first element in x, y, dy, dx
+    "per_sample",  # first element in scale, shift and their gradients
+    "per_channel",  # first element in weight, bias and their gradients
+    "stats",  # first element in mean and rstd
+)
+
+TILE = {True: 4096, False: 1024}  # elements in flight per program, channels last or not: more would spill
+MAX_COLUMNS = 4096  # widest block of channels
+BLOCK_CHANNELS = 64  # channels that an NHWC block is filled up to with whole groups: 128 bytes in 16 bits
+VECTOR = 8  # channels of a 16-byte load in 16 bits
+WARPS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launches need besides the data.
+
+    Attributes:
+        blocks: one tile per sample and block of groups.
+        parameters: one tile per block of channels, also for stages without samples.
+        constants: the kernels' constexprs.
+    """
+
+    blocks: Table
+    parameters: Table
+    constants: dict[str, int]
+
+
+def cannot(*, device_type: str, dtype: torch.dtype, layout: GroupNormLayout) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    if layout.widest_group > MAX_COLUMNS:
+        return f"takes up to {MAX_COLUMNS} channels per group, got {layout.widest_group}"
+    return cannot_run(device_type, dtype)
+
+
+def slower(*, device_type: str, **_) -> str | None:
+    """Why another backend is preferred, or None."""
+    return None if device_type == "cuda" else "Triton's interpreter is for tests; force the backend to use it"
+
+
+@cached_plan
+def plan(layout: GroupNormLayout, device: torch.device) -> Plan:
+    """The tables of one layout's sizes, made once."""
+    stages = _stages(layout)
+    constants = tile_constants(layout)
+    columns = constants["BC"]
+    per_sample = [{**s, "tiles": s["samples"] * -(-s["groups"] // s["groups_per_block"])} for s in stages]
+    per_channel = [{**s, "tiles": -(-s["channels"] // columns)} for s in stages]
+    return Plan(make_table(per_sample, FIELDS, device), make_table(per_channel, FIELDS, device), constants)
+
+
+def tile_constants(layout: GroupNormLayout) -> dict[str, int]:
+    """The kernels' constexprs for a layout: a tile of BP pixels by BC channels that hold up to GB groups.
+
+    Stages whose blocks fit BLOCK_CHANNELS have the same tile whatever other stages they are launched with, and so the
+    same bits as alone.
+    """
+    per_block = _groups_per_block(layout)
+    blocks = [b * (c // g) for b, c, g in zip(per_block, layout.channels, layout.groups, strict=True)]
+    columns = _power_of_two(max(BLOCK_CHANNELS if layout.channels_last else 1, *blocks))
+    return {
+        "CHANNELS_LAST": layout.channels_last,
+        "BP": max(1, min(_power_of_two(layout.spatial), TILE[layout.channels_last] // columns)),
+        "BC": columns,
+        "GB": _power_of_two(max(per_block)),
+        "ALIGN": math.gcd(8, *layout.channels, *blocks),
+    }
+
+
+def _groups_per_block(layout: GroupNormLayout) -> list[int]:
+    """Whole groups per program: one where each is contiguous (NCHW), else blocks that begin where wide loads can."""
+    if not layout.channels_last:
+        return [1] * len(layout.groups)
+    return [_aligned_groups(c // g, g) for c, g in zip(layout.channels, layout.groups, strict=True)]
+
+
+def _aligned_groups(width: int, groups: int) -> int:
+    unit = VECTOR // math.gcd(VECTOR, width)
+    if unit * width > 2 * BLOCK_CHANNELS:
+        return max(1, min(groups, BLOCK_CHANNELS // width))
+    return min(groups, max(unit, BLOCK_CHANNELS // width // unit * unit))
+
+
+def _stages(layout: GroupNormLayout) -> list[dict[str, int]]:
+    """One row per stage: its sizes and where it starts in every buffer."""
+    rows = []
+    start = {"x": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
+    blocks = _groups_per_block(layout)
+    for n, c, g, b in zip(layout.counts, layout.channels, layout.groups, blocks, strict=True):
+        rows.append({"channels": c, "groups": g, "groups_per_block": b, "samples": n, **start})
+        sizes = {"x": n * c * layout.spatial, "per_sample": n * c, "per_channel": c, "stats": n * g}
+        start = {name: begin + sizes[name] for name, begin in start.items()}
+    return rows
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not under ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def _kernels() -> ModuleType:
+    return import_module("msd_kernels.ops.group_norm.kernels")
+
+
+def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
+    y, mean, rstd = allocate.group_norm_outputs(x, layout)
+    planned = plan(layout.sizes, x.device)
+    blocks = planned.blocks
+    if blocks.tiles:
+        launch(
+            _kernels()._group_norm_forward_kernel, blocks.tiles, x,
+            x, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
+            SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    affine: Affine,
+    layout: GroupNormLayout,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted, in two launches."""
+    gradients = allocate.gradients_like((x, *affine), wanted)
+    dx, dweight, dbias, dscale, dshift = gradients
+    samples = sum(layout.sample_sizes)
+    parts = [None if d is None else x.new_empty(samples, dtype=torch.float32) for d in (dweight, dbias)]
+    planned = plan(layout.sizes, x.device)
+    blocks, parameters = planned.blocks, planned.parameters
+    if blocks.tiles:
+        launch(
+            _kernels()._group_norm_backward_kernel, blocks.tiles, x,
+            dy, x, mean, rstd, *affine, dx, dscale, dshift, *parts, blocks.values, layout.spatial,
+            SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
+        )  # fmt: skip
+    if dweight is not None or dbias is not None:
+        launch(
+            _kernels()._group_norm_parameters_kernel, parameters.tiles, x,
+            *parts, dweight, dbias, parameters.values, PROBLEMS=parameters.problems, BC=planned.constants["BC"],
+        )  # fmt: skip
+    return gradients

@@ -1,0 +1,305 @@
+"""A convolution in which every sample goes through its own stage's weight, with the neighbouring steps fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from msd_kernels.dispatch import allocate, autodiff
+from msd_kernels.dispatch import arguments as _arguments
+from msd_kernels.dispatch import autocast as _autocast
+from msd_kernels.dispatch import checks as _checks
+from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
+from msd_kernels.dispatch.operator import operator
+from msd_kernels.dispatch.samples import sample_by_sample
+from msd_kernels.layouts import Conv2dLayout, resampled_size
+from msd_kernels.ops.grouped_conv2d import library, reference, triton
+from msd_kernels.runtime.launch import devices
+from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
+
+__all__ = ["grouped_conv2d"]
+
+OP = "grouped_conv2d"
+RESAMPLE = (None, "up", "down")
+
+_LAYOUTS = _checks.Remembered()
+
+BACKENDS = OpBackends(
+    OP,
+    [
+        Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("library", library),
+        Candidate("reference", reference),
+    ],
+)
+
+
+@sample_by_sample(("x", "skip", "sample_bias", "residual"), ("weight", "bias"))
+def grouped_conv2d(
+    x: StageBatch,
+    weight: StageWeights | Sequence[Tensor],
+    bias: StageWeights | Sequence[Tensor] | None = None,
+    *,
+    skip: StageBatch | Tensor | None = None,
+    sample_bias: StageBatch | None = None,
+    residual: StageBatch | None = None,
+    scale: float = 1.0,
+    resample: str | None = None,
+) -> StageBatch:
+    """Convolution with one weight per stage, stride 1, zero padding k // 2, in one call for all stages.
+
+    For every sample of stage ``s``::
+
+        y = scale * (conv(resample([x, skip]), weight[s]) + bias[s] + sample_bias + residual)
+
+    ``[x, skip]`` puts the channels of ``skip`` behind those of ``x``. ``"up"`` doubles height and width (nearest),
+    ``"down"`` halves them (mean of 2×2): the resampling of a U-Net with the filter [1, 1]; others go through
+    :func:`msd_kernels.resample2d`. Sums are float32 at least.
+    Source: the per-stage decoders of Zhang et al., CVPR 2024 (arXiv 2312.09181); the fused steps are those of the U-Net
+    blocks of Karras et al. (arXiv 2206.00364).
+
+    Args:
+        x: StageBatch with channels ``C_s``; float32, bfloat16, float16 or float64.
+        weight: ``[O_s, C_s + D_s, k, k]`` per stage, k odd and the same for all, as a sequence or a StageWeights.
+        bias: ``[O_s]`` per stage, or None.
+        skip: second source: a StageBatch with the counts and size of ``x`` and channels ``D_s``, or a dense
+            ``[B, D, H, W]`` tensor in stage order (D the same for all stages). None: ``D_s = 0``.
+        sample_bias: one value per sample and out channel: a StageBatch of channels ``O_s``, height and width 1.
+        residual: StageBatch of the output's layout.
+        scale: factor on the whole sum.
+        resample: None, ``"up"`` or ``"down"``; ``"down"`` needs even height and width.
+
+    All tensors share the dtype and device of ``x``.
+
+    Returns:
+        A StageBatch of ``O_s`` channels with the counts of ``x``, at the resampled size.
+
+    Raises:
+        TypeError: a wrong type or dtype, or dtypes that differ.
+        ValueError: shapes, counts or devices that do not fit; the message names the stage.
+
+    Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
+    """
+    options = {"skip": skip, "sample_bias": sample_bias, "residual": residual, "scale": scale}
+    options["resample"] = resample
+    if isinstance(x, _tracing.Proxy):
+        return _tracing.symbolic(grouped_conv2d, x, weight, bias, **options)
+    tensors, layout, scale = _prepare(x, weight, bias, **options)
+    return StageBatch(_forward(*tensors, layout, scale), x.counts, layout.out_channels, *layout.out_size)
+
+
+def explain(*args, **kwargs) -> Explanation:
+    """Which backend serves ``grouped_conv2d(*args, **kwargs)``, and why the others do not."""
+    (x, *_), layout, _ = _prepare(*args, **kwargs)
+    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
+
+
+def _predicate_arguments(x: Tensor, layout: Conv2dLayout) -> dict:
+    return {"op": OP, "device": x.device, "dtype": x.dtype, "layout": layout}
+
+
+def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None, scale=1.0, resample=None):
+    """Checks a call; returns its tensors as they lie, the layout and the scale."""
+    if not isinstance(x, StageBatch):
+        raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
+    _checks.require_floating(OP, "x", x.values)
+    skip = _skip_batch(x, skip)
+    if not _checks.is_packed(weight, bias):
+        weight, bias = _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
+    for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
+        if batch is not None:
+            _checks.require_stage_batch(OP, name, batch)
+    batches = (x, skip, sample_bias, residual)
+    values, skip_values, sample_bias_values, residual_values = (
+        None if t is None else t.values for t in batches
+    )
+    tensors = _autocast.to_lower_precision(
+        x.device.type,
+        values,
+        skip_values,
+        weight.values,
+        bias and bias.values,
+        sample_bias_values,
+        residual_values,
+    )
+    settings = (
+        *(None if t is None else t.layout for t in batches),
+        weight.shapes,
+        bias and bias.shapes,
+        resample,
+    )
+    layout = _LAYOUTS.find(
+        lambda: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
+    )
+    return tensors, layout, _checks.number(OP, "scale", scale)
+
+
+def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | None, ...]]:
+    skip_channels = (0,) * x.num_stages
+    if skip is not None:
+        _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
+        skip_channels = skip.channels
+    return [(None, c + d, None, None) for c, d in zip(x.channels, skip_channels, strict=True)]
+
+
+def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> Conv2dLayout:
+    """Checks a call."""
+    _require_resample(x, resample)
+    _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
+    kernel = _kernel_size(weight)
+    out_channels = tuple(shape[0] for shape in weight.shapes)
+    if sample_bias is not None:
+        _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
+    if residual is not None:
+        out_size = resampled_size(x.height, x.width, resample or "none")
+        _checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
+    for name, tensor in zip(("skip", "weight", "bias", "sample_bias", "residual"), tensors[1:], strict=True):
+        if tensor is not None:
+            _checks.require_like(OP, name, tensor, tensors[0])
+    skip_channels = skip.channels if skip is not None else (0,) * x.num_stages
+    sizes = (x.height, x.width, kernel)
+    return Conv2dLayout(x.counts, x.channels, skip_channels, out_channels, *sizes, resample or "none")
+
+
+def _require_resample(x: StageBatch, resample: str | None) -> None:
+    if resample not in RESAMPLE:
+        raise ValueError(f"{OP}: resample must be None, 'up' or 'down', got {resample!r}")
+    if resample == "down" and (x.height % 2 or x.width % 2):
+        raise ValueError(f"{OP}: resample='down' needs even height and width, got {x.height}x{x.width}")
+
+
+def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch | None:
+    if skip is None:
+        return None
+    if isinstance(skip, Tensor):
+        skip, shape = fixed_shape(skip)
+        if len(shape) != 4 or shape[0] != x.num_samples:
+            raise ValueError(f"{OP}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(shape)}")
+        skip = StageBatch.from_dense(skip, x.counts)
+    if not isinstance(skip, StageBatch):
+        raise TypeError(f"{OP}: skip must be a StageBatch or a dense tensor, got {type(skip).__name__}")
+    return skip
+
+
+def _kernel_size(weight: StageWeights) -> int:
+    kernels = {shape[2:] for shape in weight.shapes}
+    kernel = next(iter(kernels))
+    if len(kernels) > 1 or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+        raise ValueError(
+            f"{OP}: weight must have one odd, square kernel size for all stages, got {sorted(kernels)}"
+        )
+    return kernel[0]
+
+
+def _require(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout, scale=1.0) -> None:
+    counts, channels, skip_channels, out_channels, height, width, kernel, resample = layout
+    least = {"counts": 0, "skip_channels": 0}
+    lists = {"channels": channels, "skip_channels": skip_channels, "out_channels": out_channels}
+    _arguments.require_stages(OP, least, counts=counts, **lists)
+    _arguments.require_positive(OP, height=height, width=width, kernel=kernel)
+    if kernel % 2 == 0:
+        raise ValueError(f"{OP}: kernel must be odd, got {kernel}")
+    if resample not in ("none", "up", "down") or (resample == "down" and (height % 2 or width % 2)):
+        raise ValueError(
+            f"{OP}: resample must be 'none', 'up' or, with even height and width, 'down', "
+            f"got {resample!r} at {height}x{width}"
+        )
+    if skip is None and any(skip_channels):
+        raise ValueError(f"{OP}: skip must be given for skip_channels={list(skip_channels)}, got None")
+    _checks.require_floating(OP, "x", x)
+    sizes = {
+        "x": (x, _arguments.total(OP, counts, channels, height, width)),
+        "skip": (skip, _arguments.total(OP, counts, skip_channels, height, width)),
+        "weight": (weight, _arguments.total(OP, out_channels, layout.in_channels, kernel, kernel)),
+        "bias": (bias, _arguments.total(OP, out_channels)),
+        "sample_bias": (sample_bias, _arguments.total(OP, counts, out_channels)),
+        "residual": (residual, _arguments.total(OP, counts, out_channels, *layout.out_size)),
+    }
+    _arguments.require_flat(OP, x, sizes)
+
+
+def _require_backward(dy, x, skip, weight, layout: Conv2dLayout, wanted) -> None:
+    # The cotangent lies as a residual does.
+    _require(x, skip, weight, None, None, dy, layout)
+    _arguments.require_wanted(OP, wanted, 5)
+
+
+@operator("grouped_conv2d", _require)
+def _forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    layout: Conv2dLayout,
+    scale: float,
+) -> Tensor:
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, layout, scale)
+
+
+@_forward.register_fake
+def _(x, skip, weight, bias, sample_bias, residual, layout, scale):
+    return x.new_empty(sum(layout.out_sizes))
+
+
+@operator("grouped_conv2d_backward", _require_backward)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    layout: Conv2dLayout,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)
+    return allocate.without_absent(gradients, x)
+
+
+@_backward.register_fake
+def _(dy, x, skip, weight, layout, wanted):
+    bias, sample_bias = weight.new_empty(sum(layout.out_channels)), x.new_empty(sum(layout.sample_sizes))
+    gradients = allocate.gradients_like((x, skip, weight, bias, sample_bias), wanted)
+    return allocate.without_absent(gradients, x)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, skip, weight, *_, ctx.layout, ctx.scale = inputs
+    ctx.save_for_backward(x, skip, weight)
+
+
+def _differentiate(ctx, dy):
+    """The residual's gradient is the cotangent of the unscaled sum; all the others follow from it."""
+    wanted = list(ctx.needs_input_grad[:5])
+    dsum = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
+    gradients = _backward(dsum, *ctx.saved_tensors, ctx.layout, wanted)
+    found = [g if flag else None for g, flag in zip(gradients, wanted, strict=True)]
+    return (*found, dsum if ctx.needs_input_grad[5] else None)
+
+
+def _save_for_double_backward(ctx, inputs, output):
+    *tensors, ctx.layout, ctx.wanted = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_twice(ctx, *grad_gradients):
+    dy, x, skip, weight = ctx.saved_tensors
+    bias, sample_bias = (
+        weight.new_zeros(sum(ctx.layout.out_channels)),
+        x.new_zeros(sum(ctx.layout.sample_sizes)),
+    )
+
+    def forward(x, skip, weight, bias, sample_bias):
+        return reference.grouped_conv2d(x, skip, weight, bias, sample_bias, None, ctx.layout, 1.0)
+
+    found = autodiff.second_vjp(forward, dy, (x, skip, weight, bias, sample_bias), ctx.wanted, grad_gradients)
+    return found[:4]
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward.register_autograd(_differentiate_twice, setup_context=_save_for_double_backward)

@@ -1,0 +1,382 @@
+"""Plans of the grouped kernels: what is per stage becomes one row of a small table that a launch reads.
+
+One launch walks a list of tiles that is never written down: every row (a *problem*) owns a run of consecutive tile
+numbers, rows with the longest tiles come first, and a program finds the row of its tile by comparing the tile with all
+first tiles at once. So a plan holds one row per stage, whatever the batch size, costs the host some microseconds, and
+reaches the device in one asynchronous copy from pinned memory (:mod:`msd_kernels.runtime.plan_cache`). Stages without
+samples have no row. Everything here is arithmetic on shapes; it needs no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+from msd_kernels.layouts import MEAN, SAME, SUM, Conv2dLayout, starts
+from msd_kernels.runtime.launch import multiprocessors
+from msd_kernels.runtime.plan_cache import Table, make_table
+from msd_kernels.runtime.tuned import Launch, ProductParameters, Tile, WgradParameters
+
+# Columns of the tables. The kernels take their field numbers from here.
+PRODUCT_FIELDS = (
+    "first_tile",  # tiles of the rows before this one
+    "narrow",  # 1: in narrow tiles
+    "column_tiles",  # tiles side by side
+    "rows",  # pixels of the result
+    "columns",  # channels of the result
+    "channels",  # channels of the first source
+    "skip_channels",  # channels of the second source
+    "source",  # first element in the first source
+    "skip",  # first element in the second source
+    "weight",  # first element of the weight, at tap 0
+    "in_channels",  # the weight's distance between taps
+    "result",  # first element in the result
+    "target",  # which result: 0 of x, 1 of skip
+    "bias",  # first element in the bias
+    "sample_bias",  # first element in the bias per sample
+)
+WGRAD_FIELDS = (
+    "first_tile",
+    "kind",  # 0: weight gradient in wide tiles, 1: in narrow tiles, 2: sums over pixels
+    "out_tiles",  # tiles side by side over the out channels
+    "channel_tiles",  # tiles over the source's channels
+    "rows",  # pixels
+    "channels",  # channels of the source
+    "out_channels",
+    "source",  # first element in the source
+    "origin",  # which source: 0 x, 1 skip
+    "cotangent",  # first element in the cotangent
+    "chunk",  # pixels per partial sum
+    "partial",  # first element in the workspace
+    "partial_stride",  # elements between partial sums
+    "in_channels",
+)
+SUM_FIELDS = (
+    "first_tile",
+    "terms",  # partial sums to add up
+    "stride",  # elements between them
+    "size",  # elements of the result
+    "partial",  # first element in the workspace
+    "result",  # first element of the result
+    "target",  # which result: 0 weight, 1 bias, 2 sample_bias
+)
+WIDE, NARROW, PIXEL_SUMS = range(3)
+
+# Pixels per partial sum of the bias gradient where nobody asks for the sums per sample.
+SUM_CHUNK = 1024
+# Partial sums that one program of the kernel that adds them up adds at once, and elements that it owns: of weights and
+# of sums per sample, which have few terms, and of biases, which have many.
+SUM_BLOCK, SUM_BLOCK_BIAS = (4, 1024), (32, 64)
+TO_WEIGHT, TO_BIAS, TO_SAMPLE_BIAS = range(3)
+# Tiles that a weight gradient is cut into at least, if there are pixels enough: several waves of any GPU.
+WGRAD_TILES = 1024
+WGRAD_MIN_CHUNK = 512
+# Offsets inside one stage's weight, one image and one chunk of pixels are 32-bit, and so are numbers of pixels.
+MAX_LOCAL = 2**31 - 2**24
+# The taps inside of an image are bits of one number.
+MAX_KERNEL = 15
+# A vector is 16 bytes; channel counts that it divides make every load of a slice 16 bytes wide.
+VECTOR_BYTES = 16
+NO_TILE = Tile(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """A launch of the forward or of the input gradients: its table, and the tiles that its kernel is compiled for."""
+
+    table: Table
+    wide: Tile | None
+    narrow: Tile | None
+    warps: int
+    programs_per_multiprocessor: int
+
+
+@dataclass(frozen=True)
+class WgradPlan:
+    """The two launches of the weight and bias gradients and the float32 workspace between them."""
+
+    partials: Table
+    sums: Table
+    wide: Tile | None
+    narrow: Tile | None
+    pixel_sums: bool
+    workspace: int
+
+
+def forward_modes(layout: Conv2dLayout) -> dict[str, int]:
+    """Constants of the forward kernel that follow from the resampling."""
+    return {"GATHER": layout.source_gather, "REPEAT": layout.convolves_first}
+
+
+def dgrad_modes(layout: Conv2dLayout) -> dict[str, int]:
+    """Of the input gradients' kernel."""
+    return {"GATHER": SUM if layout.resample == "up" else SAME, "REPEAT": layout.resample == "down"}
+
+
+def wgrad_modes(layout: Conv2dLayout) -> dict[str, int]:
+    """Of the weight gradients' kernel."""
+    return {"GATHER": layout.source_gather, "COTANGENT_GATHER": SUM if layout.convolves_first else SAME}
+
+
+def vector(itemsize: int, channels: Sequence[int]) -> int:
+    """Elements per load along the channels: 16 bytes' worth if that divides every channel count, else 1."""
+    elements = VECTOR_BYTES // itemsize
+    return elements if all(c % elements == 0 for c in channels) else 1
+
+
+def arithmetic_constants(layout: Conv2dLayout, arithmetic: str, itemsize: int) -> dict[str, int | str]:
+    """Constants of all kernels that follow from the dtype and from what divides the channel counts."""
+    return {
+        "VECTOR_IN": vector(itemsize, (*layout.channels, *layout.skip_channels)),
+        "VECTOR_OUT": vector(itemsize, layout.out_channels),
+        "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
+    }
+
+
+def sum_constants() -> dict[str, int]:
+    """Constants of the kernel that adds up partial sums."""
+    names = ("BLOCK_TERMS", "BLOCK", "BIAS_BLOCK_TERMS", "BIAS_BLOCK")
+    return dict(zip(names, (*SUM_BLOCK, *SUM_BLOCK_BIAS), strict=True))
+
+
+def tile_constants(wide: Tile | None, narrow: Tile | None) -> dict[str, int]:
+    """Constants of all kernels that say which tiles a launch has; zeros for none."""
+    return {
+        f"{kind}_{side}": value
+        for kind, tile in (("WIDE", wide), ("NARROW", narrow))
+        for side, value in zip(("M", "N", "K", "STAGES"), astuple(tile or NO_TILE), strict=True)
+    }
+
+
+def forward_plan(layout: Conv2dLayout, parameters: ProductParameters, device: torch.device) -> ProductPlan:
+    """Rows: pixels of the grid. Columns: out channels. Depth: taps × both sources' channels."""
+    rows = math.prod(layout.grid)
+    sources = (
+        layout.offsets(layout.channels, layout.in_pixels),
+        layout.offsets(layout.skip_channels, layout.in_pixels),
+    )
+    results = layout.offsets(layout.out_channels, layout.out_pixels)
+    weights, biases = starts(layout.weight_sizes), starts(layout.out_channels)
+    samples = layout.offsets(layout.out_channels, 1)
+    problems = [
+        {
+            "rows": layout.counts[s] * rows,
+            "columns": layout.out_channels[s],
+            "channels": layout.channels[s],
+            "skip_channels": layout.skip_channels[s],
+            "source": sources[0][s],
+            "skip": sources[1][s],
+            "weight": weights[s],
+            "in_channels": layout.in_channels[s],
+            "result": results[s],
+            "bias": biases[s],
+            "sample_bias": samples[s],
+        }
+        for s in layout.stages
+    ]
+    return _product_plan(problems, parameters, forward_modes(layout), device)
+
+
+def dgrad_plan(
+    layout: Conv2dLayout, wanted: tuple[bool, bool], parameters: ProductParameters, device: torch.device
+) -> ProductPlan:
+    """Rows: pixels of the source grid. Columns: the source's channels. Depth: taps × out channels."""
+    rows = math.prod(layout.source_grid)
+    cotangents, weights = layout.offsets(layout.out_channels, layout.out_pixels), starts(layout.weight_sizes)
+    problems = []
+    for target, widths in enumerate((layout.channels, layout.skip_channels)):
+        results = layout.offsets(widths, layout.in_pixels)
+        problems += [
+            {
+                "rows": layout.counts[s] * rows,
+                "columns": widths[s],
+                "channels": layout.out_channels[s],
+                "source": cotangents[s],
+                "weight": weights[s] + target * layout.channels[s],
+                "in_channels": layout.in_channels[s],
+                "result": results[s],
+                "target": target,
+            }
+            for s in layout.stages
+            if wanted[target] and widths[s]
+        ]
+    return _product_plan(problems, parameters, dgrad_modes(layout), device)
+
+
+def is_pooled(modes: dict[str, int]) -> bool:
+    """Whether a gather of these modes reads 2×2 pixels per value."""
+    return not {MEAN, SUM}.isdisjoint((modes["GATHER"], modes.get("COTANGENT_GATHER")))
+
+
+def is_resampled(modes: dict[str, int]) -> bool:
+    """Whether a product of these modes reads or writes at other positions than those of its grid."""
+    return modes["GATHER"] != SAME or bool(modes["REPEAT"])
+
+
+def _product_plan(
+    problems: list[dict], parameters: ProductParameters, modes: dict[str, int], device: torch.device
+) -> ProductPlan:
+    depth = max((c for p in problems for c in (p["channels"], p.get("skip_channels", 0))), default=1)
+    rows = max((p["rows"] for p in problems), default=1)
+    launches = parameters.launches(rows, depth, is_pooled(modes), is_resampled(modes))
+    launch, _ = min(launches, key=lambda choice: _time(problems, *choice, device))
+    wide, narrow = launch.wide, launch.narrow
+    for problem in problems:
+        problem["narrow"] = int(_is_narrow(problem, launch))
+        tile = narrow if problem["narrow"] else wide
+        problem["column_tiles"] = _ceil(problem["columns"], tile.n)
+        problem["tiles"] = _tiles(problem, tile)
+    problems.sort(key=lambda p: (p["narrow"], -p["channels"] - p.get("skip_channels", 0)))
+    return ProductPlan(
+        make_table(problems, PRODUCT_FIELDS, device),
+        wide if any(not p["narrow"] for p in problems) else None,
+        narrow if any(p["narrow"] for p in problems) else None,
+        launch.warps,
+        launch.programs_per_multiprocessor,
+    )
+
+
+def _is_narrow(problem: dict, launch: Launch) -> bool:
+    return launch.narrow is not None and problem["columns"] <= launch.narrow.n
+
+
+def _tiles(problem: dict, tile: Tile) -> int:
+    return _ceil(problem["rows"], tile.m) * _ceil(problem["columns"], tile.n)
+
+
+def _time(problems: list[dict], launch: Launch, speed: float, device: torch.device) -> float:
+    """How long the wide tiles of a launch take, to compare launches: the rounds that the busiest program walks, each
+    as long as its tile is large. That some problems are deeper than others changes all launches alike.
+    """
+    tiles = sum(_tiles(p, launch.wide) for p in problems if not _is_narrow(p, launch))
+    rounds = _ceil(tiles, multiprocessors(device) * launch.programs_per_multiprocessor)
+    return rounds * launch.wide.m * launch.wide.n / speed
+
+
+def wgrad_plan(
+    layout: Conv2dLayout,
+    wanted: tuple[bool, bool, bool],
+    parameters: WgradParameters,
+    device: torch.device,
+) -> WgradPlan:
+    """The partial sums over pixels, and their sums; ``wanted`` names weight, bias and sample_bias.
+
+    The pixels are cut into chunks of one length, the same for all stages, that follows from the shapes alone.
+    """
+    want_weight, want_bias, want_sample_bias = wanted
+    launch = parameters.launch(is_pooled(wgrad_modes(layout)))
+    partials, sums = [], []
+    workspace = _weight_gradients(layout, launch, partials, sums) if want_weight else 0
+    if want_bias or want_sample_bias:
+        workspace = _bias_gradients(layout, wanted, parameters, partials, sums, workspace)
+    kinds = {p["kind"] for p in partials}
+    return WgradPlan(
+        make_table(sorted(partials, key=lambda p: p["kind"]), WGRAD_FIELDS, device),
+        make_table(sums, SUM_FIELDS, device),
+        launch.wide if WIDE in kinds else None,
+        launch.narrow if NARROW in kinds else None,
+        PIXEL_SUMS in kinds,
+        workspace,
+    )
+
+
+def _weight_gradients(layout: Conv2dLayout, launch: Launch, partials: list, sums: list) -> int:
+    """Appends the problems of the weight gradients; returns the size of their workspace."""
+    rows = [n * math.prod(layout.grid) for n in layout.counts]
+    pieces = [
+        _weight_tiles(layout, launch, s, origin)
+        for s in layout.stages
+        for origin, widths in enumerate((layout.channels, layout.skip_channels))
+        if widths[s]
+    ]
+    work = sum(rows[p["stage"]] * p["per_chunk"] for p in pieces)
+    widest = max(*layout.channels, *layout.skip_channels, *layout.out_channels)
+    chunk = max(WGRAD_MIN_CHUNK, _ceil(work, WGRAD_TILES))
+    chunk = _ceil(min(chunk, MAX_LOCAL // (8 * widest)), WGRAD_MIN_CHUNK) * WGRAD_MIN_CHUNK
+    terms = [_ceil(r, chunk) for r in rows]
+    workspaces = starts(t * size for t, size in zip(terms, layout.weight_sizes, strict=True))
+    for piece in pieces:
+        s = piece.pop("stage")
+        partials.append(
+            {
+                **piece,
+                "rows": rows[s],
+                "chunk": chunk,
+                "partial": workspaces[s] + piece["origin"] * layout.channels[s],
+                "partial_stride": layout.weight_sizes[s],
+                "tiles": piece["per_chunk"] * terms[s],
+            }
+        )
+    results = starts(layout.weight_sizes)
+    for s, size in enumerate(layout.weight_sizes):
+        sums.append(_sum(terms[s], size, size, workspaces[s], results[s], target=TO_WEIGHT))
+    return sum(t * size for t, size in zip(terms, layout.weight_sizes, strict=True))
+
+
+def _weight_tiles(layout: Conv2dLayout, launch: Launch, stage: int, origin: int) -> dict:
+    """One source of one stage: the part of a problem that does not depend on the chunks."""
+    widths = (layout.channels, layout.skip_channels)[origin]
+    out_channels = layout.out_channels[stage]
+    narrow = out_channels <= launch.narrow.n
+    tile = launch.narrow if narrow else launch.wide
+    out_tiles, channel_tiles = _ceil(out_channels, tile.n), _ceil(widths[stage], tile.m)
+    return {
+        "stage": stage,
+        "kind": NARROW if narrow else WIDE,
+        "out_tiles": out_tiles,
+        "channel_tiles": channel_tiles,
+        "channels": widths[stage],
+        "out_channels": out_channels,
+        "source": layout.offsets(widths, layout.in_pixels)[stage],
+        "origin": origin,
+        "cotangent": layout.offsets(layout.out_channels, layout.out_pixels)[stage],
+        "in_channels": layout.in_channels[stage],
+        "per_chunk": out_tiles * channel_tiles * layout.taps,
+    }
+
+
+def _bias_gradients(layout, wanted, parameters, partials: list, sums: list, workspace: int) -> int:
+    """Appends the problems of the bias gradients; returns the size of the workspace with theirs."""
+    _, want_bias, want_sample_bias = wanted
+    chunk = layout.out_pixels if want_sample_bias else SUM_CHUNK
+    rows = [n * layout.out_pixels for n in layout.counts]
+    terms = [_ceil(r, chunk) for r in rows]
+    sizes = [t * o for t, o in zip(terms, layout.out_channels, strict=True)]
+    workspaces = [workspace + start for start in starts(sizes)]
+    cotangents = layout.offsets(layout.out_channels, layout.out_pixels)
+    for s in layout.stages:
+        out_channels = layout.out_channels[s]
+        out_tiles = _ceil(out_channels, parameters.sum_channels)
+        partials.append(
+            {
+                "kind": PIXEL_SUMS,
+                "out_tiles": out_tiles,
+                "rows": rows[s],
+                "out_channels": out_channels,
+                "cotangent": cotangents[s],
+                "chunk": chunk,
+                "partial": workspaces[s],
+                "partial_stride": out_channels,
+                "tiles": out_tiles * terms[s],
+            }
+        )
+    biases, samples = starts(layout.out_channels), layout.offsets(layout.out_channels, 1)
+    for s, out_channels in enumerate(layout.out_channels):
+        if want_bias:
+            sums.append(_sum(terms[s], out_channels, out_channels, workspaces[s], biases[s], target=TO_BIAS))
+        if want_sample_bias and sizes[s]:
+            sums.append(_sum(1, 0, sizes[s], workspaces[s], samples[s], target=TO_SAMPLE_BIAS))
+    return workspace + sum(sizes)
+
+
+def _sum(terms: int, stride: int, size: int, partial: int, result: int, target: int) -> dict:
+    _, block = SUM_BLOCK_BIAS if target == TO_BIAS else SUM_BLOCK
+    fields = {"terms": terms, "stride": stride, "size": size, "partial": partial, "result": result}
+    return {**fields, "target": target, "tiles": _ceil(size, block)}
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

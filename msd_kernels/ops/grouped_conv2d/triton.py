@@ -1,0 +1,291 @@
+"""The grouped convolution in Triton: one launch forward, at most three backward, for any number of stages.
+
+The kernels are imported with the first call, so that this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from msd_kernels.dispatch import allocate
+from msd_kernels.layouts import Conv2dLayout
+from msd_kernels.ops.grouped_conv2d.plan import (
+    MAX_KERNEL,
+    MAX_LOCAL,
+    ProductPlan,
+    arithmetic_constants,
+    dgrad_modes,
+    dgrad_plan,
+    forward_modes,
+    forward_plan,
+    sum_constants,
+    tile_constants,
+    wgrad_modes,
+    wgrad_plan,
+)
+from msd_kernels.runtime import launch as triton_launch
+from msd_kernels.runtime import tuned
+from msd_kernels.runtime.compilation import register_options
+from msd_kernels.runtime.plan_cache import Table, cached_plan
+
+
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """One launch, but for its tensors.
+
+    Attributes:
+        kernel: what is launched.
+        table: its problems.
+        sizes: what the kernel takes besides, by value: the tiles and the map's height and width, where it walks them.
+        programs_per_multiprocessor: of a grid that walks the tiles; None for one program per tile.
+        options: the kernel's constants and the compiler's options.
+    """
+
+    kernel: object
+    table: Table
+    sizes: tuple[int, ...]
+    programs_per_multiprocessor: int | None
+    options: dict[str, object]
+
+    def launch(self, on: Tensor, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
+        """Runs the kernel on its tensors, the table, the sizes and other numbers, if there is anything to do."""
+        grid = self.table.tiles
+        if self.programs_per_multiprocessor:
+            grid = triton_launch.programs(on.device, grid, self.programs_per_multiprocessor)
+        if grid:
+            arguments = (*tensors, self.table.values, *self.sizes, *numbers)
+            triton_launch.launch(self.kernel, grid, on, *arguments, **self.options)
+
+
+def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayout) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    if layout.largest_local_offset > MAX_LOCAL // 2:
+        return (
+            f"one stage's weight and one sample's feature map may have {MAX_LOCAL // 2} elements, "
+            f"got {layout.largest_local_offset}"
+        )
+    if layout.most_pixels > MAX_LOCAL:
+        return f"one stage's samples may have {MAX_LOCAL} pixels together, got {layout.most_pixels}"
+    if layout.kernel > MAX_KERNEL:
+        return f"takes kernels up to {MAX_KERNEL}, got {layout.kernel}"
+    return triton_launch.cannot_run(device.type, dtype)
+
+
+def slower(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayout) -> str | None:
+    """Why the library's loop over the stages is preferred to one launch, or None."""
+    if device.type != "cuda":
+        return "Triton's interpreter is for tests; force the backend to use it"
+    return _prefers_library(op, tuned.architecture_of(device), layout)
+
+
+@lru_cache(maxsize=4096)
+def _prefers_library(op: str, architecture: int, layout: Conv2dLayout) -> str | None:
+    stages = len(list(layout.stages))
+    if stages < 2:
+        return f"{stages} non-empty stage: one library call is one launch too"
+    rule = tuned.crossover(architecture, op)
+    gflop = layout.flops / stages / 1e9
+    if gflop <= rule.gflop_per_stage:
+        return None
+    origin = (
+        f"measured on {rule.measured_on}" if rule.measured_on else "an estimate, not measured on this GPU"
+    )
+    return (
+        f"{gflop:.3g} GFLOP per non-empty stage are more than {rule.gflop_per_stage:g}, "
+        f"from where on one library call per stage is faster ({origin})"
+    )
+
+
+def grouped_conv2d(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    layout: Conv2dLayout,
+    scale: float,
+) -> Tensor:
+    """The flat output of :func:`msd_kernels.grouped_conv2d`."""
+    return run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, _arithmetic(x))
+
+
+def grouped_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    layout: Conv2dLayout,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
+    return run_backward(dy, x, skip, weight, layout, wanted, _arithmetic(x))
+
+
+def _arithmetic(x: Tensor) -> str:
+    """Float32 follows PyTorch's own setting for convolutions."""
+    allow_tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return tuned.arithmetic(x.dtype, allow_tf32)
+
+
+def run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic) -> Tensor:
+    """Allocates and computes the output."""
+    y = x.new_empty(sum(layout.out_sizes))
+    inputs = (t if t is None else t.contiguous() for t in (x, skip, weight, bias, sample_bias, residual))
+    grouped_conv2d_forward(*inputs, y, layout, scale, arithmetic)
+    return y
+
+
+def run_backward(dy, x, skip, weight, layout, wanted, arithmetic) -> list[Tensor | None]:
+    """Allocates and computes the wanted gradients."""
+    dy, x, skip, weight = (t if t is None else t.contiguous() for t in (dy, x, skip, weight))
+    dx, dskip, dweight = allocate.gradients_like((x, skip, weight), wanted[:3])
+    dbias = weight.new_empty(sum(layout.out_channels)) if wanted[3] else None
+    dsample_bias = x.new_empty(sum(layout.sample_sizes)) if wanted[4] else None
+    if dx is not None or dskip is not None:
+        grouped_conv2d_dgrad(dy, weight, dx, dskip, layout, arithmetic)
+    if dweight is not None or dbias is not None or dsample_bias is not None:
+        grouped_conv2d_wgrad(dy, x, skip, dweight, dbias, dsample_bias, layout, arithmetic)
+    return [dx, dskip, dweight, dbias, dsample_bias]
+
+
+def grouped_conv2d_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    layout: Conv2dLayout,
+    scale: float,
+    arithmetic: str,
+    parameters: tuned.ProductParameters | None = None,
+) -> None:
+    """Writes ``y``: one launch, with the committed parameters unless others are given."""
+    planned = _plan_forward(layout, arithmetic, x.itemsize, sample_bias is not None, parameters, x.device)
+    planned.launch(x, x, skip, weight, bias, sample_bias, residual, y, numbers=(scale,))
+
+
+@cached_plan
+def _plan_forward(
+    layout: Conv2dLayout,
+    arithmetic: str,
+    itemsize: int,
+    biased_samples: bool,
+    parameters: tuned.ProductParameters | None,
+    device: torch.device,
+) -> PlannedLaunch:
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
+    parameters = parameters or tuned.product(tuned.architecture_of(device), arithmetic)
+    vectors = [constants["VECTOR_IN"]]
+    # Narrow tiles have the registers to store single elements.
+    if max(layout.out_channels) > parameters.narrow.n:
+        vectors.append(constants["VECTOR_OUT"])
+    parameters = parameters.for_vectors(*vectors)
+    if biased_samples:  # too many registers for the large tile
+        parameters = replace(parameters, large=None)
+    plan = forward_plan(layout, parameters, device)
+    kernel = _product_kernels()._grouped_conv2d_forward_kernel
+    return _planned_product(kernel, plan, layout, layout.grid, forward_modes(layout) | constants)
+
+
+def _planned_product(
+    kernel, plan: ProductPlan, layout: Conv2dLayout, grid: tuple[int, int], constants: dict
+) -> PlannedLaunch:
+    options = {
+        "PROBLEMS": plan.table.problems,
+        "KERNEL": layout.kernel,
+        **constants,
+        **tile_constants(plan.wide, plan.narrow),
+        "num_warps": plan.warps,
+        **register_options(plan.warps, plan.programs_per_multiprocessor),
+    }
+    sizes = (plan.table.tiles, *grid)
+    return PlannedLaunch(kernel, plan.table, sizes, plan.programs_per_multiprocessor, options)
+
+
+def grouped_conv2d_dgrad(
+    dy: Tensor, weight: Tensor, dx: Tensor | None, dskip: Tensor | None, layout: Conv2dLayout, arithmetic: str
+) -> None:
+    """Writes the gradients of both sources, or of the one that is wanted: one launch."""
+    wanted = (dx is not None, dskip is not None)
+    planned = _plan_dgrad(layout, wanted, arithmetic, dy.itemsize, dy.device)
+    planned.launch(dy, dy, weight, dskip if dx is None else dx, dskip)
+
+
+@cached_plan
+def _plan_dgrad(
+    layout: Conv2dLayout, wanted: tuple[bool, bool], arithmetic: str, itemsize: int, device: torch.device
+) -> PlannedLaunch:
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
+    parameters = tuned.product(tuned.architecture_of(device), arithmetic)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = dgrad_plan(layout, wanted, parameters, device)
+    kernel = _product_kernels()._grouped_conv2d_dgrad_kernel
+    return _planned_product(kernel, plan, layout, layout.source_grid, dgrad_modes(layout) | constants)
+
+
+def grouped_conv2d_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dsample_bias: Tensor | None,
+    layout: Conv2dLayout,
+    arithmetic: str,
+    parameters: tuned.WgradParameters | None = None,
+) -> None:
+    """Writes those gradients that are not None: one launch for partial sums, one to add them up."""
+    wanted = tuple(g is not None for g in (dweight, dbias, dsample_bias))
+    size, partials, sums = _plan_wgrad(layout, wanted, arithmetic, x.itemsize, parameters, x.device)
+    workspace = x.new_empty(size, dtype=torch.float32)
+    partials.launch(x, dy, x, skip, workspace)
+    sums.launch(x, workspace, dweight, dbias, dsample_bias)
+
+
+@cached_plan
+def _plan_wgrad(
+    layout: Conv2dLayout,
+    wanted: tuple[bool, bool, bool],
+    arithmetic: str,
+    itemsize: int,
+    parameters: tuned.WgradParameters | None,
+    device: torch.device,
+) -> tuple[int, PlannedLaunch, PlannedLaunch]:
+    """The size of the workspace, the launch of the partial sums and that of their sums."""
+    constants = arithmetic_constants(layout, arithmetic, itemsize)
+    parameters = parameters or tuned.wgrad(tuned.architecture_of(device), arithmetic)
+    parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
+    plan = wgrad_plan(layout, wanted, parameters, device)
+    options = {
+        "PROBLEMS": plan.partials.problems,
+        "KERNEL": layout.kernel,
+        **wgrad_modes(layout),
+        **constants,
+        **tile_constants(plan.wide, plan.narrow),
+        "SUM_ROWS": parameters.sum_rows if plan.pixel_sums else 0,
+        "SUM_CHANNELS": parameters.sum_channels,
+        "num_warps": parameters.warps,
+        **register_options(parameters.warps, parameters.programs_per_multiprocessor),
+    }
+    kernels = import_module("msd_kernels.ops.grouped_conv2d.wgrad_kernels")
+    walk = parameters.programs_per_multiprocessor
+    sizes = (plan.partials.tiles, *layout.grid)
+    partials = PlannedLaunch(kernels._grouped_conv2d_wgrad_kernel, plan.partials, sizes, walk, options)
+    options = {"PROBLEMS": plan.sums.problems, **sum_constants()}
+    sums = PlannedLaunch(kernels._grouped_conv2d_sum_partials_kernel, plan.sums, (), None, options)
+    return plan.workspace, partials, sums
+
+
+@cache
+def _product_kernels() -> ModuleType:
+    return import_module("msd_kernels.ops.grouped_conv2d.product_kernels")

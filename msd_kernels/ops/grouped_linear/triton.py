@@ -1,0 +1,53 @@
+"""The grouped linear layer in Triton: the 1×1 convolution of maps of one pixel, in the same launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msd_kernels.layouts import LinearLayout
+from msd_kernels.ops.grouped_conv2d import triton as conv
+from msd_kernels.ops.grouped_conv2d.triton import run_backward, run_forward
+from msd_kernels.runtime import tuned
+
+__all__ = ["cannot", "grouped_linear", "grouped_linear_backward", "slower"]
+
+
+def cannot(*, layout: LinearLayout, **call) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    return conv.cannot(layout=layout.conv2d, **call)
+
+
+def slower(*, layout: LinearLayout, **call) -> str | None:
+    """Why the library's loop over the stages is preferred to one launch, or None."""
+    return conv.slower(layout=layout.conv2d, **call)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.grouped_linear`."""
+    return run_forward(x, None, weight, bias, None, None, layout.conv2d, 1.0, _arithmetic(x))
+
+
+def grouped_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients for ``(x, weight, bias)``, None where not wanted."""
+    want_x, want_weight, want_bias = wanted
+    dx, _, dweight, dbias, _ = run_backward(
+        dy,
+        x,
+        None,
+        weight,
+        layout.conv2d,
+        (want_x, False, want_weight, want_bias, False),
+        _arithmetic(x),
+    )
+    return [dx, dweight, dbias]
+
+
+def _arithmetic(x: Tensor) -> str:
+    """Float32 follows PyTorch's own setting for matrix products."""
+    allow_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return tuned.arithmetic(x.dtype, allow_tf32)

@@ -1,0 +1,58 @@
+"""The optimal denoiser with BLAS for the products and compiled passes for all else
+(csrc/cpu/optimal_denoiser.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msd_kernels.ops.optimal_denoiser.library import centred_blocks, stream_gradients, stream_posterior
+from msd_kernels.runtime.extension import load
+
+CPU_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cannot_cpu(dtype: torch.dtype) -> str | None:
+    """Why the CPU kernel cannot serve a call with data of ``dtype``, or None."""
+    if dtype not in CPU_DTYPES:
+        return f"takes uint8, float32, bfloat16, float16 and float64 data, got {dtype}"
+    return load("cpu").reason or None
+
+
+def optimal_denoiser(
+    x: Tensor, sigma: Tensor, data: Tensor, center: Tensor, low: float, step: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the dispatcher op ``msd_kernels::optimal_denoiser``."""
+    queries = x.double() - center
+    blocks = centred_blocks(queries, data, low - center, step, _centre)
+    return stream_posterior(queries, sigma, center, blocks, _update_softmax)
+
+
+def optimal_denoiser_backward(
+    dmean: Tensor,
+    dlog_sum: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    data: Tensor,
+    center: Tensor,
+    mean: Tensor,
+    log_sum: Tensor,
+    low: float,
+    step: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients for ``(x, sigma)``."""
+    return stream_gradients(dmean, dlog_sum, x, sigma, data, center, mean, log_sum, low, step, _centre)
+
+
+def _centre(data: Tensor, shift: Tensor, step: float, centred: Tensor, half_norms: Tensor) -> None:
+    torch.ops.msd_kernels_native.optimal_denoiser_centre(data.contiguous(), shift, step, centred, half_norms)
+
+
+def _update_softmax(
+    products: Tensor, half_norms: Tensor, precision: Tensor, peak: Tensor, sums: Tensor
+) -> Tensor:
+    rescale = torch.empty_like(peak)
+    torch.ops.msd_kernels_native.optimal_denoiser_update_softmax(
+        products, half_norms, precision, peak, sums, rescale
+    )
+    return rescale

@@ -1,0 +1,140 @@
+"""FIR resampling in Triton: one launch for all stages, dense NHWC, NCHW or packed, in either direction.
+
+The kernel is imported with the first call, so that this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from msd_kernels.layouts import Resample2dLayout
+from msd_kernels.ops.group_norm.triton import slower
+from msd_kernels.runtime.launch import cannot_run, launch, multiprocessors
+from msd_kernels.runtime.plan_cache import Table, cached_plan, make_table
+
+__all__ = ["cannot", "resample2d", "slower"]
+
+FIELDS = (
+    "first_tile",  # programs of the stages before this one
+    "channels",
+    "x",  # first element in x
+    "y",  # first element in y
+)
+
+THREADS = 256  # of a program with a full tile
+BLOCK_CHANNELS = 64  # of an NHWC tile: 128 bytes in 16 bits
+VECTOR = 8  # elements per thread of an NHWC tile: a 16-byte load in 16 bits
+SINGLES = 4  # of an NCHW tile, whose loads are single elements: more would take registers from other threads
+WARP_SIZE = 32
+MOST_ROWS = 8  # output rows of a program: of the input rows for them, few are also read by its neighbours
+PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer rows rather than fewer programs
+INTERPRETED_ROWS = 2
+MAX_ROW = 2**31 - 2**20  # offsets inside one row are 32-bit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs besides the data.
+
+    Attributes:
+        tiles: one tile per sample, block of output rows, columns and channels.
+        rows: output rows of a tile.
+        constants: constexprs and warps.
+    """
+
+    tiles: Table
+    rows: int
+    constants: dict[str, int]
+
+
+def cannot(*, device_type: str, dtype: torch.dtype, **_) -> str | None:
+    """Why this kernel cannot serve a call, or None."""
+    return cannot_run(device_type, dtype)
+
+
+def tile_constants(layout: Resample2dLayout) -> dict[str, int]:
+    """The kernel's constexprs for a layout: a tile of BX columns by BC channels.
+
+    Every stage's channel count is a multiple of ALIGN, which lets NHWC loads be wide.
+    """
+    channels, out_width, channels_last = layout.channels, layout.out_width, layout.channels_last
+    per_thread = VECTOR if channels_last else SINGLES
+    if channels_last:
+        block_channels = min(_power_of_two(max(channels)), BLOCK_CHANNELS)
+        block_columns = min(_power_of_two(out_width), THREADS * per_thread // block_channels)
+    else:
+        block_columns = min(_power_of_two(out_width), THREADS)
+        block_channels = min(_power_of_two(max(channels)), THREADS * per_thread // block_columns)
+    return {
+        "CHANNELS_LAST": channels_last,
+        "BX": block_columns,
+        "BC": block_channels,
+        "ALIGN": math.gcd(VECTOR, *channels),
+        "num_warps": max(1, block_columns * block_channels // (WARP_SIZE * per_thread)),
+    }
+
+
+@cached_plan
+def plan(layout: Resample2dLayout, device: torch.device) -> Plan:
+    """The table of one layout, made once."""
+    row_elements = max(layout.width, layout.out_width) * max(layout.channels)
+    if row_elements > MAX_ROW:
+        raise ValueError(f"resample2d: rows of up to {MAX_ROW} elements can be offset, got {row_elements}")
+    constants = tile_constants(layout)
+    columns = _ceil_div(layout.out_width, constants["BX"])
+    stages = list(zip(layout.counts, layout.channels, strict=True))
+    slabs = [n * columns * _ceil_div(c, constants["BC"]) for n, c in stages]
+    rows = _rows_of_tile(sum(slabs), layout.out_height, device)
+    problems, start = [], {"x": 0, "y": 0}
+    for (n, c), slab in zip(stages, slabs, strict=True):
+        problems.append({"channels": c, "tiles": slab * _ceil_div(layout.out_height, rows), **start})
+        x_size = n * c * layout.height * layout.width
+        y_size = n * c * layout.out_height * layout.out_width
+        start = {"x": start["x"] + x_size, "y": start["y"] + y_size}
+    return Plan(make_table(problems, FIELDS, device), rows, constants)
+
+
+def _rows_of_tile(slabs: int, out_height: int, device: torch.device) -> int:
+    """As many as leave enough programs for the device."""
+    if device.type != "cuda":
+        return INTERPRETED_ROWS
+    rows = MOST_ROWS
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    while rows > 1 and slabs * _ceil_div(out_height, rows) < wanted:
+        rows //= 2
+    return rows
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not under ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@cache
+def _kernels() -> ModuleType:
+    return import_module("msd_kernels.ops.resample2d.kernels")
+
+
+def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """The flat output of :func:`msd_kernels.resample2d`."""
+    y = x.new_empty(layout.out_elements)
+    made = plan(layout._replace(taps=(), upward=False, stride=1), x.device)
+    if made.tiles.tiles:
+        launch(
+            _kernels()._resample2d_kernel, made.tiles.tiles, x,
+            x, y, made.tiles.values, layout.height, layout.width, layout.out_height, layout.out_width, made.rows,
+            TAPS=layout.taps, UPWARD=layout.upward, STRIDE=layout.stride,
+            PROBLEMS=made.tiles.problems, **made.constants,
+        )  # fmt: skip
+    return y

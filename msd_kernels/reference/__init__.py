@@ -1,1 +1,0 @@
-"""Every op in plain PyTorch: the oracle that tests compare with, on any device, in any floating dtype."""
