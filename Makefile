@@ -29,7 +29,7 @@ demo: install  ## train a three-stage model on handwritten digits and sample fro
 test: install lint cuda-check  ## style, CUDA compilation where there is nvcc, all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-full: install  ## what is too large for make test: published widths (10 GB of memory), all GPU architectures
+test-full: install  ## what is too long for make test: published widths (10 GB of memory), compiled networks, all GPUs
 	$(BIN)/python -m pytest -m full
 
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/

@@ -65,6 +65,7 @@ def test_sampling_steps_of_every_stage_are_raced():
         assert "peak_bytes" not in result
 
 
+@pytest.mark.full
 def test_training_steps_of_mixed_batches_are_raced():
     results = measured("training_step")
     assert [(result["case"], set(result["ratio"])) for result in results] == [
@@ -78,6 +79,7 @@ def test_training_steps_of_mixed_batches_are_raced():
         assert result["share_of_floor"] > 0
 
 
+@pytest.mark.full
 def test_compiled_networks_are_raced_last():
     sampling, training = measured("compiled_steps")
     assert sampling["case"] == "sampling, 8 of stage 0 forward"

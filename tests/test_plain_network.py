@@ -116,6 +116,7 @@ def test_twins_drop_out_in_training_only(batch):
     assert not torch.equal(twin(x, noise), twin(x, noise))
 
 
+@pytest.mark.full
 def test_a_twin_is_compiled_whole(batch):
     x, noise = batch
     twin = plain_network.twins(new_network())[0]
