@@ -85,7 +85,8 @@ class Conv2dLayout(_Conv2dFields):
     @property
     def weight_sizes(self) -> list[int]:
         """Elements of each stage's weight."""
-        return [o * self.taps * i for o, i in zip(self.out_channels, self.in_channels, strict=True)]
+        taps = self.taps
+        return [size * taps for size in products(self.out_channels, self.in_channels)]
 
     @property
     def sample_sizes(self) -> list[int]:
@@ -95,15 +96,17 @@ class Conv2dLayout(_Conv2dFields):
     @property
     def out_sizes(self) -> list[int]:
         """Of each stage's output."""
-        return [size * self.out_pixels for size in self.sample_sizes]
+        pixels = self.out_pixels
+        return [size * pixels for size in self.sample_sizes]
 
     def source_sizes(self, channels: Sequence[int]) -> list[int]:
         """Of each stage's part of a source."""
-        return [size * self.in_pixels for size in products(self.counts, channels)]
+        pixels = self.in_pixels
+        return [size * pixels for size in products(self.counts, channels)]
 
     def offsets(self, channels: Sequence[int], pixels: int) -> list[int]:
         """The first element of each stage in a flat buffer of ``[n, pixels, channels]`` segments."""
-        return starts(n * pixels * c for n, c in zip(self.counts, channels, strict=True))
+        return starts(size * pixels for size in products(self.counts, channels))
 
     @cached_property
     def convolves_first(self) -> bool:
@@ -128,8 +131,7 @@ class Conv2dLayout(_Conv2dFields):
     @cached_property
     def flops(self) -> int:
         """Of the forward pass: two per multiplication."""
-        rows = (n * self.out_pixels for n in self.counts)
-        return 2 * sum(r * size for r, size in zip(rows, self.weight_sizes, strict=True))
+        return 2 * self.out_pixels * sum(products(self.counts, self.weight_sizes))
 
     @cached_property
     def largest_local_offset(self) -> int:

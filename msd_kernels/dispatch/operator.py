@@ -66,7 +66,7 @@ class Form:
         self.flat_arguments = len(arguments)
 
         def prototype(*args: Any) -> Any:
-            raise NotImplementedError
+            """Of which only the signature is read."""
 
         prototype.__signature__ = signed.replace(parameters=arguments)
         self.schema = torch.library.infer_schema(prototype, mutates_args=())

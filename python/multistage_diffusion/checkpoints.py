@@ -40,7 +40,7 @@ from .checkpoint_schema import (
     read_kinds,
     same,
 )
-from .preconditioning import Preconditioner, constants_of, precondition
+from .preconditioning import Preconditioner, own_constants, precondition
 from .stages import Stages
 
 FORMAT = 2
@@ -456,11 +456,8 @@ def load_model(
             with torch.device("meta"), at_most(len(found)):  # what the weights do not fit takes no memory
                 require_weights(found, _expected_of(build(arguments), file), file)
         network = build(arguments)
-        schedule = config.get("schedule", "edm")  # a run of an earlier version has some of these only
-        own = [
-            name for name in ("sigma_data", "prediction") if name in config and name in constants_of(schedule)
-        ]
-        denoiser = precondition(network, stages, schedule, **{name: config[name] for name in own})
+        schedule = config.get("schedule", "edm")  # a run of an earlier version has some of its constants only
+        denoiser = precondition(network, stages, schedule, **own_constants(schedule, config))
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

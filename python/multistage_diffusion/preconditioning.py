@@ -343,6 +343,19 @@ def require_known(user: str, schedule: object, constants: Iterable[str]) -> None
             raise ValueError(f"{user}: {schedule} takes {allowed}, not {reprlib.repr(name)}")
 
 
+def own_constants(schedule: str, values: Mapping[str, object]) -> dict[str, object]:
+    """Of the settings of a run, which keeps those of all schedules, the ones that ``precondition`` takes for this.
+
+    A schedule's own constants are not among them: a run's settings may have the same names.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    require_known("precondition", schedule, ())
+    known = {"sigma_data", "prediction"}.intersection(constants_of(schedule), values)
+    return {name: values[name] for name in known}
+
+
 def precondition(
     network: nn.Module,
     stages: Stages,

@@ -14,7 +14,7 @@ from . import checkpoints
 from .augmentation import Augmentation
 from .networks import in_effect
 from .noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
-from .preconditioning import PREDICTIONS, Preconditioner, constants_of, precondition, stages_in_sigma
+from .preconditioning import PREDICTIONS, Preconditioner, own_constants, precondition, stages_in_sigma
 from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
 from .stages import Stages
 
@@ -221,10 +221,8 @@ class TrainingConfig:
 
     def denoiser(self, network: nn.Module) -> Preconditioner:
         """D(x; sigma) around the network."""
-        own = (name for name in ("sigma_data", "prediction") if name in constants_of(self.schedule))
-        return precondition(
-            network, self.stages, self.schedule, **{name: getattr(self, name) for name in own}
-        )
+        constants = own_constants(self.schedule, vars(self))
+        return precondition(network, self.stages, self.schedule, **constants)
 
     def augmentation(self) -> Augmentation | None:
         """What is done to the images before they are noised."""
