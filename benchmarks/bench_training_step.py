@@ -31,7 +31,7 @@ from multistage_diffusion.layers import StageConv2d
 from multistage_diffusion.losses import loss_at, loss_scalars
 from multistage_diffusion.preconditioning import Preconditioner
 from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stage_parameters import StageParameters
+from multistage_diffusion.stage_parameters import FlatGradients
 
 DTYPE = torch.bfloat16
 COMPILE = {"fullgraph": True, "dynamic": False}
@@ -114,7 +114,7 @@ class GraphedStep:
 
     def __init__(self, step: Step) -> None:
         self._step, self._tensors = step, step.samples._asdict()
-        self._gradients = StageParameters(step.network, flat_gradients=True).flat_gradients
+        self._gradients = FlatGradients(step.network).values
         self._graphed = GraphedFunction(self._forward_and_backward, adds_to=[self._gradients])
 
     def _forward_and_backward(self, tensors: dict[str, Tensor], order: StageOrder) -> Tensor:

@@ -14,7 +14,7 @@ from msd_kernels.ops.grouped_conv2d import grouped_conv2d
 from msd_kernels.ops.grouped_linear import grouped_linear
 from msd_kernels.ops.optimal_denoiser import optimal_denoiser
 from msd_kernels.ops.resample2d import resample2d
-from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.stage_batch import StageBatch
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,6 @@ __all__ = [
     "Explanation",
     "FallbackWarning",
     "StageBatch",
-    "StageWeights",
     "attention",
     "batch_invariant",
     "explain",

@@ -89,6 +89,16 @@ class Conv2dLayout(_Conv2dFields):
         return [size * taps for size in products(self.out_channels, self.in_channels)]
 
     @property
+    def weight_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Of each stage."""
+        k = self.kernel
+        return [(o, i, k, k) for o, i in zip(self.out_channels, self.in_channels, strict=True)]
+
+    @property
+    def bias_shapes(self) -> list[tuple[int]]:
+        return [(o,) for o in self.out_channels]
+
+    @property
     def sample_sizes(self) -> list[int]:
         """Of each stage's biases of single samples."""
         return products(self.counts, self.out_channels)
@@ -194,6 +204,11 @@ class GroupNormLayout(NamedTuple):
     def sample_sizes(self) -> list[int]:
         """Samples times channels, per stage."""
         return products(self.counts, self.channels)
+
+    @property
+    def weight_shapes(self) -> list[tuple[int]]:
+        """Of each stage's weight, and of its bias."""
+        return [(c,) for c in self.channels]
 
     @property
     def stat_sizes(self) -> list[int]:
@@ -315,9 +330,13 @@ class LinearLayout(NamedTuple):
         return products(self.rows, self.out_features)
 
     @property
-    def weight_sizes(self) -> list[int]:
-        """Of each stage's weight."""
-        return products(self.out_features, self.in_features)
+    def weight_shapes(self) -> list[tuple[int, int]]:
+        """Of each stage."""
+        return list(zip(self.out_features, self.in_features, strict=True))
+
+    @property
+    def bias_shapes(self) -> list[tuple[int]]:
+        return [(o,) for o in self.out_features]
 
     @property
     def conv2d(self) -> Conv2dLayout:
@@ -326,16 +345,10 @@ class LinearLayout(NamedTuple):
             self.rows, self.in_features, (0,) * len(self.rows), self.out_features, 1, 1, 1, "none"
         )
 
-    def views(self, x: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Each stage's input ``[rows, I]`` and weight ``[O, I]``, of the flat buffers."""
-        inputs, weights = x.split(self.in_sizes), weight.split(self.weight_sizes)
-        return (
-            [part.view(n, i) for part, n, i in zip(inputs, self.rows, self.in_features, strict=True)],
-            [
-                part.view(o, i)
-                for part, o, i in zip(weights, self.out_features, self.in_features, strict=True)
-            ],
-        )
+    def inputs(self, x: Tensor) -> list[Tensor]:
+        """Each stage's part ``[rows, I]`` of the flat input."""
+        parts = x.split(self.in_sizes)
+        return [part.view(n, i) for part, n, i in zip(parts, self.rows, self.in_features, strict=True)]
 
     def outputs(self, y: Tensor) -> list[Tensor]:
         """Each stage's part ``[rows, O]`` of what lies as the output."""

@@ -12,9 +12,9 @@ from operator import index
 import torch
 from torch import Tensor
 
-__all__ = ["StageBatch", "StageWeights"]
+__all__ = ["StageBatch"]
 
-# Elements of batches and weights by their layout.
+# Elements of batches by their layout.
 _totals: dict[tuple, int] = {}
 MOST_TOTALS = 16384
 INTEGERS = frozenset((int,))
@@ -57,7 +57,7 @@ class StageBatch:
             self._make_integers()
         if not isinstance(self.values, Tensor):
             raise TypeError(f"StageBatch: values must be a tensor, got {type(self.values).__name__}")
-        total = _total(_elements_of_batch, *self.layout)
+        total = _total(*self.layout)
         values, shape = fixed_shape(self.values)
         if values is not self.values:
             object.__setattr__(self, "values", values)
@@ -67,7 +67,8 @@ class StageBatch:
                 f"channels={self.channels}, height={self.height}, width={self.width}, "
                 f"got shape {tuple(self.values.shape)}"
             )
-        _close_gaps(self)
+        if not self.values.is_contiguous():  # kernels read one dense piece of memory
+            object.__setattr__(self, "values", self.values.contiguous())
 
     def _make_integers(self) -> None:
         """Turns what stands for integers, as NumPy's do, into those: remembered calls are told apart by equality."""
@@ -242,77 +243,6 @@ class StageBatch:
         return StageBatch.from_segments([torch.cat(pair, dim=1) for pair in pairs])
 
 
-@dataclass(frozen=True, eq=False)
-class StageWeights:
-    """The weights that one layer holds for all stages, packed in one flat tensor.
-
-    ``values`` holds stage after stage. A stage's weight of shape ``(O, I, kh, kw)`` lies in memory as
-    ``[O, kh, kw, I]`` (channels last, so that every slice of a convolution's reduction is one contiguous load);
-    ``(O, I)`` and ``(C,)`` as they are. One launch reads all stages through one pointer, and one
-    ``torch.nn.Parameter`` can be the storage.
-
-    Args:
-        values: flat tensor of ``sum(prod(shape) for shape in shapes)`` elements; one with gaps is copied.
-        shapes: per stage the weight's shape in PyTorch's own order.
-
-    Raises:
-        TypeError: ``values`` is not a tensor, or a shape holds what is no integer.
-        ValueError: a size below 1, or the size of ``values`` does not follow from ``shapes``.
-    """
-
-    values: Tensor
-    shapes: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(map(tuple, self.shapes)))
-        if not isinstance(self.values, Tensor):
-            raise TypeError(f"StageWeights: values must be a tensor, got {type(self.values).__name__}")
-        total = _total(_elements_of_weights, self.shapes)
-        values, shape = fixed_shape(self.values)
-        if values is not self.values:
-            object.__setattr__(self, "values", values)
-        if shape != (total,):
-            raise ValueError(
-                f"StageWeights: values must be flat with {total} elements for shapes={self.shapes}, "
-                f"got shape {tuple(self.values.shape)}"
-            )
-        _close_gaps(self)
-
-    @staticmethod
-    def from_tensors(tensors: Sequence[Tensor]) -> StageWeights:
-        """Packs one weight per stage, in a copy that autograd sees.
-
-        Raises:
-            TypeError: an entry is not a tensor.
-            ValueError: no weights.
-        """
-        tensors = list(tensors)
-        if not tensors:
-            raise ValueError("StageWeights: from_tensors needs at least one weight, got none")
-        for stage, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"StageWeights: the weight of stage {stage} must be a tensor, got {type(tensor).__name__}"
-                )
-        tensors, shapes = zip(*map(fixed_shape, tensors), strict=True)
-        flat = [t.permute(0, 2, 3, 1).reshape(-1) if t.dim() == 4 else t.reshape(-1) for t in tensors]
-        return StageWeights(flat[0] if len(flat) == 1 else torch.cat(flat), shapes)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Elements per stage."""
-        return tuple(_product(shape) for shape in self.shapes)
-
-    def tensors(self) -> list[Tensor]:
-        """Each stage's weight in PyTorch's own shape: views, without a copy."""
-        parts = self.values.split(self.sizes)
-        return [_unpack(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def with_values(self, values: Tensor) -> StageWeights:
-        """The same shapes over another flat tensor of the same size."""
-        return StageWeights(values, self.shapes)
-
-
 def fixed_shape(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """``x`` and its shape. What ``torch.jit.trace`` records of it refuses another shape than the example's.
 
@@ -329,21 +259,15 @@ def fixed_shape(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, shape
 
 
-def _close_gaps(packed: StageBatch | StageWeights) -> None:
-    """Kernels read the values as one dense piece of memory; a view of every second element, say, is none."""
-    if not packed.values.is_contiguous():
-        object.__setattr__(packed, "values", packed.values.contiguous())
-
-
-def _total(elements_of: Callable[..., int], *layout) -> int:
-    """``elements_of(*layout)``, remembered: networks make the same batches over and over."""
+def _total(*layout) -> int:
+    """The elements of a layout, remembered: networks make the same batches over and over."""
     if torch.compiler.is_compiling():
-        return elements_of(*layout)
+        return _elements_of_batch(*layout)
     total = None
     with suppress(TypeError):  # a layout that cannot be hashed, as its sizes are symbols
         total = _totals.get(layout)
     if total is None:
-        total = elements_of(*layout)
+        total = _elements_of_batch(*layout)
         with suppress(TypeError):
             if len(_totals) >= MOST_TOTALS:
                 _totals.clear()
@@ -374,28 +298,3 @@ def _elements_of_batch(counts: tuple[int, ...], channels: tuple[int, ...], heigh
 def _sizes(counts: tuple[int, ...], channels: tuple[int, ...], height: int, width: int) -> tuple[int, ...]:
     pixels = height * width
     return tuple(n * pixels * c for n, c in zip(counts, channels, strict=True))
-
-
-def _elements_of_weights(shapes: tuple[tuple[int, ...], ...]) -> int:
-    """The elements of packed weights, whose shapes are checked."""
-    try:
-        sizes = [as_integer(size) for shape in shapes for size in shape]
-    except TypeError:
-        raise TypeError(f"StageWeights: shapes must hold integers, got {shapes}") from None
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"StageWeights: every size must be >= 1, got shapes={shapes}")
-    return sum(map(_product, shapes))
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _unpack(part: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if len(shape) == 4:
-        out_channels, in_channels, height, width = shape
-        return part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
-    return part.view(shape)

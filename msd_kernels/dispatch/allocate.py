@@ -7,13 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch.autodiff import present
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.layouts import AttentionLayout, GroupNormLayout
-
-
-def without_absent(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """What a dispatcher op returns for gradients: an empty tensor stands for each that nobody asked for."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 def gradients_like(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -22,6 +18,14 @@ def gradients_like(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> l
         torch.empty_like(t) if t is not None and flag else None
         for t, flag in zip(inputs, wanted, strict=True)
     ]
+
+
+def wanted_gradients(
+    singles: Sequence[Tensor | None], weight: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Those that are wanted of single tensors, one weight per stage, and one bias per row of each weight."""
+    bias = [w.new_empty(w.shape[0]) for w in weight]
+    return present(gradients_like((*singles, *weight, *bias), wanted))
 
 
 def group_norm_outputs(x: Tensor, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,8 +21,9 @@ def are_symbolic(args: Sequence[Any]) -> bool:
     """Whether a size is a symbol, of which nothing is known before the call runs."""
     for arg in args:
         sizes = arg.shape if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else (arg,)
-        if any(isinstance(size, torch.SymInt) for size in sizes):
-            return True
+        for size in sizes:
+            if isinstance(size, torch.SymInt) or (isinstance(size, Tensor) and are_symbolic([size])):
+                return True
     return False
 
 
@@ -30,7 +31,9 @@ def seen_of(arg: Any) -> Any:
     """What a check sees of an argument."""
     if isinstance(arg, Tensor):
         return arg.shape, arg.stride(), arg.dtype, arg.device, arg.layout
-    return tuple(arg) if isinstance(arg, list) else arg
+    if isinstance(arg, list):
+        return tuple(map(seen_of, arg))
+    return arg
 
 
 def require_stages(op: str, least: dict[str, int], **lists: Sequence[int]) -> None:
@@ -97,6 +100,17 @@ def require_flat(op: str, x: Tensor, elements: dict[str, tuple[Tensor | None, in
         require_like(op, name, tensor, x, x.dtype)
         require_shape(op, name, tensor, size)
         require_dense(op, name, tensor)
+
+
+def require_per_stage(
+    op: str, name: str, tensors: Sequence[Tensor], x: Tensor, shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """One tensor per stage of these shapes, of the dtype of ``x`` or float32, on its device."""
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(shapes)}), got {len(tensors)}")
+    for stage, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        require_like(op, f"{name} of stage {stage}", tensor, x, x.dtype, torch.float32)
+        require_shape(op, f"{name} of stage {stage}", tensor, *shape)
 
 
 def require_like(op: str, name: str, tensor: Tensor, x: Tensor, *dtypes: torch.dtype) -> None:

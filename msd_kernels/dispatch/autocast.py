@@ -27,6 +27,14 @@ def to_lower_precision(device_type: str, *tensors: Tensor | None) -> tuple[Tenso
     return cast(lower_precision_dtype(device_type), *tensors)
 
 
+def weights(device_type: str, tensors: list[Tensor]) -> list[Tensor]:
+    """The weights of such an op: float32 stays, as the op itself makes of it what it multiplies by."""
+    dtype = lower_precision_dtype(device_type)
+    if dtype is None:
+        return tensors
+    return [t if t.dtype == torch.float32 else cast(dtype, t)[0] for t in tensors]
+
+
 def to_float32_on_cuda(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """For normalisations: autocast runs them in float32 on CUDA and leaves them alone on the CPU."""
     active = device_type == "cuda" and lower_precision_dtype(device_type) is not None

@@ -10,6 +10,11 @@ from torch import Tensor
 Tensors = Sequence[Tensor | None]
 
 
+def present(gradients: Tensors) -> list[Tensor]:
+    """What a registered backward returns: only what was asked for."""
+    return [gradient for gradient in gradients if gradient is not None]
+
+
 def gradients(
     outputs: Tensors, cotangents: Tensors, leaves: Tensors, *, create_graph: bool = False
 ) -> list[Tensor | None]:
@@ -47,7 +52,7 @@ def second_vjp(
     """Derivative of an op's backward: gradients for ``(cotangent, *inputs)``.
 
     ``wanted`` says which inputs the backward computed gradients for, ``grad_gradients`` holds the cotangents of
-    those gradients, None elsewhere. Where gradients are enabled, which ``create_graph=True`` does while a backward
+    those gradients, or None. Where gradients are enabled, which ``create_graph=True`` does while a backward
     runs, the result is itself a differentiable function of all these tensors, and so are its derivatives.
     """
     create_graph = torch.is_grad_enabled()
@@ -55,7 +60,7 @@ def second_vjp(
         outer, *leaves = (_independent(t, create_graph) for t in (cotangent, *inputs))
         output = function(*leaves)
         first = gradients([output], [outer], leaves, create_graph=True)
-    first = [g if flag else None for g, flag in zip(first, wanted, strict=True)]
+    first = [g for g, flag in zip(first, wanted, strict=True) if flag]
     return gradients(first, grad_gradients, [outer, *leaves], create_graph=create_graph)
 
 

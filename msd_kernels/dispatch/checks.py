@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from numbers import Real
 from operator import index
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msd_kernels import _private
 from msd_kernels.dispatch.operator import PLAIN
-from msd_kernels.stage_batch import StageBatch, StageWeights, as_integer, fixed_shape
+from msd_kernels.stage_batch import StageBatch, as_integer, fixed_shape
 
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -142,64 +142,44 @@ def per_stage(op: str, name: str, value: int | Sequence[int], num_stages: int) -
     return (value,) * num_stages
 
 
-def require_weights(op: str, name: str, weights: StageWeights | Sequence[Tensor]) -> None:
-    """``weights`` must be a StageWeights or a sequence of tensors, of whatever shapes."""
-    if isinstance(weights, StageWeights):
-        return
-    if isinstance(weights, str | bytes) or not isinstance(weights, Sequence | torch.nn.ParameterList):
+def stage_weights(
+    op: str, name: str, weights: Sequence[Tensor]
+) -> tuple[list[Tensor], tuple[tuple[int, ...], ...]]:
+    """One tensor per stage, and their shapes."""
+    if isinstance(weights, Tensor | str | bytes | Iterator) or not isinstance(weights, Iterable):
         got = "a single tensor" if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"{op}: {name} must be a StageWeights or one tensor per stage, got {got}")
+        raise TypeError(f"{op}: {name} must be a sequence of one tensor per stage, got {got}")
+    weights = list(weights)
     for stage, tensor in enumerate(weights):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} of stage {stage} must be a tensor, got {type(tensor).__name__}")
+    fixed = [fixed_shape(weight) for weight in weights]
+    return [weight for weight, _ in fixed], tuple(shape for _, shape in fixed)
 
 
-def pack_weights(
-    op: str, name: str, weights: StageWeights | Sequence[Tensor], shapes: Sequence[tuple[int | None, ...]]
-) -> StageWeights:
-    """One weight per stage, packed; ``shapes`` holds what each must be, with None where any size goes."""
-    require_weights(op, name, weights)
-    if not isinstance(weights, StageWeights):
-        weights, given = zip(*map(fixed_shape, weights), strict=True) if len(weights) else ((), ())
-    else:
-        given = weights.shapes
-    if len(given) != len(shapes):
-        raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(shapes)}), got {len(given)}")
-    for stage, (shape, expected) in enumerate(zip(given, shapes, strict=True)):
-        fits = len(shape) == len(expected) and all(
-            e is None or s == e for s, e in zip(shape, expected, strict=True)
+def require_shapes(
+    op: str, name: str, shapes: Sequence[tuple[int, ...]], expected: Sequence[tuple[int | None, ...]]
+) -> None:
+    """The shapes of one weight per stage must be those expected, where None stands for any size from 1."""
+    if len(shapes) != len(expected):
+        raise ValueError(f"{op}: {name} must hold one tensor per stage ({len(expected)}), got {len(shapes)}")
+    for stage, (shape, sizes) in enumerate(zip(shapes, expected, strict=True)):
+        fits = len(shape) == len(sizes) and all(
+            s >= 1 if e is None else s == e for s, e in zip(shape, sizes, strict=True)
         )
         if not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in expected)
+            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
             raise ValueError(f"{op}: {name} of stage {stage} must be [{wanted}], got {list(shape)}")
-    if isinstance(weights, StageWeights):
-        return weights
-    first = weights[0]
+
+
+def require_dtypes(op: str, name: str, weights: Sequence[Tensor], x: Tensor) -> None:
+    """Each must be of the dtype of ``x`` or float32, all of one, on the device of ``x``."""
     for stage, tensor in enumerate(weights):
-        if tensor.dtype != first.dtype or tensor.device != first.device:
+        require_like(op, f"{name} of stage {stage}", tensor, x, also=(torch.float32,))
+        if tensor.dtype != weights[0].dtype:
             raise TypeError(
-                f"{op}: {name} of stage {stage} is {tensor.dtype} on {tensor.device}, "
-                f"stage 0 is {first.dtype} on {first.device}"
+                f"{op}: {name} of stage {stage} is {tensor.dtype}, stage 0 is {weights[0].dtype}; all stages need one"
             )
-    return StageWeights.from_tensors(weights)
-
-
-def pack_layer(
-    op: str,
-    weight: StageWeights | Sequence[Tensor],
-    bias: StageWeights | Sequence[Tensor] | None,
-    shapes: Sequence[tuple[int | None, ...]],
-) -> tuple[StageWeights, StageWeights | None]:
-    """A layer's weight, whose ``shapes`` are known, and its bias of as many elements as the weight has rows."""
-    weight = pack_weights(op, "weight", weight, shapes)
-    if bias is not None:
-        bias = pack_weights(op, "bias", bias, [shape[:1] for shape in weight.shapes])
-    return weight, bias
-
-
-def is_packed(weight: StageWeights | Sequence[Tensor], bias: StageWeights | Sequence[Tensor] | None) -> bool:
-    """Whether there is nothing left to pack."""
-    return isinstance(weight, StageWeights) and (bias is None or isinstance(bias, StageWeights))
 
 
 def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from inspect import Parameter as Argument
 from inspect import signature
+from itertools import chain, islice
 from typing import Any, get_origin, get_type_hints
 
 import torch
@@ -45,15 +46,17 @@ PLAIN = frozenset((Tensor, Parameter, type(None)))
 class Form:
     """How a kernel takes its arguments, and how the dispatcher does: tensors first, then a layout, then options.
 
-    The dispatcher knows no NamedTuples, so the fields of the layout are arguments of the registered op.
+    Tensors are single ones, then lists with one tensor per stage. The dispatcher knows no NamedTuples, so the fields of
+    the layout are arguments of the registered op.
     """
 
     def __init__(self, kernel: Callable[..., Any]) -> None:
         signed = signature(kernel, eval_str=True)
         arguments = list(signed.parameters.values())
-        self.num_tensors = sum(a.annotation in (Tensor, Tensor | None) for a in arguments)
-        self.num_arguments = len(arguments)
-        at = self._at = self.num_tensors
+        self.num_singles = sum(a.annotation in (Tensor, Tensor | None) for a in arguments)
+        self.num_lists = sum(a.annotation == Sequence[Tensor] for a in arguments)
+        self.returns_list = signed.return_annotation == list[Tensor]
+        at = self._at = self.num_singles + self.num_lists
         layout = arguments[at].annotation if at < len(arguments) else None
         self._layout = layout if hasattr(layout, "_fields") else None
         if self._layout is not None:
@@ -63,7 +66,7 @@ class Form:
             ]
             self._end = at + len(fields)
             arguments[at : at + 1] = fields
-        self.flat_arguments = len(arguments)
+        self.num_options = len(arguments) - at
 
         def prototype(*args: Any) -> Any:
             """Of which only the signature is read."""
@@ -88,6 +91,26 @@ class Form:
         """``function`` as the dispatcher calls it."""
         return function if self._layout is None else lambda *flat: function(*self.whole(flat))
 
+    def tensors(self, args: Sequence[Any]) -> Sequence[Any]:
+        """What stands for tensors among arguments, or for their gradients: the single ones, then those of the lists."""
+        if not self.num_lists:
+            return args[: self.num_singles]
+        return (*args[: self.num_singles], *chain.from_iterable(args[self.num_singles : self._at]))
+
+    def lengths(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Of the lists."""
+        return tuple(map(len, args[self.num_singles : self._at]))
+
+    def options(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The layout, and what follows it."""
+        return args[self._at :]
+
+    def arguments(self, tensors: Sequence[Any], lengths: tuple[int, ...], options: Sequence[Any]) -> tuple:
+        """The kernel's arguments, put together again."""
+        rest = iter(tensors[self.num_singles :])
+        lists = (list(islice(rest, length)) for length in lengths)
+        return (*tensors[: self.num_singles], *lists, *options)
+
 
 def _schema_type(kind: Any) -> Any:
     return Sequence[kind.__args__[0]] if get_origin(kind) is tuple else kind
@@ -98,8 +121,8 @@ class Operator:
 
     Args:
         name: its name below ``torch.ops.msd_kernels``.
-        kernel: computes it for every device; the annotations of its arguments make the schema. Tensors come first, a
-            layout may follow.
+        kernel: computes it for every device; the annotations of its arguments make the schema. Tensors come first, then
+            lists of tensors, a layout may follow.
         check: raises for arguments that do not fit each other. It sees the calls that come through the dispatcher, the
             fake ones included; this library's own are checked before.
     """
@@ -113,14 +136,14 @@ class Operator:
         LIBRARY.define(name + self._form.schema, tags=TAGS)
         LIBRARY.impl(name, self._checked(kernel), "CompositeExplicitAutograd")
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        self._num_tensors = self._form.num_tensors
         self._function: type[torch.autograd.Function] | None = None
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
-        if _observed(args[: self._num_tensors]):
+        tensors = self._form.tensors(args)
+        if _observed(tensors):
             return self._overload(*self._form.flat(args))
-        return self._differentiable(None, *args)
+        return self._differentiable(None, args, tensors)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: ``fake`` allocates what the kernel returns, without computing it."""
@@ -152,25 +175,27 @@ class Operator:
 
     def register_autograd(
         self,
-        backward: Callable[..., tuple],
+        backward: Callable[..., Sequence],
         *,
         setup_context: Callable[[Context, tuple, Any], None],
     ) -> None:
         """``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *cotangents)`` needs.
 
-        ``backward`` returns a gradient, or None, for each tensor; more arguments have none.
+        ``backward`` returns a gradient, or None, for each tensor, those of the lists behind the single ones;
+        ``ctx.needed`` says in that order which are needed. What is missing at the end has none.
         """
 
-        def forward(ctx: Context, *args_and_keyset: Any) -> Any:
-            *args, keyset = args_and_keyset
+        def forward(ctx: Context, keyset: Any, lengths: tuple, options: Sequence[Any], *tensors: Any) -> Any:
+            args = self._form.arguments(tensors, lengths, options)
             output = self._below_autograd(keyset, *args)
             setup_context(ctx, args, output)
             ctx.backend = own_choice()
-            return output
+            return tuple(output) if self._form.returns_list else output
 
         def backward_with_keyset(ctx: Context, *cotangents: Any) -> tuple:
+            _, _, _, *ctx.needed = ctx.needs_input_grad
             gradients = _by_choice_of_forward(backward, ctx, cotangents)
-            return (*gradients, *(None,) * (self._form.num_arguments + 1 - len(gradients)))
+            return (None, None, None, *gradients, *(None,) * (len(ctx.needed) - len(gradients)))
 
         self._function = type(
             f"{self._name}_autograd",
@@ -182,17 +207,18 @@ class Operator:
     def _dispatched(self, keyset: Any, *flat: Any) -> Any:
         args = self._form.whole(flat)
         self._require(args)
-        return self._differentiable(keyset, *args)
+        return self._differentiable(keyset, args, self._form.tensors(args))
 
-    def _differentiable(self, keyset: Any, *args: Any) -> Any:
+    def _differentiable(self, keyset: Any, args: Sequence[Any], tensors: Sequence[Any]) -> Any:
         """``keyset`` is the dispatcher's, None for a call around it."""
-        tensors = args[: self._num_tensors]
         differentiated = torch.is_grad_enabled() and _private.any_requires_grad(*tensors)
         transformed = differentiated and _private.transforms_active()
         if transformed or (_private.forward_mode() and any(map(_has_tangent, tensors))):
             return self._plain(*args)
         if differentiated:
-            return self._function.apply(*args, keyset)
+            form = self._form
+            output = self._function.apply(keyset, form.lengths(args), form.options(args), *tensors)
+            return list(output) if form.returns_list else output
         return self._below_autograd(keyset, *args)
 
     def _plain(self, *args: Any) -> Any:
@@ -248,22 +274,27 @@ class PublicOperator:
 
     def register_autograd(
         self,
-        backward: Callable[..., tuple],
+        backward: Callable[..., Sequence],
         *,
         setup_context: Callable[[Context, tuple, Any], None],
     ) -> None:
         def setup(ctx: Context, inputs: tuple, output: Any) -> None:
-            setup_context(ctx, self._form.whole(inputs), output)
-            ctx.backend = own_choice()
+            args = self._form.whole(inputs)
+            setup_context(ctx, args, output)
+            ctx.backend, ctx.lengths = own_choice(), self._form.lengths(args)
 
         def backward_by_choice(ctx: Context, *cotangents: Any) -> tuple:
+            ctx.needed = list(self._form.tensors(ctx.needs_input_grad))
+            if self._form.returns_list:  # whose cotangents come in one list
+                (cotangents,) = cotangents
             gradients = _by_choice_of_forward(backward, ctx, cotangents)
-            return (*gradients, *(None,) * (self._form.flat_arguments - len(gradients)))
+            gradients = (*gradients, *(None,) * (len(ctx.needed) - len(gradients)))
+            return self._form.arguments(gradients, ctx.lengths, (None,) * self._form.num_options)
 
         self._op.register_autograd(backward_by_choice, setup_context=setup)
 
 
-def _by_choice_of_forward(backward: Callable[..., tuple], ctx: Context, cotangents: tuple) -> tuple:
+def _by_choice_of_forward(backward: Callable[..., Sequence], ctx: Context, cotangents: Sequence) -> Sequence:
     """``backward`` with the backend that :func:`use` forced for its forward."""
     with nullcontext() if ctx.backend is None else use(ctx.backend):
         return backward(ctx, *cotangents)

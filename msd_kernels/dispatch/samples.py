@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from msd_kernels import batch_invariance
-from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.stage_batch import StageBatch
 
 
 def sample_by_sample(
@@ -80,8 +80,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _stage(value: Any, stage: int) -> Any:
     """What one stage has of a sequence with an entry for each."""
-    if isinstance(value, StageWeights):
-        return StageWeights(value.values.split(value.sizes)[stage], (value.shapes[stage],))
     return value if isinstance(value, (int, str, Tensor)) else [value[stage]]
 
 

@@ -13,11 +13,6 @@ def split(flat: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
     return [None] * len(sizes) if flat is None else flat.split(list(sizes))
 
 
-def nhwc(flat: Tensor, n: int, height: int, width: int) -> Tensor:
-    """A stage's segment as ``[n, C, H, W]``, a channels_last view."""
-    return flat.view(n, height, width, -1).permute(0, 3, 1, 2)
-
-
 def flat_nhwc(x: Tensor) -> Tensor:
     """``[n, C, H, W]`` as a flat NHWC buffer: a view where it is channels_last, a copy elsewhere."""
     return x.permute(0, 2, 3, 1).reshape(-1)

@@ -29,7 +29,7 @@ _EXPORTS = {
     "cuda_graphs": ("GraphedFunction", "GraphedNetwork"),
     "data_parallel": ("Processes",),
     "stage_order": ("StageOrder",),
-    "stage_parameters": ("StageParameters",),
+    "stage_parameters": ("FlatGradients", "StageParameters"),
     "training": ("Trainer",),
     "training_config": ("TrainingConfig",),
     "data": ("DataError", "ImageData", "load_images"),

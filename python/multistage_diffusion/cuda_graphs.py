@@ -37,13 +37,13 @@ class GraphedFunction:
             loss.backward()
             return loss.detach()
 
-        parameters = StageParameters(network, flat_gradients=True)
-        graphed = GraphedFunction(step, adds_to=[parameters.flat_gradients])
+        gradients = FlatGradients(network)
+        graphed = GraphedFunction(step, adds_to=[gradients.values])
         ...
         loss = graphed({"x": x, "noise": noise, "target": target}, order)
-        parameters.take_gradients(order.counts)
+        gradients.leave_absent(order.counts)
         optimizer.step()
-        parameters.drop_gradients()
+        gradients.clear()
 
     Args:
         function: takes tensors by name and the order of the samples, and returns a tensor. All else that it reads or

@@ -66,12 +66,11 @@ def count(network: nn.Module) -> NetworkCost:
     own, shared = [0] * network.num_stages, 0
     for layer in network.modules():
         if isinstance(layer, StageModule):
-            for name, _ in layer.named_parameters(recurse=False):
-                for stage, tensor in zip(layer.stage_ids, layer.stage_tensors(name), strict=True):
-                    if layer in everyones:
-                        shared += tensor.numel()
-                    else:
-                        own[stage] += tensor.numel()
+            for stage, tensor in layer.stage_parameters():
+                if layer in everyones:
+                    shared += tensor.numel()
+                else:
+                    own[stage] += tensor.numel()
     return NetworkCost(
         macs=tuple(run.macs for run in runs),
         attention_macs=tuple(run.attention_macs for run in runs),

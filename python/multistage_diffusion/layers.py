@@ -1,9 +1,8 @@
 """Stage-grouped layers: one module holds the weights of all stages and runs a mixed batch in one call.
 
-Every layer keeps each of its parameters as ONE flat ``torch.nn.Parameter`` over all stages (see
-:class:`msd_kernels.StageWeights`), so that a launch reads all stages through one pointer. ``state_dict`` names the
-parameters per stage all the same: ``conv.weight.0``, ``conv.weight.1``, ... in PyTorch's own shapes.
-A layer with one stage is an ordinary layer; it runs the shared encoder and the unified network.
+Every stage's weight is an ordinary ``torch.nn.Parameter`` in PyTorch's own shape, named ``conv.weight.0``,
+``conv.weight.1``, ... (see :class:`PerStage`). A layer with one stage is an ordinary layer; it runs the shared encoder
+and the unified network.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from msd_kernels import StageBatch, attention, group_norm, grouped_conv2d, grouped_linear, resample2d
 from msd_kernels.runtime import processor
 from multistage_diffusion.checks import integer
-from multistage_diffusion.stage_module import StageModule
+from multistage_diffusion.stage_module import PerStage, StageModule
 
 __all__ = [
     "OnStages",
+    "PerStage",
     "StageAttention",
     "StageConv2d",
     "StageCrossAttention",
@@ -98,7 +98,7 @@ class StageLinear(StageModule):
         Raises:
             TypeError, ValueError: as the op; a residual of another layout, device or, but for autocast, dtype than y.
         """
-        y = grouped_linear(x, self.packed("weight", x.dtype), self.packed("bias", x.dtype))
+        y = grouped_linear(x, self.weights("weight", x.dtype), self.weights("bias", x.dtype))
         if residual is not None:
             _require_like("StageLinear", "residual", residual, y)
             y = y.with_values(y.values + residual.values)
@@ -159,8 +159,8 @@ class StageConv2d(StageModule):
             resample = None
         return grouped_conv2d(
             x,
-            self.packed("weight", x.dtype),
-            self.packed("bias", x.dtype),
+            self.weights("weight", x.dtype),
+            self.weights("bias", x.dtype),
             skip=skip,
             sample_bias=sample_bias,
             residual=residual,
@@ -229,7 +229,7 @@ class StageStridedConv2d(StageModule):
         dtype = x.dtype
         if x.device.type == "cpu" and not processor.computes_in(dtype):
             x = x.to(torch.float32)
-        weights, biases = (self.packed(name, x.dtype).tensors() for name in ("weight", "bias"))
+        weights, biases = ([t.to(x.dtype) for t in holder()] for holder in (self.weight, self.bias))
         return StageBatch.from_segments(
             [
                 F.conv2d(segment, weight, bias, self.stride, self.padding)
@@ -253,16 +253,17 @@ class StageTable(StageModule):
         super().__init__(len(channels))
         self.rows = integer("StageTable", "rows", rows, 1)
         self.channels = _integers("StageTable", "channels", channels)
-        self.add_stage_parameter("weight", [(self.rows, c) for c in self.channels])
-        for weight in self.stage_tensors("weight"):
-            (initialise or normal(0.02))(weight, weight.shape[1], weight.shape[0])
+        tables = [torch.empty(self.rows, c) for c in self.channels]
+        for table in tables:
+            (initialise or normal(0.02))(table, table.shape[1], table.shape[0])
+        self.hold("weight", tables)
 
     def forward(self, x: StageBatch) -> StageBatch:
         """Adds row i to pixel i of every sample; x has ``rows`` pixels."""
         _require_channels("StageTable", x, self.channels)
         if x.height * x.width != self.rows:
             raise ValueError(f"StageTable: x must have {self.rows} pixels, got {x.height}x{x.width}")
-        tables = self.packed("weight", x.dtype).tensors()
+        tables = [table.to(x.dtype) for table in self.weight()]
         rows = [t.t().view(1, c, x.height, x.width) for t, c in zip(tables, self.channels, strict=True)]
         return StageBatch.from_segments([s + r for s, r in zip(x.segments(), rows, strict=True)])
 
@@ -279,10 +280,8 @@ class StageGroupNorm(StageModule):
                     f"choose a width that gives a multiple of {max(g, 1)}"
                 )
         self.channels, self.groups, self.eps = tuple(channels), tuple(groups), eps
-        for name in ("weight", "bias"):
-            self.add_stage_parameter(name, [(c,) for c in channels])
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.hold("weight", [torch.ones(c) for c in channels])
+        self.hold("bias", [torch.zeros(c) for c in channels])
 
     def forward(
         self,
@@ -292,7 +291,7 @@ class StageGroupNorm(StageModule):
         shift: StageBatch | None = None,
         activation: str | None = None,
     ) -> StageBatch:
-        weight, bias = self.packed("weight"), self.packed("bias")
+        weight, bias = self.weight(), self.bias()
         return group_norm(
             x, self.groups, weight, bias, self.eps, scale=scale, shift=shift, activation=activation
         )
@@ -307,18 +306,14 @@ class StageLayerNorm(StageModule):
     def __init__(self, channels: Sequence[int], *, eps: float = 1e-5) -> None:
         super().__init__(len(channels))
         self.channels, self.eps = tuple(channels), eps
-        for name in ("weight", "bias"):
-            self.add_stage_parameter(name, [(c,) for c in channels])
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.hold("weight", [torch.ones(c) for c in channels])
+        self.hold("bias", [torch.zeros(c) for c in channels])
 
     def forward(self, x: StageBatch) -> StageBatch:
         _require_channels("StageLayerNorm", x, self.channels)
         counts = tuple(n * x.height * x.width for n in x.counts)
         pixels = StageBatch(x.values, counts, x.channels, 1, 1)
-        return x.with_values(
-            group_norm(pixels, 1, self.packed("weight"), self.packed("bias"), self.eps).values
-        )
+        return x.with_values(group_norm(pixels, 1, self.weight(), self.bias(), self.eps).values)
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
@@ -402,7 +397,7 @@ class OnStages(nn.Module):
                     raise ValueError(
                         f"OnStages: module must be built for the stages {self.stages}, got {got}"
                     )
-                layer.stage_ids = self.stages
+                layer.renumber(self.stages)
 
     def forward(self, x: StageBatch, *others: StageBatch | None) -> StageBatch:
         """``module(x, *others)`` with the stages served taken out of each of them."""
@@ -470,12 +465,14 @@ def _require_like(layer: str, name: str, batch: StageBatch, y: StageBatch) -> No
 def _add_weight_and_bias(
     layer: StageModule, ins: Widths, outs: Widths, window: Widths, initialise: Initialiser | None, bias: bool
 ) -> None:
-    layer.add_stage_parameter("weight", [(o, i, *window) for o, i in zip(outs, ins, strict=True)])
-    taps = math.prod(window)
-    for weight in layer.stage_tensors("weight"):
-        (initialise or xavier_uniform())(weight, weight.shape[1] * taps, weight.shape[0] * taps)
+    initialise, taps, weights = initialise or xavier_uniform(), math.prod(window), []
+    for o, i in zip(outs, ins, strict=True):
+        # Channels last, the order in which random numbers have always been drawn.
+        weight = torch.empty(o, *window, i).movedim(-1, 1)
+        initialise(weight, i * taps, o * taps)
+        weights.append(weight.contiguous())
+    layer.hold("weight", weights)
     if bias:
-        layer.add_stage_parameter("bias", [(o,) for o in outs])
-        nn.init.zeros_(layer.bias)
+        layer.hold("bias", [torch.zeros(o) for o in outs])
     else:
-        layer.register_parameter("bias", None)
+        layer.register_module("bias", None)

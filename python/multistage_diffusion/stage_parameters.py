@@ -1,230 +1,209 @@
-"""One parameter per stage over the layers' flat ones, for an optimizer that leaves absent stages alone."""
+"""Which stage a network's parameters belong to, so that an optimizer leaves the decoders of absent stages alone."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from inspect import signature
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .layers import StageModule, shared_layers
+from .stage_order import StageOrder
 
-__all__ = ["StageParameters"]
+__all__ = ["FlatGradients", "StageParameters", "owned_parameters"]
 
 ALIGNMENT = 32  # numbers; where each parameter begins among flat gradients
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A parameter of the optimizer and where its gradient comes from.
+def owned_parameters(network: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
+    """(stage, parameter) for all that one stage of a network alone uses.
 
-    Attributes:
-        name: as in the network's ``state_dict``.
-        parameter: shares its memory with ``source``.
-        source: the network's own parameter, an attribute of ``module``.
-        span: the part of a flat source; None for one that is not packed.
-        stage: the network's stage that alone uses it; None for all.
+    Raises:
+        TypeError: what holds a network with stages, such as a denoiser, instead of the network.
     """
-
-    name: str
-    parameter: nn.Parameter
-    source: nn.Parameter
-    module: nn.Module
-    attribute: str
-    span: slice | None
-    stage: int | None
-
-    @property
-    def source_name(self) -> str:
-        """As in ``network.named_parameters()``."""
-        return self.name if self.span is None else self.name.rpartition(".")[0]
-
-    @property
-    def is_the_networks(self) -> bool:
-        """Whether the network still has that parameter, and has it in the same place."""
-        if self.module._parameters.get(self.attribute) is not self.source:
-            return False
-        first = 0 if self.span is None else self.span.start
-        return self.parameter.data_ptr() == self.source.data_ptr() + first * self.source.element_size()
-
-    def gradient(self) -> torch.Tensor | None:
-        """The source's, cut to the span; a view."""
-        whole = self.source.grad
-        return whole if whole is None or self.span is None else whole[self.span]
+    staged = [module for module in network.modules() if isinstance(module, StageModule)]
+    if staged and not hasattr(network, "num_stages"):
+        raise TypeError(
+            f"StageParameters: needs the network itself, which has num_stages, got {type(network).__name__}"
+        )
+    shared = set(shared_layers(network)) if staged else set()
+    for module in staged:
+        if module not in shared:
+            yield from module.stage_parameters()
 
 
 class StageParameters:
-    """What to give an optimizer in place of ``network.parameters()``.
+    """Has an optimizer leave the decoders of absent stages alone where several processes train one network.
 
-    The layers keep the weights of all stages in ONE flat parameter (:class:`multistage_diffusion.layers.StageModule`),
-    whose gradient is 0 where a stage has no sample in the batch. To an optimizer that is a gradient like any other:
-    momentum and weight decay go on moving a decoder that was not trained, and Adam's averages decay towards 0. A rare
-    stage, in 0.4 % of EDM's samples, would be moved by noise most of the time. Here every stage's weights are a
-    parameter of their own, flat and in the same memory, without a gradient where its stage is absent, which optimizers
-    pass over: each decoder is trained by the batches that hold its stage, as where every batch is of one stage (arXiv
-    2312.09181).
+    A rare stage, in 0.4 % of EDM's samples, is missing in most batches. To an optimizer a gradient of 0 is one like any
+    other: momentum and weight decay would go on moving a decoder that was not trained, and Adam's averages decay
+    towards 0. So parameters of a stage without samples have no gradient (None), which optimizers pass over: each decoder
+    is trained by the batches that hold its stage, as where every batch is of one stage (arXiv 2312.09181). In one
+    process the layers see to that, and nothing needs to be done.
+
+    Where processes sum up their gradients (DDP, FSDP2, accelerate, Lightning), all of them need one for every
+    parameter: the layers give zeros then. Attached to the optimizer, this counts the samples of each stage in every
+    process, and before each step takes away the gradients of the stages that none of them had.
 
     Example::
 
-        parameters = StageParameters(network)          # after network.to(device)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        ...
-        loss.backward()
-        parameters.take_gradients(counts)              # samples of each stage since the gradients were dropped
-        optimizer.step()
-        parameters.drop_gradients()                    # in place of optimizer.zero_grad()
+        network = fully_shard(network)                     # or DistributedDataParallel(network), accelerator.prepare(...)
+        optimizer = torch.optim.AdamW(network.parameters())
+        StageParameters(network, optimizer)
 
-    Parameters that no longer require a gradient, such as those of one decoder by their names, are left alone. All are
-    vectors: groups with and without weight decay go by names, too, not by numbers of dimensions. A copy, by
-    ``copy.deepcopy`` or pickle, is that of the network's copy.
+    It counts in every call of the network with gradients enabled, by its argument ``stage`` (ids, or a StageOrder) or
+    ``counts``; a compiled network calls no hooks, nor has every network such an argument: call :meth:`count` then.
 
     Args:
-        network: the network itself, which has ``num_stages``, or one of ordinary layers. Its parameters must stay where
-            they are in memory.
-        flat_gradients: keep all gradients in one tensor that stays where it is: what a CUDA graph can add to, and what
-            processes sum up in one call. A parameter that a loss does not reach has the gradient 0 then, not None.
-
-    Attributes:
-        names: names of the parameters, those of ``network.state_dict()``, in the order of iteration.
-        flat_gradients: that tensor, or None.
+        network: the network itself, which has ``num_stages``; what wraps it, as DDP does, in ``module``, is looked into.
+        optimizer: one with PyTorch's hooks, or what wraps one in ``optimizer``, as accelerate's and Lightning's do.
 
     Raises:
-        TypeError: what holds a network with stages, such as a denoiser, instead of the network; a network whose
-            parameters are spread over processes, as by ``fully_shard``: give an optimizer its own parameters there.
-        ValueError: flat gradients of parameters that differ in dtype or device.
+        TypeError: what holds a network with stages, such as a denoiser, instead of the network.
     """
 
-    def __init__(self, network: nn.Module, flat_gradients: bool = False) -> None:
-        staged = any(isinstance(module, StageModule) for module in network.modules())
-        if staged and not hasattr(network, "num_stages"):
-            raise TypeError(
-                f"StageParameters: needs the network itself, which has num_stages, got {type(network).__name__}"
-            )
-        self.network = network
-        self.num_stages = getattr(network, "num_stages", 1)
-        self._parts = list(_parts(network))
-        self.names = [part.name for part in self._parts]
-        self.flat_gradients, self._views = _flat_gradients(network) if flat_gradients else (None, {})
-        self._given: list[_Part] = []  # since the last time that gradients were dropped
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        network = network if hasattr(network, "num_stages") else getattr(network, "module", network)
+        next(owned_parameters(network), None)  # says what is wrong with the network
+        self.network, self.num_stages = network, getattr(network, "num_stages", 1)
+        self.samples = [0] * self.num_stages
+        self._signature = signature(network.forward)
+        network.absent_stages_are_left_alone = True
+        network.register_forward_pre_hook(self._count_call, with_kwargs=True)
+        getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._before_step)
 
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return (part.parameter for part in self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __reduce__(self):
-        return type(self), (self.network, self.flat_gradients is not None)
-
-    def take_gradients(self, counts: Sequence[int]) -> None:
-        """Gives the parameters the network's gradients, without a copy; those of absent stages get None.
-
-        Args:
-            counts: samples of each stage that the gradients come from; where gradients are averaged over several
-                processes, those of all of them together.
+    def count(self, counts: Sequence[int]) -> None:
+        """Adds the samples of each stage in a micro-batch of this process.
 
         Raises:
             ValueError: not one count per stage.
-            RuntimeError: the network's parameters have moved in memory or were replaced, as by ``network.to(...)`` or
-                ``load_state_dict(..., assign=True)``; gradients that should be flat are not, as after
-                ``network.zero_grad()``; those of the step before are still there, as after ``optimizer.zero_grad()``.
         """
-        if len(counts) != self.num_stages:
-            raise ValueError(
-                f"StageParameters: one count per stage is needed, got {len(counts)} for {self.num_stages} stage(s)"
-            )
-        if moved := [part.name for part in self._parts if not part.is_the_networks]:
+        _require_counts("StageParameters", counts, self.num_stages)
+        self.samples = [a + b for a, b in zip(self.samples, counts, strict=True)]
+
+    def _count_call(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        if "counts" in given:
+            self.count(given["counts"])
+        elif "stage" in given:
+            self.count(_counts(given["stage"], self.num_stages))
+
+    def _before_step(self, *_) -> None:
+        samples = torch.tensor(self.samples)
+        self.samples = [0] * self.num_stages
+        if dist.is_available() and dist.is_initialized():
+            if dist.get_backend() == "nccl":
+                samples = samples.cuda()
+            dist.all_reduce(samples)
+        samples = samples.tolist()
+        if not any(samples):
             raise RuntimeError(
-                f"StageParameters: {len(moved)} parameters of the network have moved in memory or were replaced, first "
-                f"{moved[0]}; make StageParameters and the optimizer anew after network.to(...) and the like"
+                "StageParameters: no samples were counted since the step before; call count(counts) once per "
+                "micro-batch for a compiled network or one without an argument named stage or counts"
             )
-        if self._given and all(part.parameter.grad is None for part in self._given):
+        for stage, parameter in owned_parameters(self.network):
+            if not samples[stage]:
+                parameter.grad = None
+
+
+def _counts(stage: Sequence[int] | Tensor | StageOrder, num_stages: int) -> list[int]:
+    if isinstance(stage, StageOrder):
+        return list(stage.counts)
+    found = Counter(stage.reshape(-1).tolist() if isinstance(stage, Tensor) else map(int, stage))
+    return [found[s] for s in range(num_stages)]
+
+
+def _require_counts(user: str, counts: Sequence[int], num_stages: int) -> None:
+    if len(counts) != num_stages:
+        raise ValueError(
+            f"{user}: one count per stage is needed, got {len(counts)} for {num_stages} stage(s)"
+        )
+
+
+class FlatGradients:
+    """All gradients of a network in one tensor that stays where it is.
+
+    That is what a CUDA graph can add to, and what processes sum up in one call. A parameter that a loss does not reach
+    has the gradient 0, not None.
+
+    Example::
+
+        gradients = FlatGradients(network)                 # after network.to(device)
+        optimizer = torch.optim.AdamW(network.parameters())
+        ...
+        loss.backward()
+        gradients.leave_absent(counts)                     # samples of each stage in this step, of all processes
+        optimizer.step()
+        gradients.clear()                                  # in place of optimizer.zero_grad()
+
+    Args:
+        network: its parameters must stay what they are. Those that need no gradient have none.
+
+    Attributes:
+        values: that tensor.
+
+    Raises:
+        TypeError: what holds a network with stages, such as a denoiser, instead of the network.
+        ValueError: parameters that differ in dtype or device.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        next(owned_parameters(network), None)  # says what is wrong with the network
+        self.network, self.num_stages = network, getattr(network, "num_stages", 1)
+        network.absent_stages_are_left_alone = True
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        kinds = {(parameter.dtype, parameter.device) for parameter in trained}
+        if len(kinds) > 1:
+            raise ValueError(f"FlatGradients: need one dtype and device, got {sorted(map(str, kinds))}")
+        sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in trained]
+        self.values = trained[0].new_zeros(sum(sizes)) if trained else torch.zeros(0)
+        parts = zip(trained, self.values.split(sizes), strict=True)
+        self._views = {
+            parameter: part.as_strided(parameter.shape, parameter.stride()) for parameter, part in parts
+        }
+        self._attach()
+
+    def __reduce__(self):
+        return type(self), (self.network,)
+
+    def _attach(self) -> None:
+        for parameter, view in self._views.items():
+            parameter.grad = view.detach()
+
+    def leave_absent(self, counts: Sequence[int]) -> None:
+        """Takes away the gradients of stages without samples until :meth:`clear`.
+
+        Args:
+            counts: samples of each stage that the gradients come from, of all processes together.
+
+        Raises:
+            ValueError: not one count per stage.
+            RuntimeError: gradients have left the tensor, as after ``zero_grad()``, or parameters were replaced, as by
+                ``load_state_dict(..., assign=True)``.
+        """
+        _require_counts("FlatGradients", counts, self.num_stages)
+        if any(p.requires_grad and p not in self._views for p in self.network.parameters()):
             raise RuntimeError(
-                "StageParameters: the network still has the gradients of the step before; drop them with "
-                "drop_gradients() in place of optimizer.zero_grad()"
+                "FlatGradients: parameters of the network were replaced; make FlatGradients and the optimizer anew"
             )
         if not all(_is_at(parameter.grad, view) for parameter, view in self._views.items()):
             raise RuntimeError(
-                "StageParameters: gradients have left flat_gradients; drop them with drop_gradients() alone"
+                "FlatGradients: gradients have left the flat ones; drop them with clear() alone"
             )
-        for part in self._parts:
-            absent = part.stage is not None and not counts[part.stage]
-            unused = absent or not part.parameter.requires_grad
-            part.parameter.grad = None if unused else part.gradient()
-        self._given = [
-            part for part in self._parts if part.span is not None and part.parameter.grad is not None
-        ]
+        for stage, parameter in owned_parameters(self.network):
+            if not counts[stage]:
+                parameter.grad = None
 
-    def drop_gradients(self) -> None:
-        """Sets all gradients to None, the network's own among them; flat ones become 0."""
-        for part in self._parts:
-            part.parameter.grad = None
-        self._given = []
-        self.network.zero_grad(set_to_none=True)
-        if self.flat_gradients is not None:
-            self.flat_gradients.zero_()
-            for parameter, view in self._views.items():
-                parameter.grad = view.detach()
-
-    def split_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """An optimizer's state over the network's own parameters, by ``{parameter}.{entry}``, as one over these.
-
-        Entries of these parameters stay as they are.
-        """
-        parts: dict[str, list[_Part]] = {}
-        for part in self._parts:
-            parts.setdefault(part.source_name, []).append(part)
-        known, split = set(self.names), {}
-        for full_name, value in tensors.items():
-            name, _, entry = full_name.rpartition(".")
-            if name in known or name not in parts:
-                split[full_name] = value
-                continue
-            for part in parts[name]:
-                split[f"{part.name}.{entry}"] = value[part.span] if value.dim() else value.clone()
-        return split
+    def clear(self) -> None:
+        """Sets all gradients to 0."""
+        self.values.zero_()
+        self._attach()
 
 
-def _flat_gradients(network: nn.Module) -> tuple[torch.Tensor, dict[nn.Parameter, torch.Tensor]]:
-    """Zeros for the gradients of all parameters, and the part of each, which becomes its ``grad``."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    kinds = {(parameter.dtype, parameter.device) for parameter in trained}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"StageParameters: flat_gradients need one dtype and device, got {sorted(map(str, kinds))}"
-        )
-    sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in trained]
-    flat = trained[0].new_zeros(sum(sizes)) if trained else torch.zeros(0)
-    views = {}
-    for parameter, part in zip(trained, flat.split(sizes), strict=True):
-        views[parameter] = part.as_strided(parameter.shape, parameter.stride())
-        parameter.grad = views[parameter].detach()
-    return flat, views
-
-
-def _is_at(tensor: torch.Tensor | None, place: torch.Tensor) -> bool:
+def _is_at(tensor: Tensor | None, place: Tensor) -> bool:
     return tensor is not None and tensor.data_ptr() == place.data_ptr()
-
-
-def _parts(network: nn.Module) -> Iterator[_Part]:
-    shared = set(shared_layers(network)) if hasattr(network, "num_stages") else set()
-    for prefix, module in network.named_modules():
-        packed = set(module.stage_parameter_names()) if isinstance(module, StageModule) else set()
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            if attribute not in packed:
-                yield _Part(name, parameter, parameter, module, attribute, None, None)
-                continue
-            if type(parameter.detach()) is not torch.Tensor:
-                raise TypeError(
-                    f"StageParameters: {name} is a {type(parameter).__name__}, whose stages do not lie in memory one "
-                    "after the other; give the optimizer the network's own parameters"
-                )
-            end = 0
-            for stage, tensor in zip(module.stage_ids, module.stage_tensors(attribute), strict=True):
-                span = slice(end, end + tensor.numel())
-                end = span.stop
-                own = nn.Parameter(parameter.detach()[span])
-                own_stage = None if module in shared else stage
-                yield _Part(f"{name}.{stage}", own, parameter, module, attribute, span, own_stage)

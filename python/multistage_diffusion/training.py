@@ -39,7 +39,7 @@ from .run_lock import RunError, RunLock
 from .run_log import LossWindow, Progress, RunLog, TrainingDiverged
 from .samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
 from .stage_order import StageOrder
-from .stage_parameters import StageParameters
+from .stage_parameters import FlatGradients
 from .streams import tell
 from .training_batches import TrainingBatches, derive_seed
 from .training_config import TrainingConfig
@@ -165,16 +165,17 @@ class Trainer:
         self._check_data_fits()
         self.denoiser = config.denoiser(self.network)
         self.ema = EMA(self.network, config.ema_halflife_images, config.ema_rampup_ratio)
-        self.parameters = StageParameters(self.network, flat_gradients=cuda_graphs or self.processes.size > 1)
+        together = cuda_graphs or self.processes.size > 1
+        self.gradients = FlatGradients(self.network) if together else None
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            self.network.parameters(),
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.state = TrainingState(self.network, self.ema.network, self.parameters, self.optimizer)
+        self.state = TrainingState(self.network, self.ema.network, self.optimizer)
         self.batches = TrainingBatches(
             config, self.data, self.denoiser, self.device, self.processes.rank, self.processes.size
         )
@@ -282,7 +283,7 @@ class Trainer:
             raise ValueError(f"CUDA graphs need a StageNetwork, got {type(self.network).__name__}")
         return GraphedFunction(
             self._forward_and_backward,
-            adds_to=[self.parameters.flat_gradients],
+            adds_to=[self.gradients.values],
             max_graphs=MAX_GRAPHS,
             replace=False,
         )
@@ -291,14 +292,18 @@ class Trainer:
         """One optimizer step; a decoder whose stage had no sample stays as it is, its state included."""
         config = self.config
         if self.processes.size > 1:
-            self.processes.sum(self.parameters.flat_gradients)
+            self.processes.sum(self.gradients.values)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step - 1)
-        self.parameters.take_gradients(counts)
-        self.optimizer.step()
-        self.parameters.drop_gradients()
+        if self.gradients is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            self.gradients.leave_absent(counts)
+            self.optimizer.step()
+            self.gradients.clear()
         self.ema.update(self.network, (self.step - 1) * config.batch_size, config.batch_size)
 
     # ------------------------------------------------------------------ between steps

@@ -21,7 +21,7 @@ from .checkpoint_schema import (
     optimizer_kinds,
     read_kinds,
 )
-from .stage_parameters import StageParameters
+from .layers import PerStage
 
 __all__ = ["TrainingState", "find_not_finite"]
 
@@ -34,17 +34,20 @@ class TrainingState:
 
     Attributes:
         network, ema: the network in training and the averaged one.
-        parameters, optimizer: the optimizer, of one group, and what it was given.
+        optimizer: of the network's parameters, in one group.
     """
 
     network: nn.Module
     ema: nn.Module
-    parameters: StageParameters
     optimizer: torch.optim.Optimizer
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.network.named_parameters())
 
     def tensors(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
         """The tensors of each file, and the optimizer's settings as JSON."""
-        optimizer, settings = checkpoints.optimizer_tensors(self.parameters.names, self.optimizer)
+        optimizer, settings = checkpoints.optimizer_tensors(list(self._parameters), self.optimizer)
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -76,26 +79,98 @@ class TrainingState:
     def _read_optimizer(self, path: Path, metadata: dict, highest_lr: float) -> dict[str, torch.Tensor]:
         saved, file = metadata["optimizer"], path / "optimizer.safetensors"
         (live,) = self.optimizer.param_groups
-        whole = dict(self.network.named_parameters())  # what optimizers of earlier versions were given
-        names = (self.parameters.names, list(whole))
-        check_group(saved, live, names, highest_lr, path / checkpoints.METADATA)
+        own, found = self._parameters, read_kinds(file)
+        flat, whole = _flat(own), _flat(own, _stages_together(self.network))  # as in earlier versions
+        check_group(saved, live, (list(own), list(whole)), highest_lr, path / checkpoints.METADATA)
         (group,) = saved["param_groups"]
-        parts = dict(zip(self.parameters.names, self.parameters, strict=True))
-        known = parts if set(group["params"]) == set(parts) else whole
-        check_optimizer(
-            read_kinds(file), optimizer_kinds(known.items(), self.optimizer), saved.get("state"), file
-        )
+        if set(group["params"]) != set(own):
+            known = whole
+        else:
+            known = flat if _are_flat(found, own) else own
+        check_optimizer(found, optimizer_kinds(known.items(), self.optimizer), saved.get("state"), file)
         tensors = checkpoints.read_tensors(path, "optimizer")
         check_optimizer_values(tensors, metadata["step"], file)
-        return self.parameters.split_state(tensors)
+        if known is whole:
+            tensors = _split(tensors, own, _stages_together(self.network))
+        return tensors if known is own else _in_own_shapes(tensors, own)
 
     def load(self, tensors: dict[str, dict[str, torch.Tensor]], metadata: dict) -> None:
         """Takes on what ``read`` returned."""
         self.network.load_state_dict(tensors["network"])
         self.ema.load_state_dict(tensors["ema"])
         checkpoints.restore_optimizer(
-            self.parameters.names, self.optimizer, tensors["optimizer"], metadata["optimizer"]
+            list(self._parameters), self.optimizer, tensors["optimizer"], metadata["optimizer"]
         )
+
+
+# Earlier versions gave optimizers vectors: each stage's part of a layer's weights, and before that those of all stages
+# together. A convolution's weight lay in it as [O, kh, kw, I].
+
+
+def _stages_together(network: nn.Module) -> dict[str, list[str]]:
+    """The parameters of each stage by the name that they had together."""
+    return {
+        prefix: [name for name, _ in module.named_parameters(prefix)]
+        for prefix, module in network.named_modules()
+        if isinstance(module, PerStage) and module.trained
+    }
+
+
+def _flat(
+    parameters: dict[str, torch.Tensor], together: dict[str, list[str]] | None = None
+) -> dict[str, torch.Tensor]:
+    """What stands for the vectors of earlier versions, of their names and sizes; it takes no memory."""
+    groups = {name: prefix for prefix, names in (together or {}).items() for name in names}
+    sizes: dict[str, int] = {}
+    likes: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        group = groups.get(name, name)
+        sizes[group] = sizes.get(group, 0) + parameter.numel()
+        likes[group] = parameter.detach().reshape(-1)[:1]
+    single = {name for name in parameters if together is not None and name not in groups}
+    return {
+        name: parameters[name] if name in single else like.expand(sizes[name]) for name, like in likes.items()
+    }
+
+
+def _are_flat(found: dict[str, Kind], own: dict[str, torch.Tensor]) -> bool:
+    """Whether the state of parameters of several dimensions is one of vectors."""
+    shapes = [
+        kind.shape
+        for name, kind in found.items()
+        if kind.shape and (parameter := own.get(name.rpartition(".")[0])) is not None and parameter.dim() > 1
+    ]
+    return bool(shapes) and all(len(shape) == 1 for shape in shapes)
+
+
+def _split(
+    tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor], together: dict[str, list[str]]
+) -> dict[str, torch.Tensor]:
+    """The state of vectors over all stages as that of one vector per stage."""
+    split = {}
+    for full_name, value in tensors.items():
+        name, _, entry = full_name.rpartition(".")
+        parts = together.get(name, [name])
+        values = (
+            value.split([own[part].numel() for part in parts]) if value.dim() and name in together else None
+        )
+        for i, part in enumerate(parts):
+            split[f"{part}.{entry}"] = value if values is None else values[i]
+    return split
+
+
+def _in_own_shapes(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of vectors as that of parameters in PyTorch's own shapes."""
+    return {name: _shaped(value, own[name.rpartition(".")[0]].shape) for name, value in tensors.items()}
+
+
+def _shaped(vector: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if vector.dim() != 1 or len(shape) < 2:
+        return vector
+    if len(shape) == 4:
+        out_channels, in_channels, height, width = shape
+        return vector.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2).contiguous()
+    return vector.view(shape)
 
 
 def find_not_finite(tensors: dict[str, dict[str, torch.Tensor]]) -> tuple[str, str] | None:

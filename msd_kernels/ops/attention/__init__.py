@@ -258,15 +258,16 @@ def _backward(
     log_sum: Tensor,
     layout: AttentionLayout,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Those gradients of ``(q, k, v)`` that are wanted."""
     implementation = BACKENDS.choose(q.device, _predicate_arguments(q, layout, backward=True))
     gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, layout, wanted)
-    return allocate.without_absent(gradients, q)
+    return autodiff.present(gradients)
 
 
 @_backward.register_fake
 def _(dy, q, k, v, y, log_sum, layout, wanted):
-    return allocate.without_absent(allocate.gradients_like((q, k, v), wanted), q)
+    return autodiff.present(allocate.gradients_like((q, k, v), wanted))
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -280,9 +281,8 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, dy, _dlog_sum):
     if dy is None:
         return ()
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.layout, wanted)
-    return tuple(g if flag else None for g, flag in zip(gradients, wanted, strict=True))
+    found = iter(_backward(dy.contiguous(), *ctx.saved_tensors, ctx.layout, ctx.needed))
+    return [next(found) if flag else None for flag in ctx.needed]
 
 
 def _save_for_double_backward(ctx, inputs, output):

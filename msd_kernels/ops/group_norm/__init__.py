@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff
+from msd_kernels.dispatch import allocate, autodiff, stage_weights
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
@@ -22,7 +22,7 @@ from msd_kernels.ops.group_norm import cpu as native
 from msd_kernels.ops.group_norm import cuda as cuda_group_norm
 from msd_kernels.ops.group_norm import library, reference, triton
 from msd_kernels.runtime.launch import devices
-from msd_kernels.stage_batch import StageBatch, StageWeights
+from msd_kernels.stage_batch import StageBatch
 
 __all__ = ["group_norm"]
 
@@ -46,8 +46,8 @@ BACKENDS = OpBackends(
 def group_norm(
     x: Tensor | StageBatch,
     num_groups: int | Sequence[int],
-    weight: Tensor | StageWeights | Sequence[Tensor] | None = None,
-    bias: Tensor | StageWeights | Sequence[Tensor] | None = None,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
     eps: float = 1e-5,
     *,
     scale: Tensor | StageBatch | None = None,
@@ -68,14 +68,15 @@ def group_norm(
     Args:
         x: dense ``[B, C, *spatial]``, NCHW or channels_last, or a StageBatch; float32, bfloat16, float16, float64.
         num_groups: groups; for a StageBatch also one per stage. Must divide the channels.
-        weight, bias: ``[C]``; for a StageBatch one ``[C_s]`` per stage, as a sequence or a StageWeights. In the
-            dtype of ``x`` or float32. None stands for 1 and 0.
+        weight, bias: ``[C]``; for a StageBatch one ``[C_s]`` per stage. In the dtype of ``x`` or float32. None stands
+            for 1 and 0.
         eps: added to the variance.
         scale, shift: ``[B, C]``; for a StageBatch a StageBatch of height and width 1. In the dtype of ``x`` or float32.
         activation: None or ``"silu"``.
 
     Returns:
-        The same kind, shape, dtype and memory format as ``x``.
+        The same kind, shape, dtype and memory format as ``x``. The weights of a stage without samples get no gradient
+        (None; zeros where several processes train together).
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -105,48 +106,52 @@ def explain(*args, **kwargs) -> Explanation:
 
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
-    """Checks a call; returns its tensors and the layout."""
+    """Checks a call; returns its tensors, the weights and biases as lists, and the layout."""
     settings = (_checks.integers(OP, "num_groups", num_groups), eps, activation)
     if isinstance(x, StageBatch):
         tensors, layout = _prepare_stage_batch(x, weight, bias, scale, shift, *settings)
     else:
-        tensors = (x, weight, bias, scale, shift)
-        layout = _DENSE_LAYOUTS.find(lambda: _dense_layout(*tensors, *settings), tensors, settings)
+        given = (x, weight, bias, scale, shift)
+        layout = _DENSE_LAYOUTS.find(lambda: _dense_layout(*given, *settings), given, settings)
+        tensors = (x, scale, shift, *([] if t is None else [t] for t in (weight, bias)))
     if tensors[0].is_cuda:
-        tensors = _autocast.to_float32_on_cuda("cuda", *tensors)
+        *singles, weight, bias = tensors
+        singles = _autocast.to_float32_on_cuda("cuda", *singles)
+        lists = (list(_autocast.to_float32_on_cuda("cuda", *tensors)) for tensors in (weight, bias))
+        tensors = (*singles, *lists)
     return tensors, layout
 
 
 def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
     _checks.require_floating(OP, "x", x.values)
-    shapes = [(c,) for c in x.channels]
-    weight, bias = (
-        _checks.pack_weights(OP, name, w, shapes) if not (w is None or isinstance(w, StageWeights)) else w
-        for name, w in (("weight", weight), ("bias", bias))
+    (weight, weight_shapes), (bias, bias_shapes) = (
+        ([], None) if tensors is None else _checks.stage_weights(OP, name, tensors)
+        for name, tensors in (("weight", weight), ("bias", bias))
     )
     for name, batch in (("scale", scale), ("shift", shift)):
         if batch is not None:
             _checks.require_stage_batch(OP, name, batch)
-    packed = (x, weight, bias, scale, shift)
-    tensors = tuple(None if t is None else t.values for t in packed)
-    key = (
-        x.layout,
-        *(w and w.shapes for w in (weight, bias)),
-        *(t and t.layout for t in (scale, shift)),
-        settings,
+    batches = (x, scale, shift)
+    singles = tuple(None if t is None else t.values for t in batches)
+    layout = _STAGE_LAYOUTS.find(
+        lambda: _stage_layout(singles, weight, bias, batches, weight_shapes, bias_shapes, *settings),
+        (*singles, *weight, *bias),
+        (*(t and t.layout for t in batches), len(weight), settings),
     )
-    return tensors, _STAGE_LAYOUTS.find(lambda: _stage_layout(tensors, *packed, *settings), tensors, key)
+    return (*singles, weight, bias), layout
 
 
-def _stage_layout(tensors, x, weight, bias, scale, shift, num_groups, eps, activation):
-    for name, w in (("weight", weight), ("bias", bias)):
-        if w is not None:
-            _checks.pack_weights(OP, name, w, [(c,) for c in x.channels])
-    for name, batch in (("scale", scale), ("shift", shift)):
+def _stage_layout(singles, weight, bias, batches, weight_shapes, bias_shapes, num_groups, eps, activation):
+    x, *modulation = batches
+    for name, tensors, shapes in (("weight", weight, weight_shapes), ("bias", bias, bias_shapes)):
+        if shapes is not None:
+            _checks.require_shapes(OP, name, shapes, [(c,) for c in x.channels])
+        _checks.require_dtypes(OP, name, tensors, singles[0])
+    for name, batch in zip(("scale", "shift"), modulation, strict=True):
         if batch is not None:
             _checks.require_layout(OP, name, batch, x.counts, x.channels, 1, 1)
     sizes = (x.counts, x.channels, x.height * x.width, True)
-    return _layout(tensors, sizes, num_groups, eps, activation)
+    return _layout({"scale": singles[1], "shift": singles[2]}, singles[0], sizes, num_groups, eps, activation)
 
 
 def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):
@@ -170,11 +175,13 @@ def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):
                 f"{OP}: {name} must be {list(shape)} for x of {list(x.shape)}, got {list(tensor.shape)}"
             )
     channels_last = x.dim() >= 3 and x.stride(1) == 1 and not x.is_contiguous()
-    tensors = (x, weight, bias, scale, shift)
-    return _layout(tensors, ((batch,), (channels,), spatial, channels_last), num_groups, eps, activation)
+    parameters = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    return _layout(
+        parameters, x, ((batch,), (channels,), spatial, channels_last), num_groups, eps, activation
+    )
 
 
-def _layout(tensors, sizes, num_groups, eps, activation) -> GroupNormLayout:
+def _layout(parameters, x, sizes, num_groups, eps, activation) -> GroupNormLayout:
     """Checks what dense tensors and stage batches have in common."""
     counts, channels, spatial, channels_last = sizes
     if activation not in ACTIVATIONS:
@@ -182,9 +189,9 @@ def _layout(tensors, sizes, num_groups, eps, activation) -> GroupNormLayout:
     eps = _checks.real(OP, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{OP}: eps must be >= 0, got {eps}")
-    for name, tensor in zip(("weight", "bias", "scale", "shift"), tensors[1:], strict=True):
+    for name, tensor in parameters.items():
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, tensors[0], also=(torch.float32,))
+            _checks.require_like(OP, name, tensor, x, also=(torch.float32,))
     groups = _checks.per_stage(OP, "num_groups", num_groups, len(counts))
     for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
         if g < 1 or c % g:
@@ -226,20 +233,11 @@ def _like(t: Tensor, flat: Tensor, channels_last: bool) -> Tensor:
     return flat.view(t.shape[0], *t.shape[2:], t.shape[1]).movedim(-1, 1)
 
 
-def _gradients(inputs: Sequence[Tensor | None], flat: Sequence[Tensor | None], channels_last: bool):
-    """What the backward op returns for the backends' gradients, None where there is none."""
-    gradients = (
-        _like(t, gradient, channels_last) if t is not None and gradient is not None else None
-        for t, gradient in zip(inputs, flat, strict=True)
-    )
-    return allocate.without_absent(tuple(gradients), inputs[0])
-
-
 def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _require(x, weight, bias, scale, shift, layout: GroupNormLayout) -> None:
+def _require(x, scale, shift, weight, bias, layout: GroupNormLayout) -> None:
     counts, channels, groups = layout.counts, layout.channels, layout.groups
     _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels, groups=groups)
     _arguments.require_positive(OP, spatial=layout.spatial)
@@ -253,22 +251,21 @@ def _require(x, weight, bias, scale, shift, layout: GroupNormLayout) -> None:
             f"{OP}: x must be flat, or dense of one stage with counts={list(counts)} and channels={list(channels)}, "
             f"got {list(x.shape)}"
         )
-    per_channel, per_sample = _arguments.total(OP, channels), _arguments.total(OP, counts, channels)
-    sizes = {
-        "weight": (weight, per_channel),
-        "bias": (bias, per_channel),
-        "scale": (scale, per_sample),
-        "shift": (shift, per_sample),
-    }
-    for name, (tensor, size) in sizes.items():
+    per_sample = _arguments.total(OP, counts, channels)
+    for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor is not None:
             _arguments.require_like(OP, name, tensor, x, x.dtype, torch.float32)
-            dense = x.dim() != 1 and name in ("scale", "shift") and tensor.dim() != 1
-            _arguments.require_shape(OP, name, tensor, *(x.shape[:2] if dense else (size,)))
+            dense = x.dim() != 1 and tensor.dim() != 1
+            _arguments.require_shape(OP, name, tensor, *(x.shape[:2] if dense else (per_sample,)))
+    for name, tensors in (("weight", weight), ("bias", bias)):
+        if tensors:
+            _arguments.require_per_stage(OP, name, tensors, x, layout.weight_shapes)
 
 
-def _require_backward(dy, x, mean, rstd, weight, bias, scale, shift, layout: GroupNormLayout, wanted) -> None:
-    _require(x, weight, bias, scale, shift, layout)
+def _require_backward(
+    dy, x, mean, rstd, scale, shift, weight, bias, layout: GroupNormLayout, wanted: Sequence[bool]
+) -> None:
+    _require(x, scale, shift, weight, bias, layout)
     _arguments.require_like(OP, "dy", dy, x, x.dtype)
     _arguments.require_shape(OP, "dy", dy, *x.shape)
     size = _arguments.total(OP, layout.counts, layout.groups)
@@ -276,30 +273,35 @@ def _require_backward(dy, x, mean, rstd, weight, bias, scale, shift, layout: Gro
         _arguments.require_like(OP, name, tensor, x, wide(x.dtype))
         _arguments.require_shape(OP, name, tensor, size)
         _arguments.require_dense(OP, name, tensor)
-    _arguments.require_wanted(OP, wanted, 5)
+    _arguments.require_wanted(OP, wanted, 3 + 2 * len(layout.channels))
 
 
 @operator("group_norm", _require)
 def _forward(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     layout: GroupNormLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` is dense or the flat buffer of a stage batch; the statistics are flat."""
+    """``x`` is dense or the flat buffer of a stage batch; the statistics are flat. Absent parameters are empty."""
     implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
-    affine = Affine(_dense(weight), _dense(bias), _dense(scale), _dense(shift))
     if _fits_as_it_is(implementation, x, layout.channels_last):
+        affine = Affine(*map(stage_weights.joined, (weight, bias)), _dense(scale), _dense(shift))
         return implementation.group_norm(x, affine, layout)
-    flat = Affine(*(_flat(t, False) for t in affine))
-    y, mean, rstd = implementation.group_norm(_flat(x, layout.channels_last), flat, layout)
+    affine = _flat_affine(scale, shift, weight, bias)
+    y, mean, rstd = implementation.group_norm(_flat(x, layout.channels_last), affine, layout)
     return _like(x, y, layout.channels_last), mean, rstd
 
 
+def _flat_affine(scale, shift, weight, bias) -> Affine:
+    flat = (_flat(t, False) for t in (scale, shift))
+    return Affine(*map(stage_weights.joined, (weight, bias)), *flat)
+
+
 @_forward.register_fake
-def _(x, weight, bias, scale, shift, layout):
+def _(x, scale, shift, weight, bias, layout):
     y, mean, rstd = allocate.group_norm_outputs(x.new_empty(x.numel()), layout)
     return _like(x, y, layout.channels_last), mean, rstd
 
@@ -310,70 +312,93 @@ def _backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     layout: GroupNormLayout,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Those gradients of ``(x, scale, shift, *weight, *bias)`` that are wanted."""
     implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
-    affine = Affine(_dense(weight), _dense(bias), _dense(scale), _dense(shift))
-    last = layout.channels_last
+    last, stages = layout.channels_last, len(layout.channels)
+    want_weight, want_bias = wanted[3 : 3 + stages], wanted[3 + stages :]
+    flags = [wanted[0], any(want_weight), any(want_bias), wanted[1], wanted[2]]
     if _fits_as_it_is(implementation, x, last):
+        affine = Affine(*map(stage_weights.joined, (weight, bias)), _dense(scale), _dense(shift))
         if not dy.is_contiguous():
             dy = dy.contiguous(memory_format=_order(last and x.dim() == 4))
-        gradients = implementation.group_norm_backward(dy, x, mean, rstd, affine, layout, wanted)
-        return allocate.without_absent(gradients, x)
-    flat = Affine(*(_flat(t, False) for t in affine))
-    gradients = implementation.group_norm_backward(
-        _flat(dy, last), _flat(x, last), mean, rstd, flat, layout, wanted
+        gradients = implementation.group_norm_backward(dy, x, mean, rstd, affine, layout, flags)
+    else:
+        affine = _flat_affine(scale, shift, weight, bias)
+        gradients = implementation.group_norm_backward(
+            _flat(dy, last), _flat(x, last), mean, rstd, affine, layout, flags
+        )
+    dx, dweight, dbias, *modulation = gradients
+    singles = zip((x, scale, shift), (dx, *modulation), strict=True)
+    return autodiff.present(
+        [
+            *(g if g is None else _like(t, g, last) for t, g in singles),
+            *stage_weights.wanted_parts(dweight, layout.weight_shapes, want_weight),
+            *stage_weights.wanted_parts(dbias, layout.weight_shapes, want_bias),
+        ]
     )
-    return _gradients((x, weight, bias, scale, shift), gradients, last)
 
 
 @_backward.register_fake
-def _(dy, x, mean, rstd, weight, bias, scale, shift, layout, wanted):
-    inputs = (x, weight, bias, scale, shift)
-    flat = [
-        t.new_empty(t.numel()) if t is not None and flag else None
-        for t, flag in zip(inputs, wanted, strict=True)
-    ]
-    return _gradients(inputs, flat, layout.channels_last)
+def _(dy, x, mean, rstd, scale, shift, weight, bias, layout, wanted):
+    flat = (
+        _like(t, t.new_empty(t.numel()), layout.channels_last)
+        for t, flag in zip((x, scale, shift), wanted, strict=False)
+        if flag
+    )
+    stages = len(layout.channels)
+    parameters = [*(weight or [None] * stages), *(bias or [None] * stages)]
+    return [*flat, *autodiff.present(allocate.gradients_like(parameters, wanted[3:]))]
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, *affine, ctx.layout = inputs
+    x, scale, shift, weight, bias, ctx.layout = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, mean, rstd, *affine)
+    ctx.save_for_backward(x, mean, rstd, scale, shift, *weight, *bias)
     ctx.set_materialize_grads(False)
+    ctx.weights = len(weight)
 
 
 def _differentiate(ctx, dy, _dmean, _drstd):
     if dy is None:
         return ()
-    wanted = list(ctx.needs_input_grad[:5])
-    gradients = _backward(dy, *ctx.saved_tensors, ctx.layout, wanted)
-    return tuple(g if flag else None for g, flag in zip(gradients, wanted, strict=True))
+    (x, mean, rstd, scale, shift, *parameters), layout = ctx.saved_tensors, ctx.layout
+    weight, bias = parameters[: ctx.weights], parameters[ctx.weights :]
+    return stage_weights.differentiate(
+        lambda wanted: _backward(dy, x, mean, rstd, scale, shift, weight, bias, layout, wanted),
+        ctx.needed,
+        layout.counts,
+        weight,
+        layout.weight_shapes if bias else None,
+    )
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    dy, x, _, _, *affine, ctx.layout, ctx.wanted = inputs
-    ctx.save_for_backward(dy, x, *affine)
+    dy, x, _, _, scale, shift, weight, bias, ctx.layout, ctx.wanted = inputs
+    ctx.save_for_backward(dy, x, scale, shift, *weight, *bias)
     ctx.set_materialize_grads(False)
+    ctx.weights, ctx.biases = len(weight), len(bias)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
     dy, *inputs = ctx.saved_tensors
     last = ctx.layout.channels_last
 
-    def function(x, weight, bias, scale, shift):
-        affine = Affine(weight, bias, _flat(scale, False), _flat(shift, False))
+    def function(x, scale, shift, *parameters):
+        affine = _flat_affine(scale, shift, parameters[: ctx.weights], parameters[ctx.weights :])
         return _like(x, reference.group_norm(_flat(x, last), affine, ctx.layout)[0], last)
 
-    d_dy, d_x, *d_affine = autodiff.second_vjp(function, dy, inputs, ctx.wanted, grad_gradients)
-    return (d_dy, d_x, None, None, *d_affine)
+    stages, weights = len(ctx.layout.channels), 3 + ctx.weights
+    wanted = [*ctx.wanted[:weights], *ctx.wanted[3 + stages : 3 + stages + ctx.biases]]
+    d_dy, d_x, *others = autodiff.second_vjp(function, dy, inputs, wanted, grad_gradients)
+    return (d_dy, d_x, None, None, *others)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff
+from msd_kernels.dispatch import allocate, autodiff, stage_weights
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
@@ -17,7 +17,7 @@ from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Conv2dLayout, resampled_size
 from msd_kernels.ops.grouped_conv2d import library, reference, triton
 from msd_kernels.runtime.launch import devices
-from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
+from msd_kernels.stage_batch import StageBatch, fixed_shape
 
 __all__ = ["grouped_conv2d"]
 
@@ -39,8 +39,8 @@ BACKENDS = OpBackends(
 @sample_by_sample(("x", "skip", "sample_bias", "residual"), ("weight", "bias"))
 def grouped_conv2d(
     x: StageBatch,
-    weight: StageWeights | Sequence[Tensor],
-    bias: StageWeights | Sequence[Tensor] | None = None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
     *,
     skip: StageBatch | Tensor | None = None,
     sample_bias: StageBatch | None = None,
@@ -62,8 +62,9 @@ def grouped_conv2d(
 
     Args:
         x: StageBatch with channels ``C_s``; float32, bfloat16, float16 or float64.
-        weight: ``[O_s, C_s + D_s, k, k]`` per stage, k odd and the same for all, as a sequence or a StageWeights.
-        bias: ``[O_s]`` per stage, or None.
+        weight: ``[O_s, C_s + D_s, k, k]`` per stage, k odd and the same for all; all in the dtype of ``x`` or float32,
+            which is rounded to that of ``x``.
+        bias: ``[O_s]`` per stage, or None; as ``weight``.
         skip: second source: a StageBatch with the counts and size of ``x`` and channels ``D_s``, or a dense
             ``[B, D, H, W]`` tensor in stage order (D the same for all stages). None: ``D_s = 0``.
         sample_bias: one value per sample and out channel: a StageBatch of channels ``O_s``, height and width 1.
@@ -71,10 +72,11 @@ def grouped_conv2d(
         scale: factor on the whole sum.
         resample: None, ``"up"`` or ``"down"``; ``"down"`` needs even height and width.
 
-    All tensors share the dtype and device of ``x``.
+    All tensors share the device of ``x``, and all but the weights its dtype.
 
     Returns:
-        A StageBatch of ``O_s`` channels with the counts of ``x``, at the resampled size.
+        A StageBatch of ``O_s`` channels with the counts of ``x``, at the resampled size. The weights of a stage without
+        samples get no gradient (None; zeros where several processes train together).
 
     Raises:
         TypeError: a wrong type or dtype, or dtypes that differ.
@@ -106,59 +108,47 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
         raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
     _checks.require_floating(OP, "x", x.values)
     skip = _skip_batch(x, skip)
-    if not _checks.is_packed(weight, bias):
-        weight, bias = _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
+    weight, weight_shapes = _checks.stage_weights(OP, "weight", weight)
+    bias, bias_shapes = ([], None) if bias is None else _checks.stage_weights(OP, "bias", bias)
     for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
         if batch is not None:
             _checks.require_stage_batch(OP, name, batch)
-    batches = (x, skip, sample_bias, residual)
-    values, skip_values, sample_bias_values, residual_values = (
-        None if t is None else t.values for t in batches
-    )
-    tensors = _autocast.to_lower_precision(
-        x.device.type,
-        values,
-        skip_values,
-        weight.values,
-        bias and bias.values,
-        sample_bias_values,
-        residual_values,
-    )
-    settings = (
-        *(None if t is None else t.layout for t in batches),
-        weight.shapes,
-        bias and bias.shapes,
-        resample,
-    )
+    device, batches = x.device.type, (x, skip, sample_bias, residual)
+    singles = _autocast.to_lower_precision(device, *(None if t is None else t.values for t in batches))
+    weight, bias = _autocast.weights(device, weight), _autocast.weights(device, bias)
+    settings = (*(None if t is None else t.layout for t in batches), len(weight), resample)
     layout = _LAYOUTS.find(
-        lambda: _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample), tensors, settings
+        lambda: _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample),
+        (*singles, *weight, *bias),
+        settings,
     )
-    return tensors, layout, _checks.number(OP, "scale", scale)
+    return (*singles, weight, bias), layout, _checks.number(OP, "scale", scale)
 
 
-def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | None, ...]]:
+def _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample) -> Conv2dLayout:
+    """Checks a call."""
+    x, skip, sample_bias, residual = batches
+    _require_resample(x, resample)
     skip_channels = (0,) * x.num_stages
     if skip is not None:
         _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
         skip_channels = skip.channels
-    return [(None, c + d, None, None) for c, d in zip(x.channels, skip_channels, strict=True)]
-
-
-def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> Conv2dLayout:
-    """Checks a call."""
-    _require_resample(x, resample)
-    _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
-    kernel = _kernel_size(weight)
-    out_channels = tuple(shape[0] for shape in weight.shapes)
+    sources = zip(x.channels, skip_channels, strict=True)
+    _checks.require_shapes(OP, "weight", weight_shapes, [(None, c + d, None, None) for c, d in sources])
+    if bias_shapes is not None:
+        _checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
+    kernel = _kernel_size(weight_shapes)
+    out_channels = tuple(shape[0] for shape in weight_shapes)
     if sample_bias is not None:
         _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
     if residual is not None:
         out_size = resampled_size(x.height, x.width, resample or "none")
         _checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
-    for name, tensor in zip(("skip", "weight", "bias", "sample_bias", "residual"), tensors[1:], strict=True):
+    for name, tensors in (("weight", weight), ("bias", bias)):
+        _checks.require_dtypes(OP, name, tensors, singles[0])
+    for name, tensor in zip(("skip", "sample_bias", "residual"), singles[1:], strict=True):
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, tensors[0])
-    skip_channels = skip.channels if skip is not None else (0,) * x.num_stages
+            _checks.require_like(OP, name, tensor, singles[0])
     sizes = (x.height, x.width, kernel)
     return Conv2dLayout(x.counts, x.channels, skip_channels, out_channels, *sizes, resample or "none")
 
@@ -183,8 +173,8 @@ def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch |
     return skip
 
 
-def _kernel_size(weight: StageWeights) -> int:
-    kernels = {shape[2:] for shape in weight.shapes}
+def _kernel_size(shapes: Sequence[tuple[int, ...]]) -> int:
+    kernels = {tuple(shape[2:]) for shape in shapes}
     kernel = next(iter(kernels))
     if len(kernels) > 1 or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
         raise ValueError(
@@ -193,7 +183,7 @@ def _kernel_size(weight: StageWeights) -> int:
     return kernel[0]
 
 
-def _require(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout, scale=1.0) -> None:
+def _require(x, skip, sample_bias, residual, weight, bias, layout: Conv2dLayout, scale=1.0) -> None:
     counts, channels, skip_channels, out_channels, height, width, kernel, resample = layout
     least = {"counts": 0, "skip_channels": 0}
     lists = {"channels": channels, "skip_channels": skip_channels, "out_channels": out_channels}
@@ -212,37 +202,39 @@ def _require(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout,
     sizes = {
         "x": (x, _arguments.total(OP, counts, channels, height, width)),
         "skip": (skip, _arguments.total(OP, counts, skip_channels, height, width)),
-        "weight": (weight, _arguments.total(OP, out_channels, layout.in_channels, kernel, kernel)),
-        "bias": (bias, _arguments.total(OP, out_channels)),
         "sample_bias": (sample_bias, _arguments.total(OP, counts, out_channels)),
         "residual": (residual, _arguments.total(OP, counts, out_channels, *layout.out_size)),
     }
     _arguments.require_flat(OP, x, sizes)
+    _arguments.require_per_stage(OP, "weight", weight, x, layout.weight_shapes)
+    if bias:
+        _arguments.require_per_stage(OP, "bias", bias, x, layout.bias_shapes)
 
 
 def _require_backward(dy, x, skip, weight, layout: Conv2dLayout, wanted) -> None:
     # The cotangent lies as a residual does.
-    _require(x, skip, weight, None, None, dy, layout)
-    _arguments.require_wanted(OP, wanted, 5)
+    _require(x, skip, None, dy, weight, (), layout)
+    _arguments.require_wanted(OP, wanted, 3 + 2 * len(weight))
 
 
 @operator("grouped_conv2d", _require)
 def _forward(
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
+    """``bias`` is empty where there is none."""
     implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
-    return implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, layout, scale)
+    return implementation.grouped_conv2d(x, skip, sample_bias, residual, weight, bias, layout, scale)
 
 
 @_forward.register_fake
-def _(x, skip, weight, bias, sample_bias, residual, layout, scale):
+def _(x, skip, sample_bias, residual, weight, bias, layout, scale):
     return x.new_empty(sum(layout.out_sizes))
 
 
@@ -251,54 +243,60 @@ def _backward(
     dy: Tensor,
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[Tensor],
     layout: Conv2dLayout,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Those gradients of ``(x, skip, sample_bias, *weight, *bias)`` that are wanted."""
     implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
-    gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)
-    return allocate.without_absent(gradients, x)
+    return autodiff.present(implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted))
 
 
 @_backward.register_fake
 def _(dy, x, skip, weight, layout, wanted):
-    bias, sample_bias = weight.new_empty(sum(layout.out_channels)), x.new_empty(sum(layout.sample_sizes))
-    gradients = allocate.gradients_like((x, skip, weight, bias, sample_bias), wanted)
-    return allocate.without_absent(gradients, x)
+    sample_bias = x.new_empty(sum(layout.sample_sizes))
+    return allocate.wanted_gradients((x, skip, sample_bias), weight, wanted)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, skip, weight, *_, ctx.layout, ctx.scale = inputs
-    ctx.save_for_backward(x, skip, weight)
+    x, skip, _, _, weight, bias, ctx.layout, ctx.scale = inputs
+    ctx.save_for_backward(x, skip, *weight)
+    ctx.biased = bool(bias)
 
 
 def _differentiate(ctx, dy):
     """The residual's gradient is the cotangent of the unscaled sum; all the others follow from it."""
-    wanted = list(ctx.needs_input_grad[:5])
+    (x, skip, *weight), layout = ctx.saved_tensors, ctx.layout
     dsum = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
-    gradients = _backward(dsum, *ctx.saved_tensors, ctx.layout, wanted)
-    found = [g if flag else None for g, flag in zip(gradients, wanted, strict=True)]
-    return (*found, dsum if ctx.needs_input_grad[5] else None)
+    *sources, residual = ctx.needed[:4]
+    gradients = stage_weights.differentiate(
+        lambda wanted: _backward(dsum, x, skip, weight, layout, wanted),
+        [*sources, *ctx.needed[4:]],
+        layout.counts,
+        weight,
+        layout.bias_shapes if ctx.biased else None,
+    )
+    return (*gradients[:3], dsum if residual else None, *gradients[3:])
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    *tensors, ctx.layout, ctx.wanted = inputs
-    ctx.save_for_backward(*tensors)
+    dy, x, skip, weight, ctx.layout, ctx.wanted = inputs
+    ctx.save_for_backward(dy, x, skip, *weight)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
-    dy, x, skip, weight = ctx.saved_tensors
-    bias, sample_bias = (
-        weight.new_zeros(sum(ctx.layout.out_channels)),
-        x.new_zeros(sum(ctx.layout.sample_sizes)),
-    )
+    dy, x, skip, *weight = ctx.saved_tensors
+    stages = len(weight)
 
-    def forward(x, skip, weight, bias, sample_bias):
-        return reference.grouped_conv2d(x, skip, weight, bias, sample_bias, None, ctx.layout, 1.0)
+    def function(x, skip, sample_bias, *parameters):
+        parameters = (parameters[:stages], parameters[stages:])
+        return reference.grouped_conv2d(x, skip, sample_bias, None, *parameters, ctx.layout, 1.0)
 
-    found = autodiff.second_vjp(forward, dy, (x, skip, weight, bias, sample_bias), ctx.wanted, grad_gradients)
-    return found[:4]
+    bias = [w.new_zeros(w.shape[0]) for w in weight]
+    inputs = (x, skip, x.new_zeros(sum(ctx.layout.sample_sizes)), *weight, *bias)
+    dy, x, skip, _, *parameters = autodiff.second_vjp(function, dy, inputs, ctx.wanted, grad_gradients)
+    return (dy, x, skip, *parameters[:stages])
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

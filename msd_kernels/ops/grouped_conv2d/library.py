@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd_kernels.dispatch.segments import flat_nhwc, gather, nhwc, split
+from msd_kernels.dispatch import stage_weights
+from msd_kernels.dispatch.segments import flat_nhwc, gather, split
 from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.runtime.cpu_types import float32, wants_float32
 
@@ -30,33 +31,37 @@ def _sources(x: Tensor, skip: Tensor | None, layout: Conv2dLayout) -> list[tuple
     return list(zip(*images, strict=True))
 
 
-def _weights(flat: Tensor, layout: Conv2dLayout) -> list[Tensor]:
-    """One ``[O, I, k, k]`` channels_last view per stage."""
-    parts = zip(flat.split(layout.weight_sizes), layout.out_channels, strict=True)
-    return [nhwc(part, o, layout.kernel, layout.kernel) for part, o in parts]
+def _as_taken(weight: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in ``dtype``, channels innermost as in the features.
+
+    The libraries bring weights into an order of their own in every call, from that one several times as fast as from
+    PyTorch's own.
+    """
+    return [w.to(dtype).contiguous(memory_format=torch.channels_last) for w in weight]
 
 
 def grouped_conv2d(
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_conv2d`."""
     dtype = x.dtype
+    weight, bias = _as_taken(weight, dtype), stage_weights.to(bias, dtype)
     if wants_float32(x):
-        x, skip, weight, bias, sample_bias, residual = float32(x, skip, weight, bias, sample_bias, residual)
-    sources = _sources(x, skip, layout)
-    weights, biases = _weights(weight, layout), split(bias, layout.out_channels)
+        x, skip, sample_bias, residual = float32(x, skip, sample_bias, residual)
+        weight, bias = float32(*weight), float32(*bias)
+    sources, biases = _sources(x, skip, layout), bias or [None] * len(weight)
     residuals = _images(residual, layout, layout.out_channels, out=True)
     samples = split(sample_bias, layout.sample_sizes)
 
     def stage_output(s: int) -> Tensor:
-        y = _convolve(sources[s], weights[s], biases[s], layout.resample)
+        y = _convolve(sources[s], weight[s], biases[s], layout.resample)
         if samples[s] is not None:
             y += samples[s].view(layout.counts[s], -1, 1, 1)
         if residuals[s] is not None:
@@ -72,18 +77,21 @@ def grouped_conv2d_backward(
     dy: Tensor,
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[Tensor],
     layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
-    dtype = x.dtype
+    """Gradients for ``(x, skip, sample_bias, *weight, *bias)`` from the cotangent of the unscaled sum."""
+    dtype, masters, stages = x.dtype, [w.dtype for w in weight], len(weight)
+    weight = _as_taken(weight, dtype)
     if wants_float32(x):
-        dy, x, skip, weight = float32(dy, x, skip, weight)
-    sources, weights = _sources(x, skip, layout), _weights(weight, layout)
-    cotangents = _images(dy, layout, layout.out_channels, out=True)
+        (dy, x, skip), weight = float32(dy, x, skip), float32(*weight)
+    sources, cotangents = _sources(x, skip, layout), _images(dy, layout, layout.out_channels, out=True)
+    singles, want_weight, want_bias = wanted[:3], wanted[3 : 3 + stages], wanted[3 + stages :]
     found = {
-        s: _stage_gradients(cotangents[s], sources[s], weights[s], layout.resample, wanted)
+        s: _stage_gradients(
+            cotangents[s], sources[s], weight[s], layout.resample, (*singles, want_weight[s], want_bias[s])
+        )
         for s in layout.stages
     }
 
@@ -92,24 +100,17 @@ def grouped_conv2d_backward(
             return None
         return gather(x, layout.counts, lambda s: found[s][position]).to(dtype)
 
-    def parameters(position: int, sizes: Sequence[int]) -> Tensor | None:
-        if not wanted[position]:
-            return None
-        parts = [found[s][position] if s in found else weight.new_zeros(n) for s, n in enumerate(sizes)]
-        return torch.cat(parts).to(dtype)
+    def parameters(position: int, flags: Sequence[bool]) -> list[Tensor | None]:
+        return [
+            found[s][position].to(masters[s]).contiguous() if flag else None for s, flag in enumerate(flags)
+        ]
 
-    return [
-        activations(0),
-        activations(1),
-        parameters(2, [w.numel() for w in weights]),
-        parameters(3, layout.out_channels),
-        activations(4),
-    ]
+    return [*map(activations, range(3)), *parameters(3, want_weight), *parameters(4, want_bias)]
 
 
 def _stage_gradients(dy, sources, weight, resample, wanted):
-    """Flat gradients of one stage, None where not wanted."""
-    want_x, want_skip, want_weight, want_bias, want_sample_bias = wanted
+    """Gradients of one stage, None where not wanted; those of the features and of the sample bias flat."""
+    want_x, want_skip, want_sample_bias, want_weight, want_bias = wanted
     source = _resample(_join(sources), resample)
     padding = weight.shape[2] // 2
     dsource, dweight, dbias = torch.ops.aten.convolution_backward(
@@ -122,9 +123,9 @@ def _stage_gradients(dy, sources, weight, resample, wanted):
     return (
         flat_nhwc(dx) if want_x else None,
         flat_nhwc(dskip) if want_skip else None,
-        flat_nhwc(dweight) if want_weight else None,
-        dbias,
         dy.sum(dim=(2, 3)).reshape(-1) if want_sample_bias else None,
+        dweight,
+        dbias,
     )
 
 

@@ -28,16 +28,16 @@ class _Stage:
 def grouped_conv2d(
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_conv2d`; differentiable in plain autograd."""
     outputs = []
-    for stage in _stages(x, skip, weight, bias, sample_bias, residual, layout):
+    for stage in _stages(x, skip, sample_bias, residual, weight, bias, layout):
         y = _convolve(_resample(stage.source, layout.resample), stage.weight)
         y = (y + stage.bias + stage.sample_bias + stage.residual) * scale
         outputs.append(y.reshape(-1))
@@ -48,26 +48,23 @@ def grouped_conv2d_backward(
     dy: Tensor,
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[Tensor],
     layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
+    """Gradients for ``(x, skip, sample_bias, *weight, *bias)`` from the cotangent of the unscaled sum."""
     gradients = []
-    stages = _stages(x, skip, weight, None, None, dy, layout)
-    for stage in stages:
+    for stage in _stages(x, skip, None, dy, weight, (), layout):
         d = stage.residual  # the cotangent lies as a residual does
         source = _resample(stage.source, layout.resample)
         dsource = _resample_adjoint(_convolve(d, _adjoint_weight(stage.weight)), layout.resample)
         dx, dskip = dsource[..., : stage.channels], dsource[..., stage.channels :]
-        gradients.append(
-            (dx, dskip, _weight_gradient(source, d, layout.kernel), d.sum(dim=(0, 1, 2)), d.sum(dim=(1, 2)))
-        )
-    dtypes = (x.dtype, x.dtype, weight.dtype, weight.dtype, x.dtype)
-    return [
-        torch.cat([g.reshape(-1) for g in parts]).to(dtype) if flag else None
-        for parts, dtype, flag in zip(zip(*gradients, strict=True), dtypes, wanted, strict=True)
-    ]
+        dweight = _weight_gradient(source, d, layout.kernel).permute(0, 3, 1, 2).contiguous()
+        gradients.append((dx, dskip, d.sum(dim=(1, 2)), dweight, d.sum(dim=(0, 1, 2))))
+    *singles, dweight, dbias = zip(*gradients, strict=True)
+    found = [torch.cat([g.reshape(-1) for g in parts]).to(x.dtype) for parts in singles]
+    found += [g.to(w.dtype) for g, w in zip((*dweight, *dbias), (*weight, *weight), strict=True)]
+    return [gradient if flag else None for gradient, flag in zip(found, wanted, strict=True)]
 
 
 def _convolve(source: Tensor, weight: Tensor) -> Tensor:
@@ -124,7 +121,8 @@ def _sum_of_blocks(source: Tensor) -> Tensor:
     return source.view(n, height // 2, 2, width // 2, 2, c).sum(dim=(2, 4))
 
 
-def _stages(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout) -> Iterator[_Stage]:
+def _stages(x, skip, sample_bias, residual, weight, bias, layout: Conv2dLayout) -> Iterator[_Stage]:
+    """Weights are rounded to the dtype of ``x`` first."""
     dtype = wide(x.dtype)
 
     def pieces(flat: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -134,7 +132,8 @@ def _stages(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout) 
 
     widths = (layout.channels, layout.skip_channels)
     sources = [pieces(flat, layout.source_sizes(c)) for flat, c in zip((x, skip), widths, strict=True)]
-    weights, biases = pieces(weight, layout.weight_sizes), pieces(bias, layout.out_channels)
+    weights, biases = ([t.to(x.dtype).to(dtype) for t in tensors] for tensors in (weight, bias))
+    biases = biases or pieces(None, layout.out_channels)
     samples, residuals = pieces(sample_bias, layout.sample_sizes), pieces(residual, layout.out_sizes)
     for s, (n, o) in enumerate(zip(layout.counts, layout.out_channels, strict=True)):
         planes = [
@@ -143,7 +142,7 @@ def _stages(x, skip, weight, bias, sample_bias, residual, layout: Conv2dLayout) 
         ]
         yield _Stage(
             torch.cat(planes, dim=3),
-            weights[s].view(o, layout.kernel, layout.kernel, layout.in_channels[s]),
+            weights[s].permute(0, 2, 3, 1),
             biases[s],
             samples[s].view(n, 1, 1, o),
             residuals[s].view(n, *layout.out_size, o),

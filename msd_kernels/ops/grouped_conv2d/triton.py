@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch import allocate, stage_weights
 from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.ops.grouped_conv2d.plan import (
     MAX_KERNEL,
@@ -106,26 +106,26 @@ def _prefers_library(op: str, architecture: int, layout: Conv2dLayout) -> str | 
 def grouped_conv2d(
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
     layout: Conv2dLayout,
     scale: float,
 ) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_conv2d`."""
-    return run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, _arithmetic(x))
+    return run_forward(x, skip, sample_bias, residual, weight, bias, layout, scale, _arithmetic(x))
 
 
 def grouped_conv2d_backward(
     dy: Tensor,
     x: Tensor,
     skip: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[Tensor],
     layout: Conv2dLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, skip, weight, bias, sample_bias)`` from the cotangent of the unscaled sum."""
+    """Gradients for ``(x, skip, sample_bias, *weight, *bias)`` from the cotangent of the unscaled sum."""
     return run_backward(dy, x, skip, weight, layout, wanted, _arithmetic(x))
 
 
@@ -135,25 +135,37 @@ def _arithmetic(x: Tensor) -> str:
     return tuned.arithmetic(x.dtype, allow_tf32)
 
 
-def run_forward(x, skip, weight, bias, sample_bias, residual, layout, scale, arithmetic) -> Tensor:
+def run_forward(x, skip, sample_bias, residual, weight, bias, layout, scale, arithmetic) -> Tensor:
     """Allocates and computes the output."""
     y = x.new_empty(sum(layout.out_sizes))
-    inputs = (t if t is None else t.contiguous() for t in (x, skip, weight, bias, sample_bias, residual))
-    grouped_conv2d_forward(*inputs, y, layout, scale, arithmetic)
+    x, skip, sample_bias, residual = (
+        t if t is None else t.contiguous() for t in (x, skip, sample_bias, residual)
+    )
+    weight, bias = (stage_weights.joined(tensors, x.dtype) for tensors in (weight, bias))
+    grouped_conv2d_forward(x, skip, weight, bias, sample_bias, residual, y, layout, scale, arithmetic)
     return y
 
 
 def run_backward(dy, x, skip, weight, layout, wanted, arithmetic) -> list[Tensor | None]:
-    """Allocates and computes the wanted gradients."""
-    dy, x, skip, weight = (t if t is None else t.contiguous() for t in (dy, x, skip, weight))
-    dx, dskip, dweight = allocate.gradients_like((x, skip, weight), wanted[:3])
-    dbias = weight.new_empty(sum(layout.out_channels)) if wanted[3] else None
-    dsample_bias = x.new_empty(sum(layout.sample_sizes)) if wanted[4] else None
+    """Allocates and computes the wanted gradients; those of the weights and biases in the dtype of the weights."""
+    stages, masters = len(weight), weight[0].dtype
+    want_weight, want_bias = wanted[3 : 3 + stages], wanted[3 + stages :]
+    dy, x, skip = (t if t is None else t.contiguous() for t in (dy, x, skip))
+    dx, dskip = allocate.gradients_like((x, skip), wanted[:2])
+    dsample_bias = x.new_empty(sum(layout.sample_sizes)) if wanted[2] else None
+    dweight = x.new_empty(sum(layout.weight_sizes), dtype=masters) if any(want_weight) else None
+    dbias = x.new_empty(sum(layout.out_channels), dtype=masters) if any(want_bias) else None
     if dx is not None or dskip is not None:
-        grouped_conv2d_dgrad(dy, weight, dx, dskip, layout, arithmetic)
+        grouped_conv2d_dgrad(dy, stage_weights.joined(weight, x.dtype), dx, dskip, layout, arithmetic)
     if dweight is not None or dbias is not None or dsample_bias is not None:
         grouped_conv2d_wgrad(dy, x, skip, dweight, dbias, dsample_bias, layout, arithmetic)
-    return [dx, dskip, dweight, dbias, dsample_bias]
+    return [
+        dx,
+        dskip,
+        dsample_bias,
+        *stage_weights.wanted_parts(dweight, layout.weight_shapes, want_weight),
+        *stage_weights.wanted_parts(dbias, layout.bias_shapes, want_bias),
+    ]
 
 
 def grouped_conv2d_forward(

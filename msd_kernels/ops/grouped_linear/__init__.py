@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff
+from msd_kernels.dispatch import allocate, autodiff, stage_weights
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
@@ -17,7 +17,7 @@ from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import LinearLayout
 from msd_kernels.ops.grouped_linear import library, reference, triton
 from msd_kernels.runtime.launch import devices
-from msd_kernels.stage_batch import StageBatch, StageWeights, fixed_shape
+from msd_kernels.stage_batch import StageBatch, fixed_shape
 
 __all__ = ["grouped_linear"]
 
@@ -38,8 +38,8 @@ BACKENDS = OpBackends(
 @sample_by_sample(("x",), ("weight", "bias"))
 def grouped_linear(
     x: Tensor | StageBatch,
-    weight: StageWeights | Sequence[Tensor],
-    bias: StageWeights | Sequence[Tensor] | None = None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
     *,
     counts: Sequence[int] | None = None,
 ) -> StageBatch:
@@ -51,12 +51,13 @@ def grouped_linear(
     Args:
         x: dense ``[B, I]`` with the samples in stage order (the same I for all stages), or a StageBatch, whose
             pixels are the rows; float32, bfloat16, float16 or float64.
-        weight: ``[O_s, I_s]`` per stage, as a sequence or a StageWeights, in the dtype of ``x``.
-        bias: ``[O_s]`` per stage, or None.
+        weight: ``[O_s, I_s]`` per stage, all in the dtype of ``x`` or float32, which is rounded to that of ``x``.
+        bias: ``[O_s]`` per stage, or None; as ``weight``.
         counts: samples per stage of a dense ``x``; not needed with one stage. A StageBatch brings its own.
 
     Returns:
         A StageBatch of ``O_s`` channels with the counts and the height and width of ``x`` (1×1 for dense input).
+        The weights of a stage without samples get no gradient (None; zeros where several processes train together).
 
     Raises:
         TypeError: a wrong type or dtype, or dtypes that differ.
@@ -81,37 +82,34 @@ def _predicate_arguments(x: Tensor, layout: LinearLayout) -> dict:
     return {"op": OP, "device": x.device, "dtype": x.dtype, "layout": layout}
 
 
-def _prepare(
-    x, weight, bias=None, *, counts=None
-) -> tuple[StageBatch, tuple[Tensor | None, ...], LinearLayout]:
+def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, LinearLayout]:
     """Checks a call; returns the input as a StageBatch, the tensors as they lie, and the layout."""
-    batch = _as_stage_batch(x, weight, counts)
-    if not _checks.is_packed(weight, bias):
-        weight, bias = _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
-    tensors = _autocast.to_lower_precision(
-        batch.device.type, batch.values, weight.values, bias and bias.values
+    weight, weight_shapes = _checks.stage_weights(OP, "weight", weight)
+    bias, bias_shapes = ([], None) if bias is None else _checks.stage_weights(OP, "bias", bias)
+    batch = _as_stage_batch(x, len(weight), counts)
+    device = batch.device.type
+    (values,) = _autocast.to_lower_precision(device, batch.values)
+    weight, bias = _autocast.weights(device, weight), _autocast.weights(device, bias)
+    layout = _LAYOUTS.find(
+        lambda: _layout(values, weight, bias, batch, weight_shapes, bias_shapes),
+        (values, *weight, *bias),
+        (batch.layout, len(weight)),
     )
-    settings = (batch.layout, weight.shapes, bias and bias.shapes)
-    layout = _LAYOUTS.find(lambda: _layout(tensors, batch, weight, bias), tensors, settings)
-    return batch, tensors, layout
+    return batch, (values, weight, bias), layout
 
 
-def _weight_shapes(batch: StageBatch) -> list[tuple[int | None, ...]]:
-    return [(None, c) for c in batch.channels]
-
-
-def _layout(tensors, batch, weight, bias) -> LinearLayout:
+def _layout(values, weight, bias, batch: StageBatch, weight_shapes, bias_shapes) -> LinearLayout:
     """Checks a call."""
-    _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
-    out_features = tuple(shape[0] for shape in weight.shapes)
-    for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):
-        if tensor is not None:
-            _checks.require_like(OP, name, tensor, tensors[0])
+    _checks.require_shapes(OP, "weight", weight_shapes, [(None, c) for c in batch.channels])
+    if bias_shapes is not None:
+        _checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
+    for name, tensors in (("weight", weight), ("bias", bias)):
+        _checks.require_dtypes(OP, name, tensors, values)
     rows = tuple(n * batch.height * batch.width for n in batch.counts)
-    return LinearLayout(rows, batch.channels, out_features)
+    return LinearLayout(rows, batch.channels, tuple(shape[0] for shape in weight_shapes))
 
 
-def _as_stage_batch(x, weight, counts) -> StageBatch:
+def _as_stage_batch(x, num_stages, counts) -> StageBatch:
     counts = None if counts is None else _checks.stage_counts(OP, counts)
     if isinstance(x, StageBatch):
         _checks.require_floating(OP, "x", x.values)
@@ -122,9 +120,7 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
     if x.dim() != 2:
         raise ValueError(f"{OP}: a dense x must be [B, I], got shape {tuple(x.shape)}")
     x, (batch, _) = fixed_shape(x)
-    _checks.require_weights(OP, "weight", weight)
     if counts is None:
-        num_stages = len(weight.shapes) if isinstance(weight, StageWeights) else len(weight)
         if num_stages != 1:
             raise ValueError(
                 f"{OP}: a dense x with the weights of {num_stages} stages needs counts, got None"
@@ -135,28 +131,28 @@ def _as_stage_batch(x, weight, counts) -> StageBatch:
     return StageBatch.from_dense(x, counts)
 
 
-def _require(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> None:
-    rows, in_features, out_features = layout
+def _require(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], layout: LinearLayout) -> None:
     _arguments.require_stages(OP, {"rows": 0}, **layout._asdict())
     _checks.require_floating(OP, "x", x)
-    sizes = {
-        "x": (x, _arguments.total(OP, rows, in_features)),
-        "weight": (weight, _arguments.total(OP, out_features, in_features)),
-        "bias": (bias, _arguments.total(OP, out_features)),
-    }
-    _arguments.require_flat(OP, x, sizes)
+    _arguments.require_flat(OP, x, {"x": (x, _arguments.total(OP, layout.rows, layout.in_features))})
+    for sizes in ((layout.out_features, layout.in_features), (layout.rows, layout.out_features)):
+        _arguments.total(OP, *sizes)
+    _arguments.require_per_stage(OP, "weight", weight, x, layout.weight_shapes)
+    if bias:
+        _arguments.require_per_stage(OP, "bias", bias, x, layout.bias_shapes)
 
 
 def _require_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
 ) -> None:
-    _require(x, weight, None, layout)
+    _require(x, weight, (), layout)
     _arguments.require_flat(OP, x, {"dy": (dy, _arguments.total(OP, layout.rows, layout.out_features))})
-    _arguments.require_wanted(OP, wanted, 3)
+    _arguments.require_wanted(OP, wanted, 1 + 2 * len(weight))
 
 
 @operator("grouped_linear", _require)
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+def _forward(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], layout: LinearLayout) -> Tensor:
+    """``bias`` is empty where there is none."""
     implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
     return implementation.grouped_linear(x, weight, bias, layout)
 
@@ -168,47 +164,52 @@ def _(x, weight, bias, layout):
 
 @operator("grouped_linear_backward", _require_backward)
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Those gradients of ``(x, *weight, *bias)`` that are wanted."""
     implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
-    gradients = implementation.grouped_linear_backward(dy, x, weight, layout, wanted)
-    return allocate.without_absent(gradients, x)
+    return autodiff.present(implementation.grouped_linear_backward(dy, x, weight, layout, wanted))
 
 
 @_backward.register_fake
 def _(dy, x, weight, layout, wanted):
-    bias = weight.new_empty(sum(layout.out_features))
-    return allocate.without_absent(allocate.gradients_like((x, weight, bias), wanted), x)
+    return allocate.wanted_gradients((x,), weight, wanted)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, weight, _, ctx.layout = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, bias, ctx.layout = inputs
+    ctx.save_for_backward(x, *weight)
+    ctx.biased = bool(bias)
 
 
 def _differentiate(ctx, dy):
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.layout, wanted)
-    return tuple(g if flag else None for g, flag in zip(gradients, wanted, strict=True))
+    (x, *weight), layout = ctx.saved_tensors, ctx.layout
+    dy = dy.contiguous()
+    return stage_weights.differentiate(
+        lambda wanted: _backward(dy, x, weight, layout, wanted),
+        ctx.needed,
+        layout.rows,
+        weight,
+        layout.bias_shapes if ctx.biased else None,
+    )
 
 
 def _save_for_double_backward(ctx, inputs, output):
     dy, x, weight, ctx.layout, ctx.wanted = inputs
-    ctx.save_for_backward(dy, x, weight)
+    ctx.save_for_backward(dy, x, *weight)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx, *grad_gradients):
-    dy, x, weight = ctx.saved_tensors
-    bias = weight.new_zeros(sum(ctx.layout.out_features))
-    found = autodiff.second_vjp(
-        lambda *leaves: reference.grouped_linear(*leaves, ctx.layout),
-        dy,
-        (x, weight, bias),
-        ctx.wanted,
-        grad_gradients,
-    )
-    return found[:3]
+    dy, x, *weight = ctx.saved_tensors
+    stages = len(weight)
+
+    def function(x, *parameters):
+        return reference.grouped_linear(x, parameters[:stages], parameters[stages:], ctx.layout)
+
+    bias = [w.new_zeros(o) for w, o in zip(weight, ctx.layout.out_features, strict=True)]
+    inputs = (x, *weight, *bias)
+    return autodiff.second_vjp(function, dy, inputs, ctx.wanted, grad_gradients)[: 2 + stages]
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

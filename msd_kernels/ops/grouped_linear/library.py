@@ -4,43 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd_kernels.dispatch.segments import gather, split
+from msd_kernels.dispatch import stage_weights
+from msd_kernels.dispatch.segments import gather
 from msd_kernels.layouts import LinearLayout
 from msd_kernels.runtime.cpu_types import float32, wants_float32
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], layout: LinearLayout
+) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_linear`."""
     dtype = x.dtype
+    weight, bias = stage_weights.to(weight, dtype), stage_weights.to(bias, dtype)
     if wants_float32(x):
-        x, weight, bias = float32(x, weight, bias)
-    inputs, weights = layout.views(x, weight)
-    biases = split(bias, layout.out_features)
+        (x,), weight, bias = float32(x), float32(*weight), float32(*bias)
+    inputs, biases = layout.inputs(x), bias or [None] * len(weight)
 
     def stage_output(s: int) -> Tensor:
-        return F.linear(inputs[s], weights[s], biases[s]).view(-1)
+        return F.linear(inputs[s], weight[s], biases[s]).view(-1)
 
     return gather(x, layout.out_sizes, stage_output).to(dtype)
 
 
 def grouped_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias)``, None where not wanted; an empty stage's weights get zeros."""
-    dtype = x.dtype
+    """Gradients for ``(x, *weight, *bias)``, None where not wanted."""
+    dtype, stages = x.dtype, len(weight)
+    masters, weight = [w.dtype for w in weight], stage_weights.to(weight, dtype)
     if wants_float32(x):
-        dy, x, weight = float32(dy, x, weight)
-    (inputs, weights), cotangents = layout.views(x, weight), layout.outputs(dy)
-    want_x, want_weight, want_bias = wanted
-    found = [
-        gather(x, layout.rows, lambda s: (cotangents[s] @ weights[s]).view(-1)) if want_x else None,
-        torch.cat([(d.t() @ i).view(-1) for d, i in zip(cotangents, inputs, strict=True)])
-        if want_weight
-        else None,
-        torch.cat([d.sum(dim=0) for d in cotangents]) if want_bias else None,
+        (dy, x), weight = float32(dy, x), float32(*weight)
+    inputs, cotangents = layout.inputs(x), layout.outputs(dy)
+    want_x, want_weight, want_bias = wanted[0], wanted[1 : 1 + stages], wanted[1 + stages :]
+
+    return [
+        gather(x, layout.rows, lambda s: (cotangents[s] @ weight[s]).view(-1)).to(dtype) if want_x else None,
+        *[(cotangents[s].t() @ inputs[s]).to(masters[s]) if want_weight[s] else None for s in range(stages)],
+        *[cotangents[s].sum(dim=0).to(masters[s]) if want_bias[s] else None for s in range(stages)],
     ]
-    return [None if gradient is None else gradient.to(dtype) for gradient in found]

@@ -25,26 +25,24 @@ def slower(*, layout: LinearLayout, **call) -> str | None:
     return conv.slower(layout=layout.conv2d, **call)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: LinearLayout) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], layout: LinearLayout
+) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_linear`."""
-    return run_forward(x, None, weight, bias, None, None, layout.conv2d, 1.0, _arithmetic(x))
+    return run_forward(x, None, None, None, weight, bias, layout.conv2d, 1.0, _arithmetic(x))
 
 
 def grouped_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias)``, None where not wanted."""
-    want_x, want_weight, want_bias = wanted
-    dx, _, dweight, dbias, _ = run_backward(
-        dy,
-        x,
-        None,
-        weight,
-        layout.conv2d,
-        (want_x, False, want_weight, want_bias, False),
-        _arithmetic(x),
-    )
-    return [dx, dweight, dbias]
+    """Gradients for ``(x, *weight, *bias)``, None where not wanted."""
+    want_x, *want_parameters = wanted
+    flags = (want_x, False, False, *want_parameters)
+    dx, _, _, *parameters = run_backward(dy, x, None, weight, layout.conv2d, flags, _arithmetic(x))
+    matrices = [
+        g if g is None else g.view(shape) for g, shape in zip(parameters, layout.weight_shapes, strict=False)
+    ]
+    return [dx, *matrices, *parameters[len(weight) :]]
 
 
 def _arithmetic(x: Tensor) -> str:

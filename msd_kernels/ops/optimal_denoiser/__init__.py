@@ -371,8 +371,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, dmean, dlog_sum, _dlog_sum_squares):
-    dx, dsigma = _backward(dmean.contiguous(), dlog_sum.contiguous(), *ctx.saved_tensors, *ctx.scale)
-    return dx, dsigma, None, None, None, None
+    return _backward(dmean.contiguous(), dlog_sum.contiguous(), *ctx.saved_tensors, *ctx.scale)
 
 
 def _save_for_double_backward(ctx, inputs, output):
@@ -394,7 +393,7 @@ def _differentiate_twice(ctx, ddx, ddsigma):
     )
     # The mean and the log sum are inputs too, but as functions of the others: their part is in d_x and
     # d_sigma.
-    return d_cotangent[:, :-1], d_cotangent[:, -1], d_x, d_sigma, *(None,) * 6
+    return d_cotangent[:, :-1], d_cotangent[:, -1], d_x, d_sigma
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
-from msd_kernels import StageBatch, StageWeights, grouped_linear, resample2d
+from msd_kernels import StageBatch, grouped_linear, resample2d
 from multistage_diffusion.dropout import dropout
 from multistage_diffusion.layers import (
     BOX,
@@ -70,7 +69,10 @@ class Projections:
             inputs = StageBatch(
                 emb.values.repeat(repeats), emb.counts * repeats, emb.channels * repeats, 1, 1
             )
-            weight, bias = (_joined(layers, name, emb.values.dtype) for name in ("weight", "bias"))
+            weight, bias = (
+                [tensor for layer in layers for tensor in layer.weights(name, emb.dtype)]
+                for name in ("weight", "bias")
+            )
             outputs = grouped_linear(inputs, weight, bias).values
             sizes = [_size(emb.counts, layer.out_features) for layer in layers]
             for layer, values in zip(layers, outputs.split(sizes), strict=True):
@@ -78,13 +80,6 @@ class Projections:
 
     def __getitem__(self, layer: StageLinear) -> StageBatch:
         return self._outputs[layer]
-
-
-def _joined(layers: Sequence[StageLinear], name: str, dtype: torch.dtype) -> StageWeights:
-    """A parameter of all layers as that of one layer with all their stages."""
-    packed = [layer.packed(name, dtype) for layer in layers]
-    shapes = tuple(shape for weights in packed for shape in weights.shapes)
-    return StageWeights(torch.cat([weights.values for weights in packed]), shapes)
 
 
 def _size(counts: Widths, channels: Widths) -> int:

@@ -56,20 +56,19 @@ class PositionalEmbedding(nn.Module):
 class FourierEmbedding(StageModule):
     """Sines, then cosines, of the noise at random, fixed frequencies from N(0, ``scale``²) (arXiv 2011.13456).
 
-    The frequencies are a packed buffer, so that they are saved and loaded per stage like parameters.
+    The frequencies are buffers, one per stage.
     """
 
     def __init__(self, channels: Widths, scale: float = 16.0) -> None:
         super().__init__(len(channels))
         self.channels = channels
-        self.add_stage_parameter("freqs", [(c // 2,) for c in channels])
-        frequencies = torch.randn(self.freqs.shape) * scale
-        del self.freqs
-        self.register_buffer("freqs", frequencies)
+        sizes = [c // 2 for c in channels]
+        frequencies = torch.randn(sum(sizes)) * scale
+        self.hold("freqs", [part.clone() for part in frequencies.split(sizes)], trained=False)
 
     def forward(self, noise: Tensor, counts: Sequence[int]) -> StageBatch:
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
-        parts = zip(noise.split(list(counts)), self.stage_tensors("freqs"), strict=True)
+        parts = zip(noise.split(list(counts)), self.freqs(), strict=True)
         angles = [n.to(dtype)[:, None] * (2 * math.pi * f.to(dtype)) for n, f in parts]
         return _vectors([torch.cat([a.sin(), a.cos()], dim=1) for a in angles])
 

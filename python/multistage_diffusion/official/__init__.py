@@ -247,10 +247,8 @@ def start_multistage(unified: nn.Module, decoder_widths: Sequence[int]) -> tuple
     layers: dict[tuple[StageModule, int], list[tuple[str, Tensor, Tensor | None]]] = {}
     seen = set()
     for entry in rules.entries(network):
-        flat = getattr(entry.module, entry.parameter).detach()
-        views = entry.module.stage_tensors(entry.parameter, flat)
-        for stage, view in zip(entry.module.stage_ids, views, strict=True):
-            target = entry.view(view)
+        for stage, tensor in entry.stages():
+            target = entry.view(tensor.detach())
             if target.data_ptr() in seen:  # one parameter with several names
                 continue
             seen.add(target.data_ptr())

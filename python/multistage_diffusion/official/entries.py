@@ -33,6 +33,11 @@ class Entry:
     view: View = lambda tensor: tensor
     joined: bool = False
 
+    def stages(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of the stage, its tensor)."""
+        holder = getattr(self.module, self.parameter)
+        return zip(holder.stage_ids, holder.tensors(), strict=True)
+
     def named(self, stage: int) -> str:
         return self.name(stage) if callable(self.name) else self.name.format(stage=stage)
 
@@ -80,13 +85,10 @@ class Place:
 def tensors(entries: Iterable[Entry], *, gradients: bool = False) -> Iterator[tuple[str, Place]]:
     """(reference name, place of the parameter or of its gradient) for every stage of every entry."""
     for entry in entries:
-        flat = getattr(entry.module, entry.parameter)
-        values = flat.grad if gradients else flat.detach()
-        if values is None:
-            continue
-        stages = zip(entry.module.stage_ids, entry.module.stage_tensors(entry.parameter, values), strict=True)
-        for stage, tensor in stages:
-            yield entry.named(stage), Place(entry.view(tensor), entry.joined)
+        for stage, tensor in entry.stages():
+            values = tensor.grad if gradients else tensor.detach()
+            if values is not None:
+                yield entry.named(stage), Place(entry.view(values), entry.joined)
 
 
 def weights(name: str, module: StageModule | OnStages | None, view: View | None = None) -> Iterator[Entry]:

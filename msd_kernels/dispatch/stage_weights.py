@@ -1,0 +1,107 @@
+"""The weights of all stages, one tensor each: what kernels of one launch read of them, and their gradients.
+
+A layer's weights are ordinary tensors, in PyTorch's own shapes. A launch over all stages reads ONE buffer that holds
+stage after stage, a convolution's weight ``[O, I, kh, kw]`` as ``[O, kh, kw, I]``, so that every slice of a reduction
+is one contiguous load. That buffer is made from them per call and never shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, distributed
+
+Shape = Sequence[int]
+
+
+def joined(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor | None:
+    """The buffer that a launch reads, in ``dtype``; None for no weights. One weight may be its own buffer."""
+    if not weights:
+        return None
+    dtype = dtype or weights[0].dtype
+    if any(w.dim() == 4 and w.shape[2] * w.shape[3] > 1 for w in weights):
+        buffer = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
+        for part, weight in zip(buffer.split([w.numel() for w in weights]), weights, strict=True):
+            _as_shape(part, weight.shape).copy_(weight)
+        return buffer
+    flat = [w.reshape(-1) for w in weights]
+    buffer = flat[0] if len(flat) == 1 else torch.cat(flat)
+    return buffer.to(dtype).contiguous()
+
+
+def wanted_parts(
+    buffer: Tensor | None, shapes: Sequence[Shape], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The wanted stages' parts of such a buffer: tensors of their own, in PyTorch's shape, without gaps."""
+    if buffer is None:
+        return [None] * len(shapes)
+    parts = zip(buffer.split([_elements(shape) for shape in shapes]), shapes, wanted, strict=True)
+    return [_own(part, shape, alone=len(shapes) == 1) if flag else None for part, shape, flag in parts]
+
+
+def _own(part: Tensor, shape: Shape, alone: bool) -> Tensor:
+    view = _as_shape(part, shape)
+    return view if alone and view.is_contiguous() else view.clone(memory_format=torch.contiguous_format)
+
+
+def _as_shape(part: Tensor, shape: Shape) -> Tensor:
+    """A view of one stage's part of the buffer, in PyTorch's shape."""
+    if len(shape) < 4:
+        return part.view(shape)
+    out_channels, in_channels, height, width = shape
+    return part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
+
+
+def _elements(shape: Shape) -> int:
+    elements = 1
+    for size in shape:
+        elements *= size
+    return elements
+
+
+def to(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in ``dtype``."""
+    return [weight.to(dtype) for weight in weights]
+
+
+def differentiate(
+    backward: Callable[[list[bool]], Sequence[Tensor]],
+    needed: Sequence[bool],
+    counts: Sequence[int],
+    weight: Sequence[Tensor],
+    bias_shapes: Sequence[Shape] | None,
+) -> list[Tensor | None]:
+    """The gradients of an op's tensors: single ones, then one weight, and one bias where there are any, per stage.
+
+    A stage without samples leaves its own without a gradient (None), by which an optimizer leaves its decoder alone.
+    Where several processes train together they get zeros: the stage's samples may be in another process, and all must
+    have a gradient to sum up.
+
+    Args:
+        backward: computes the wanted ones, told by flags for the single tensors, every weight and every bias.
+        needed: which of the tensors need one.
+        counts: of the samples that each stage has.
+        weight: may be empty, too.
+        bias_shapes: None where there is no bias.
+    """
+    stages = len(counts)
+    singles = len(needed) - len(weight) - (0 if bias_shapes is None else stages)
+    places = [*range(singles), *(range(singles, singles + stages) if weight else ())]
+    places += [] if bias_shapes is None else range(singles + stages, singles + 2 * stages)
+    wanted = [False] * (singles + 2 * stages)
+    for place, flag in zip(places, needed, strict=True):
+        wanted[place] = flag and (place < singles or counts[(place - singles) % stages] > 0)
+    found = iter(backward(wanted))
+    gradients = [next(found) if wanted[place] else None for place in places]
+    if _several_processes():
+        shapes = [*(w.shape for w in weight), *(bias_shapes or ())]
+        like = weight[0] if weight else None
+        for position, shape in enumerate(shapes, singles):
+            if needed[position] and gradients[position] is None:
+                gradients[position] = like.new_zeros(list(shape))
+    return gradients
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
