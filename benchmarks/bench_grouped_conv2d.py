@@ -19,7 +19,7 @@ from torch import Tensor
 import harness
 import peers
 from harness import OURS
-from msd_kernels import StageBatch, StageWeights, explain, grouped_conv2d
+from msd_kernels import StageBatch, explain, grouped_conv2d
 from msd_kernels.dispatch.backends import use
 from msd_kernels.runtime import processor
 
@@ -33,7 +33,7 @@ WAYS = ("loop", "padded", "as_groups")  # of peers.MixedConv
 
 @dataclass(frozen=True)
 class Problem:
-    """Random inputs, one flat leaf for all stages: x, weight, bias, sample_bias, residual."""
+    """Random inputs: x, sample_bias and residual flat, then the weights and the biases of the stages."""
 
     counts: Sequence[int]
     side: int
@@ -48,19 +48,20 @@ class Problem:
             return (torch.randn(size, generator=generator) * std).to(device, dtype)
 
         vectors = sum(n * c for n, c in zip(counts, WIDTHS, strict=True))
-        kernels = torch.cat([draw(9 * c * c, (9 * c) ** -0.5) for c in WIDTHS])
-        leaves = (draw(vectors * side**2), kernels, draw(sum(WIDTHS)), draw(vectors), draw(vectors * side**2))
+        kernels = [draw(9 * c * c, (9 * c) ** -0.5).view(c, c, 3, 3) for c in WIDTHS]
+        batches = (draw(vectors * side**2), draw(vectors), draw(vectors * side**2))
+        leaves = (*batches, *kernels, *map(draw, WIDTHS))
         return Problem(counts, side, tuple(t.requires_grad_() for t in leaves), draw(vectors * side**2))
 
     def arguments(
         self, leaves: Sequence[Tensor]
-    ) -> tuple[StageBatch, StageWeights, StageWeights, StageBatch, StageBatch]:
+    ) -> tuple[StageBatch, list[Tensor], list[Tensor], StageBatch, StageBatch]:
         """The leaves as the op takes them."""
-        x, weight, bias, sample_bias, residual = leaves
+        x, sample_bias, residual, *weights = leaves
         return (
             StageBatch(x, self.counts, WIDTHS, self.side, self.side),
-            StageWeights(weight, [(c, c, 3, 3) for c in WIDTHS]),
-            StageWeights(bias, [(c,) for c in WIDTHS]),
+            weights[: len(WIDTHS)],
+            weights[len(WIDTHS) :],
             StageBatch(sample_bias, self.counts, WIDTHS, 1, 1),
             StageBatch(residual, self.counts, WIDTHS, self.side, self.side),
         )
@@ -75,8 +76,8 @@ class Problem:
         x, weight, bias, sample_bias, residual = self.arguments([t.detach() for t in self.leaves])
         per_stage = (
             x.segments(),
-            weight.tensors(),
-            bias.tensors(),
+            weight,
+            bias,
             [segment.flatten(1) for segment in sample_bias.segments()],
             residual.segments(),
         )
@@ -101,9 +102,9 @@ class Problem:
         exact = [t.detach().float().requires_grad_() for t in self.leaves]
         with use("reference"):
             expected = self.ours(*exact)
-            gradients = torch.autograd.grad(expected, exact, self.dy.float())
+            gradients = torch.autograd.grad(expected, exact, self.dy.float(), materialize_grads=True)
         y = self.ours(*self.leaves)
-        found = [y, *torch.autograd.grad(y, self.leaves, self.dy)]
+        found = [y, *torch.autograd.grad(y, self.leaves, self.dy, materialize_grads=True)]
         harness.check("grouped_conv2d", found, [expected, *gradients], y.dtype)
         for name, function in self.cases(False, ways).items():
             harness.check(name, [function()], [expected.detach()], y.dtype)

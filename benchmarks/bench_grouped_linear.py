@@ -18,7 +18,7 @@ from torch import Tensor
 import harness
 import peers
 from harness import OURS
-from msd_kernels import StageWeights, explain, grouped_linear
+from msd_kernels import explain, grouped_linear
 from msd_kernels.dispatch.backends import use
 
 WIDTHS, FEATURES = (384, 256, 32), 512
@@ -34,7 +34,7 @@ WAYS = ("loop", "padded", "batched")  # of peers.MixedLinear
 
 @dataclass(frozen=True)
 class Problem:
-    """Random inputs: x ``[B, 512]`` in stage order, weights and biases flat."""
+    """Random inputs: x ``[B, 512]`` in stage order, then the weights and the biases of the stages."""
 
     counts: Sequence[int]
     leaves: tuple[Tensor, ...]
@@ -47,24 +47,20 @@ class Problem:
         def draw(*size: int, std: float = 1.0) -> Tensor:
             return (torch.randn(size, generator=generator) * std).to(device, dtype)
 
-        weights = draw(sum(WIDTHS) * FEATURES, std=FEATURES**-0.5)
-        leaves = (draw(sum(counts), FEATURES), weights, draw(sum(WIDTHS)))
+        weights = [draw(o, FEATURES, std=FEATURES**-0.5) for o in WIDTHS]
+        leaves = (draw(sum(counts), FEATURES), *weights, *map(draw, WIDTHS))
         outputs = sum(n * o for n, o in zip(counts, WIDTHS, strict=True))
         return Problem(counts, tuple(t.requires_grad_() for t in leaves), draw(outputs))
 
-    def weights(self, weight: Tensor, bias: Tensor) -> tuple[StageWeights, StageWeights]:
-        return StageWeights(weight, [(o, FEATURES) for o in WIDTHS]), StageWeights(
-            bias, [(o,) for o in WIDTHS]
-        )
-
-    def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return grouped_linear(x, *self.weights(weight, bias), counts=self.counts).values
+    def ours(self, x: Tensor, *weights: Tensor) -> Tensor:
+        weight, bias = weights[: len(WIDTHS)], weights[len(WIDTHS) :]
+        return grouped_linear(x, weight, bias, counts=self.counts).values
 
     def peer(self, way: str):
         """One way of :class:`peers.MixedLinear` on its own tensors: what it takes, and its results joined flat."""
         mixed = peers.MixedLinear(self.counts, WIDTHS)
-        x, weight, bias = (t.detach() for t in self.leaves)
-        per_stage = (x.split(self.counts), *(w.tensors() for w in self.weights(weight, bias)))
+        x, *weights = (t.detach() for t in self.leaves)
+        per_stage = (x.split(self.counts), weights[: len(WIDTHS)], weights[len(WIDTHS) :])
         stages = [s for s, n in enumerate(self.counts) if n]
         leaves = [parts[s].detach().requires_grad_() for parts in per_stage for s in stages]
 
@@ -85,9 +81,9 @@ class Problem:
         exact = [t.detach().float().requires_grad_() for t in self.leaves]
         with use("reference"):
             expected = self.ours(*exact)
-            gradients = torch.autograd.grad(expected, exact, self.dy.float())
+            gradients = torch.autograd.grad(expected, exact, self.dy.float(), materialize_grads=True)
         y = self.ours(*self.leaves)
-        found = [y, *torch.autograd.grad(y, self.leaves, self.dy)]
+        found = [y, *torch.autograd.grad(y, self.leaves, self.dy, materialize_grads=True)]
         harness.check("grouped_linear", found, [expected, *gradients], y.dtype)
         for name, function in self.cases(False, ways).items():
             harness.check(name, [function()], [expected.detach()], y.dtype)
@@ -103,7 +99,6 @@ def test_grouped_linear(mix, dtype, backward, race):
     ways = [way for way in WAYS if sum(problem.counts) <= 8 or way != "batched"]
     problem.check(ways)
     race(problem.cases(backward, ways), seconds=0.5, warm=not backward)
-    x, weight, bias = problem.leaves
-    race.note(
-        backend=explain("grouped_linear", x, *problem.weights(weight, bias), counts=problem.counts).backend
-    )
+    x, *weights = problem.leaves
+    weight = weights[: len(WIDTHS)]
+    race.note(backend=explain("grouped_linear", x, weight, counts=problem.counts).backend)

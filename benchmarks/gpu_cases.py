@@ -16,7 +16,6 @@ from torch import Tensor
 
 from msd_kernels import (
     StageBatch,
-    StageWeights,
     attention,
     group_norm,
     grouped_conv2d,
@@ -134,6 +133,12 @@ def packed(counts: Sequence[int], channels: Sequence[int], pixels: int = 1) -> t
     return (sum(n * c for n, c in zip(counts, channels, strict=True)) * pixels,)
 
 
+def parts_of(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Consecutive parts of a flat tensor in these shapes: the weights of all stages out of one leaf."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def stage_norm(label: str, counts, channels, groups, side: int) -> Call:
     vectors = [(c,) for c in channels]
 
@@ -141,8 +146,8 @@ def stage_norm(label: str, counts, channels, groups, side: int) -> Call:
         return group_norm(
             StageBatch(x, counts, channels, side, side),
             groups,
-            StageWeights(weight, vectors),
-            StageWeights(bias, vectors),
+            parts_of(weight, vectors),
+            parts_of(bias, vectors),
             scale=StageBatch(scale, counts, channels, 1, 1),
             shift=StageBatch(shift, counts, channels, 1, 1),
             activation="silu",
@@ -182,8 +187,8 @@ def conv(
         dense = [source.contiguous(memory_format=torch.channels_last) for source in sources]
         return grouped_conv2d(
             StageBatch(x, counts, channels, height, width),
-            StageWeights(weight, weights),
-            StageWeights(bias, [(o,) for o in out_channels]),
+            parts_of(weight, weights),
+            parts_of(bias, [(o,) for o in out_channels]),
             skip=dense[0] if dense else None,
             sample_bias=StageBatch(sample_bias, counts, out_channels, 1, 1),
             residual=StageBatch(residual, counts, out_channels, out_height, out_width),
@@ -218,8 +223,8 @@ def linear(label: str, rows, in_features, out_features) -> Call:
 
     def function(x, weight, bias):
         batch = StageBatch(x, rows, in_features, 1, 1)
-        biases = StageWeights(bias, [(o,) for o in out_features])
-        return grouped_linear(batch, StageWeights(weight, weights), biases).values
+        biases = parts_of(bias, [(o,) for o in out_features])
+        return grouped_linear(batch, parts_of(weight, weights), biases).values
 
     shapes = [packed(rows, in_features), (sum(map(math.prod, weights)),), (sum(out_features),)]
     return Call("grouped_linear", label, shapes, function, tuple(DTYPES))

@@ -59,7 +59,7 @@ def step(
     """Forward and backward of ``forward(*leaves)``."""
 
     def run() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(*leaves), leaves, dy)
+        return torch.autograd.grad(forward(*leaves), leaves, dy, allow_unused=True)
 
     return run
 

@@ -20,7 +20,6 @@ from multistage_diffusion.layers import (
     StageConv2d,
     StageGroupNorm,
     StageLinear,
-    StageModule,
 )
 from multistage_diffusion.networks import EDMUNet
 from multistage_diffusion.networks.blocks import DecoderLevel, EncoderLevel, OutputHead, ResidualBlock
@@ -248,11 +247,5 @@ def named_gradients(network: nn.Module, gradients: Sequence[Tensor | None]) -> d
     if isinstance(network, PlainUNet):
         names = (network.sources[name] for name, _ in network.named_parameters())
         return dict(zip(names, gradients, strict=True))
-    given = {id(parameter): g for parameter, g in zip(network.parameters(), gradients, strict=True)}
-    found = {}
-    for prefix, layer in network.named_modules():
-        for name in layer.stage_parameter_names() if isinstance(layer, StageModule) else ():
-            if (gradient := given[id(getattr(layer, name))]) is not None:
-                keys = (f"{prefix}.{name}.{stage}" for stage in layer.stage_ids)
-                found.update(zip(keys, layer.stage_tensors(name, gradient), strict=True))
-    return found
+    given = zip(network.named_parameters(), gradients, strict=True)
+    return {name: gradient for (name, _), gradient in given if gradient is not None}

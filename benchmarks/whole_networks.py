@@ -64,8 +64,8 @@ def draw_weights(network: nn.Module) -> None:
     """As after some training: new networks have layers near zero, behind which no error would show."""
     generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
     for layer in network.modules():
-        for name in layer.stage_parameter_names() if isinstance(layer, StageModule) else ():
-            for tensor in layer.stage_tensors(name):
+        for _, tensor in layer.stage_parameters() if isinstance(layer, StageModule) else ():
+            with torch.no_grad():
                 noise = torch.randn(tensor.shape, generator=generator, device=tensor.device)
                 if tensor.dim() > 1:
                     tensor.copy_(noise * tensor[0].numel() ** -0.5)

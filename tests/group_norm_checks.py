@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, group_norm
+from msd_kernels import StageBatch, group_norm
 
 PARAMETERS = ("weight", "bias", "scale", "shift")
 DTYPES = [
@@ -201,18 +201,20 @@ def check_stages_bit_for_bit(generator, counts, channels, groups, size, dtype, d
         batch = stage_batch(generator, counts, channels, height, width, dtype=dtype)
         return batch.with_values(batch.values.to(device).requires_grad_())
 
-    def draw_weights() -> StageWeights:
-        values = torch.randn(sum(channels), generator=generator).to(device, dtype)
-        return StageWeights(values.requires_grad_(), [(c,) for c in channels])
+    def draw_weights() -> list[Tensor]:
+        return [torch.randn(c, generator=generator).to(device, dtype).requires_grad_() for c in channels]
 
     x, scale, shift = draw(*size), draw(1, 1), draw(1, 1)
     weight, bias = draw_weights(), draw_weights()
     y = group_norm(x, groups, weight, bias, scale=scale, shift=shift, activation="silu")
     dy = y.with_values(torch.randn(y.values.shape, generator=generator).to(device, dtype))
-    leaves = (x, weight, bias, scale, shift)
-    gradients = torch.autograd.grad(y.values, [leaf.values for leaf in leaves], dy.values)
-    found = [y, *(leaf.with_values(g) for leaf, g in zip(leaves, gradients, strict=True))]
-    per_stage = [by_stage(t) for t in (*leaves, dy, *found)]
+    batches = [x, scale, shift]
+    leaves = [*(batch.values for batch in batches), *weight, *bias]
+    gradients = torch.autograd.grad(y.values, leaves, dy.values, materialize_grads=True)
+    dx, dscale, dshift = (b.with_values(g) for b, g in zip(batches, gradients[:3], strict=True))
+    dweight, dbias = gradients[3 : 3 + len(channels)], gradients[3 + len(channels) :]
+    inputs, found = (x, weight, bias, scale, shift, dy), (y, dx, dweight, dbias, dscale, dshift)
+    per_stage = [by_stage(t) for t in (*inputs, *found)]
     for number, (parts, g) in enumerate(zip(zip(*per_stage, strict=True), groups, strict=True)):
         *inputs, dense_dy = (t.detach().clone() for t in parts[:6])
         alone = run(Inputs(*inputs).map(Tensor.requires_grad_), dense_dy, g, 1e-5, True, call)
@@ -220,8 +222,8 @@ def check_stages_bit_for_bit(generator, counts, channels, groups, size, dtype, d
             assert torch.equal(whole, separate), f"stage {number}"
 
 
-def by_stage(t: StageBatch | StageWeights) -> list[Tensor]:
+def by_stage(t: StageBatch | Sequence[Tensor]) -> list[Tensor]:
     """Dense tensors as a call for one stage takes them."""
-    if isinstance(t, StageWeights):
-        return list(t.tensors())
+    if not isinstance(t, StageBatch):
+        return list(t)
     return [s.flatten(1) if t.height * t.width == 1 else s for s in t.segments()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,6 +117,12 @@ def stage_batch(
     size = sum(n * c for n, c in zip(counts, channels, strict=True)) * height * width
     values = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
     return StageBatch(values.requires_grad_(requires_grad), tuple(counts), tuple(channels), height, width)
+
+
+def parts_of(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Consecutive parts of a flat tensor in these shapes: the weights of all stages out of one leaf."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def backend_names(backends: OpBackends, device_type: str = "cpu") -> list[str]:

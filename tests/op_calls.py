@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helpers import parts_of
 from msd_kernels import (
     StageBatch,
-    StageWeights,
     attention,
     group_norm,
     grouped_conv2d,
@@ -88,8 +88,8 @@ def stage_norm(side: int) -> Call:
         return group_norm(
             StageBatch(x, counts, channels, side, side),
             (3, 2, 1),
-            StageWeights(weight, vectors),
-            StageWeights(bias, vectors),
+            parts_of(weight, vectors),
+            parts_of(bias, vectors),
             scale=StageBatch(scale, counts, channels, 1, 1),
             shift=StageBatch(shift, counts, channels, 1, 1),
             activation="silu",
@@ -112,9 +112,7 @@ def stage_linear(side: int) -> Call:
 
     def function(x, weight, bias):
         batch = StageBatch(x, counts, ins, side, side)
-        return grouped_linear(
-            batch, StageWeights(weight, shapes), StageWeights(bias, [(o,) for o in outs])
-        ).values
+        return grouped_linear(batch, parts_of(weight, shapes), parts_of(bias, [(o,) for o in outs])).values
 
     return Call([packed_size(counts, ins, side**2), (sum(map(math.prod, shapes)),), (sum(outs),)], function)
 
@@ -133,8 +131,8 @@ def fused_conv(side: int) -> Call:
     def function(x, skip, weight, bias, sample_bias, residual):
         return grouped_conv2d(
             StageBatch(x, counts, channels, side, side),
-            StageWeights(weight, shapes),
-            StageWeights(bias, [(o,) for o in outs]),
+            parts_of(weight, shapes),
+            parts_of(bias, [(o,) for o in outs]),
             skip=skip.contiguous(memory_format=torch.channels_last),
             sample_bias=StageBatch(sample_bias, counts, outs, 1, 1),
             residual=StageBatch(residual, counts, outs, 2 * side, 2 * side),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import stage_batch
-from msd_kernels import StageBatch, StageWeights
+from msd_kernels import StageBatch
 
 COUNTS, CHANNELS = (2, 0, 3), (4, 7, 1)
 
@@ -235,69 +235,6 @@ BATCH = StageBatch(torch.zeros(2 * 4 + 4 * 3), (1, 1), (2, 3), 2, 2)
 )
 def test_stage_batch_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=f"^StageBatch: {message}"):
-        call()
-
-
-SHAPES = ((3, 2, 3, 3), (5,), (4, 6))
-
-
-def test_stage_weights_return_the_tensors_that_they_packed(generator):
-    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    weights = StageWeights.from_tensors(tensors)
-    assert weights.shapes == SHAPES
-    assert weights.sizes == (54, 5, 24)
-    for packed, tensor in zip(weights.tensors(), tensors, strict=True):
-        assert torch.equal(packed, tensor)
-        assert packed.untyped_storage().data_ptr() == weights.values.untyped_storage().data_ptr()
-
-
-def test_stage_weights_lie_channels_last(generator):
-    kernel = torch.randn(3, 2, 3, 3, generator=generator)
-    weights = StageWeights.from_tensors([kernel])
-    assert torch.equal(weights.values, kernel.permute(0, 2, 3, 1).flatten())
-    assert weights.tensors()[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_stage_weights_gradients_reach_the_packed_tensors(generator):
-    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in SHAPES]
-    views = StageWeights.from_tensors(tensors).tensors()
-    sum((view * factor).sum() for factor, view in zip((2, 3, 5), views, strict=True)).backward()
-    for factor, tensor in zip((2.0, 3.0, 5.0), tensors, strict=True):
-        assert torch.equal(tensor.grad, torch.full_like(tensor, factor))
-
-
-def test_stage_weights_accept_a_parameter_as_storage():
-    parameter = torch.nn.Parameter(torch.zeros(83))
-    weights = StageWeights(parameter, SHAPES)
-    weights.tensors()[1].data.fill_(1)
-    assert parameter.sum() == 5
-    assert weights.with_values(parameter.double()).tensors()[2].dtype == torch.float64
-
-
-def test_stage_weights_are_frozen():
-    with pytest.raises(FrozenInstanceError):
-        StageWeights(torch.zeros(83), SHAPES).shapes = ()
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: StageWeights(torch.zeros(82), SHAPES),
-            ValueError,
-            r"values must be flat with 83 elements .* got shape \(82,\)",
-        ),
-        (lambda: StageWeights(torch.zeros(1, 83), SHAPES), ValueError, "values must be flat"),
-        (lambda: StageWeights([0.0] * 83, SHAPES), TypeError, "values must be a tensor, got list"),
-        (
-            lambda: StageWeights.from_tensors([]),
-            ValueError,
-            "from_tensors needs at least one weight, got none",
-        ),
-    ],
-)
-def test_stage_weights_say_what_is_wrong(call, error, message):
-    with pytest.raises(error, match=f"^StageWeights: {message}"):
         call()
 
 

@@ -61,8 +61,8 @@ def _elements(shape: Shape) -> int:
 
 
 def to(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in ``dtype``."""
-    return [weight.to(dtype) for weight in weights]
+    """The weights in ``dtype``, without gaps."""
+    return [weight.to(dtype).contiguous() for weight in weights]
 
 
 def differentiate(
@@ -94,7 +94,7 @@ def differentiate(
         wanted[place] = flag and (place < singles or counts[(place - singles) % stages] > 0)
     found = iter(backward(wanted))
     gradients = [next(found) if wanted[place] else None for place in places]
-    if _several_processes():
+    if several_processes():
         shapes = [*(w.shape for w in weight), *(bias_shapes or ())]
         like = weight[0] if weight else None
         for position, shape in enumerate(shapes, singles):
@@ -103,5 +103,6 @@ def differentiate(
     return gradients
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether this process trains together with others, as far as PyTorch knows."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -475,4 +475,4 @@ def _add_weight_and_bias(
     if bias:
         layer.hold("bias", [torch.zeros(o) for o in outs])
     else:
-        layer.register_module("bias", None)
+        layer.register_parameter("bias", None)

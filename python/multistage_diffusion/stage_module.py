@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from .network_limits import count_tensors
 
-__all__ = ["PerStage", "StageModule"]
+__all__ = ["PerStage", "StageModule", "is_sharded"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``torch.distributed.fsdp.fully_shard`` was applied to the module itself; it gives it another class."""
+    return type(module).__name__.startswith("FSDP")
 
 
 class PerStage(nn.Module):
@@ -52,7 +57,7 @@ class PerStage(nn.Module):
 
     def forward(self) -> list[Tensor]:
         """The tensors."""
-        if type(self).__name__.startswith("FSDP"):
+        if is_sharded(self):
             raise RuntimeError(
                 "PerStage: fully_shard was applied to the holder of a layer's weights; apply it to the layer, or to "
                 "what contains it"

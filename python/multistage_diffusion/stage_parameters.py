@@ -38,11 +38,11 @@ def owned_parameters(network: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
 class StageParameters:
     """Has an optimizer leave the decoders of absent stages alone where several processes train one network.
 
-    A rare stage, in 0.4 % of EDM's samples, is missing in most batches. To an optimizer a gradient of 0 is one like any
-    other: momentum and weight decay would go on moving a decoder that was not trained, and Adam's averages decay
-    towards 0. So parameters of a stage without samples have no gradient (None), which optimizers pass over: each decoder
-    is trained by the batches that hold its stage, as where every batch is of one stage (arXiv 2312.09181). In one
-    process the layers see to that, and nothing needs to be done.
+    A rare stage, in 0.4 % of EDM's samples, is missing in most batches. To an optimizer a gradient of 0 is one like
+    any other: momentum and weight decay would go on moving a decoder that was not trained, and Adam's averages decay
+    towards 0. So parameters of a stage without samples have no gradient (None), which optimizers pass over: each
+    decoder is trained by the batches that hold its stage, as where every batch is of one stage (arXiv 2312.09181). In
+    one process the layers see to that, and nothing needs to be done.
 
     Where processes sum up their gradients (DDP, FSDP2, accelerate, Lightning), all of them need one for every
     parameter: the layers give zeros then. Attached to the optimizer, this counts the samples of each stage in every
@@ -50,7 +50,7 @@ class StageParameters:
 
     Example::
 
-        network = fully_shard(network)                     # or DistributedDataParallel(network), accelerator.prepare(...)
+        network = fully_shard(network)                     # or DistributedDataParallel(network)
         optimizer = torch.optim.AdamW(network.parameters())
         StageParameters(network, optimizer)
 
@@ -58,7 +58,7 @@ class StageParameters:
     ``counts``; a compiled network calls no hooks, nor has every network such an argument: call :meth:`count` then.
 
     Args:
-        network: the network itself, which has ``num_stages``; what wraps it, as DDP does, in ``module``, is looked into.
+        network: the network itself, which has ``num_stages``, or what wraps it in ``module``, as DDP does.
         optimizer: one with PyTorch's hooks, or what wraps one in ``optimizer``, as accelerate's and Lightning's do.
 
     Raises:

@@ -83,10 +83,8 @@ class TrainingState:
         flat, whole = _flat(own), _flat(own, _stages_together(self.network))  # as in earlier versions
         check_group(saved, live, (list(own), list(whole)), highest_lr, path / checkpoints.METADATA)
         (group,) = saved["param_groups"]
-        if set(group["params"]) != set(own):
-            known = whole
-        else:
-            known = flat if _are_flat(found, own) else own
+        per_stage = flat if _are_flat(found, own) else own
+        known = per_stage if set(group["params"]) == set(own) else whole
         check_optimizer(found, optimizer_kinds(known.items(), self.optimizer), saved.get("state"), file)
         tensors = checkpoints.read_tensors(path, "optimizer")
         check_optimizer_values(tensors, metadata["step"], file)

@@ -253,17 +253,61 @@ def unet_trainer(directory, steps, **changes):
     return Trainer(config, directory, data=tiny_images(), network=network, quiet=True)
 
 
-def test_flat_and_split_state_do_not_mix(tmp_path):
-    """Earlier versions gave the optimizer the layers' flat parameters."""
-    first = unet_trainer(tmp_path, 1)
-    path = first.run().checkpoint
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """As earlier versions kept a stage's part of a weight: a vector, a convolution's channels innermost."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
+
+
+def by_earlier_versions(tensors: dict, names: list[str], *, together: bool) -> tuple[dict, list[str]]:
+    """The state of an optimizer of vectors, one per stage or one for all stages, and its parameters' names."""
+    if not together:
+        return {name: flat(tensor) for name, tensor in tensors.items()}, names
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        prefix, _, stage = name.rpartition(".")
+        groups.setdefault(prefix if stage.isdigit() else name, []).append(name)
+    joined = {}
+    for group, parts in groups.items():
+        for entry in ("exp_avg", "exp_avg_sq"):
+            joined[f"{group}.{entry}"] = torch.cat([flat(tensors[f"{part}.{entry}"]) for part in parts])
+        joined[f"{group}.step"] = tensors[f"{parts[0]}.step"]
+    return joined, list(groups)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["per stage", "all stages"])
+def test_optimizers_of_earlier_versions_go_on(tmp_path, together):
+    """Their parameters were vectors: each stage's part of a layer's weights, and before that those of all stages."""
+    runs = [tmp_path / name for name in ("now", "earlier")]
+    path = unet_trainer(runs[0], 2).run().checkpoint
+    shutil.copytree(runs[0], runs[1])
+    path = runs[1] / path.relative_to(runs[0])
+    file, content = path / "optimizer.safetensors", checkpoints.read_metadata(path)
+    (group,) = content["optimizer"]["param_groups"]
+    tensors, names = by_earlier_versions(load_file(file), group["params"], together=together)
+    save_file(tensors, file)
+    group["params"] = content["optimizer"]["state"] = names
+    rewrite(path, content, file)
+    found = []
+    for run in runs:
+        trainer = unet_trainer(run, 4)
+        trainer.run(resume=True)
+        found.append((trainer.network.state_dict(), trainer.optimizer.state_dict()["state"]))
+    (weights, state), (expected, expected_state) = found
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert state.keys() == expected_state.keys()
+    for number, entries in expected_state.items():
+        assert all(torch.equal(state[number][entry], value) for entry, value in entries.items())
+
+
+def test_states_of_two_versions_do_not_mix(tmp_path):
+    path = unet_trainer(tmp_path, 1).run().checkpoint
     file = path / "optimizer.safetensors"
-    flat = next(n for n in first.parameters.names if n.endswith(".0")).rpartition(".")[0]
-    whole = dict(first.network.named_parameters())[flat]
-    extra = {f"{flat}.{entry}": torch.zeros_like(whole.detach()) for entry in ("exp_avg", "exp_avg_sq")}
-    save_file({**load_file(file), **extra, f"{flat}.step": torch.ones(())}, file)
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith(".weight.0.exp_avg")).removesuffix(".0.exp_avg")
+    extra = {f"{name}.{entry}": torch.zeros(9) for entry in ("exp_avg", "exp_avg_sq")}
+    save_file({**tensors, **extra, f"{name}.step": torch.ones(())}, file)
     rewrite(path, checkpoints.read_metadata(path), file)
-    with pytest.raises(CheckpointError, match=f"3 unknown to the optimizer: {flat}.exp_avg"):
+    with pytest.raises(CheckpointError, match=f"3 unknown to the optimizer: {name}.exp_avg"):
         unet_trainer(tmp_path, 2).run(resume=True)
 
 

@@ -291,7 +291,7 @@ def test_a_preset_trains_in_bf16_and_exports_again(name):
     exported = official.export(network)
     assert sum(tensor.numel() for tensor in exported.values()) >= sum(p.numel() for p in network.parameters())
     layers = [layer for layer in network.modules() if isinstance(layer, StageModule)]
-    assert all(torch.isfinite(layer.stage_tensors("weight")[0]).all() for layer in layers)
+    assert all(torch.isfinite(layer.weight[0]).all() for layer in layers)
 
 
 def test_every_preset_has_a_schedule():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +10,7 @@ from msd_kernels import StageBatch
 from msd_kernels.runtime import processor
 from multistage_diffusion.layers import (
     OnStages,
+    PerStage,
     StageConv2d,
     StageLayerNorm,
     StageLinear,
@@ -50,6 +48,73 @@ def assert_state(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
+def test_every_stage_has_an_ordinary_parameter():
+    layer = conv()
+    named = dict(layer.named_parameters())
+    assert (
+        named.keys()
+        == layer.state_dict().keys()
+        == {f"{n}.{s}" for n in ("weight", "bias") for s in range(3)}
+    )
+    assert [w.shape for w in layer.weight] == [(o, i, 3, 3) for o, i in zip((5, 6, 7), WIDTHS, strict=True)]
+    for parameter in layer.parameters():
+        assert type(parameter) is nn.Parameter
+        assert parameter.is_leaf
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+    assert layer.weight[1] is named["weight.1"]
+    assert layer.weight() == list(layer.weight) == layer.weight.tensors()
+    assert (len(layer.weight), layer.weight.device.type, layer.weight.dtype) == (3, "cpu", torch.float32)
+
+
+def test_gradients_are_those_of_one_layer_per_stage():
+    layer, x = conv(), batch()
+    layer(x).values.square().sum().backward()
+    for stage, segment in enumerate(x.segments()):
+        alone = nn.Conv2d(WIDTHS[stage], 5 + stage, 3, padding=1)
+        alone.load_state_dict({"weight": layer.weight[stage], "bias": layer.bias[stage]})
+        alone(segment).square().sum().backward()
+        for name, holder in (("weight", layer.weight), ("bias", layer.bias)):
+            if COUNTS[stage]:
+                theirs = getattr(alone, name).grad
+                torch.testing.assert_close(holder[stage].grad, theirs, rtol=1e-4, atol=1e-5)
+                assert holder[stage].grad.is_contiguous()
+            else:
+                assert holder[stage].grad is None
+
+
+def test_weights_in_float32_get_gradients_in_float32_from_16_bit_features():
+    layer, x = conv(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.values.float().square().sum().backward()
+    found = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+    layer.zero_grad()
+    layer(x).values.square().sum().backward()
+    exact = [p.grad for p in layer.parameters() if p.grad is not None]
+    for gradient, expected in zip(found, exact, strict=True):
+        assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_layer_of_some_stages_is_named_after_them():
+    module = OnStages(StageLinear((4, 12), (5, 7)), (0, 2))
+    assert {name for name, _ in module.named_parameters()} == {
+        f"module.{n}.{s}" for n in ("weight", "bias") for s in (0, 2)
+    }
+
+
+def test_the_holder_of_a_layers_weights_says_that_it_cannot_be_sharded():
+    class FSDPPerStage(PerStage):
+        """The class that fully_shard would give it."""
+
+    layer = StageLinear(WIDTHS, (5, 6, 7))
+    layer.weight.__class__ = FSDPPerStage
+    with pytest.raises(RuntimeError, match="apply it to the layer, or to what contains it"):
+        layer(batch())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_takes_values_that_require_grad(assign):
     layer, other = conv(), conv()
@@ -58,8 +123,7 @@ def test_load_state_dict_takes_values_that_require_grad(assign):
     assert_state(layer, state)
     layer.load_state_dict(other.state_dict(keep_vars=True), assign=assign)
     assert_state(layer, other.state_dict())
-    assert layer.weight.is_leaf
-    assert layer.weight.requires_grad
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("build", [conv, lambda: FourierEmbedding((8, 6))], ids=["parameters", "buffer"])
@@ -75,17 +139,6 @@ def test_load_state_dict_assigns_to_a_module_on_the_meta_device(build):
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_load_state_dict_assigns_a_copy_and_keeps_requires_grad():
-    layer = conv().requires_grad_(False)
-    state = random_state(layer)
-    expected = {name: tensor.clone() for name, tensor in state.items()}
-    layer.load_state_dict(state, assign=True)
-    for tensor in state.values():
-        tensor.zero_()
-    assert_state(layer, expected)
-    assert not layer.weight.requires_grad
-
-
 def test_load_state_dict_assigns_some_stages_and_keeps_the_others():
     layer = conv()
     expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -94,25 +147,8 @@ def test_load_state_dict_assigns_some_stages_and_keeps_the_others():
     assert_state(layer, expected)
 
 
-@pytest.mark.parametrize(
-    ("state", "got"),
-    [
-        ({"weight.1": torch.zeros(6, 4, 3, 3).double()}, r"torch\.float32 on cpu, torch\.float64 on cpu"),
-        (
-            {"weight.1": torch.zeros(6, 4, 3, 3, device="meta")},
-            r"torch\.float32 on cpu, torch\.float32 on meta",
-        ),
-        ({f"bias.{i}": torch.zeros(5 + i, dtype=torch.int64) for i in range(3)}, r"torch\.int64 on cpu"),
-    ],
-    ids=["dtype", "device", "integers"],
-)
-def test_load_state_dict_refuses_to_assign_what_fits_no_flat_parameter(state, got):
-    with pytest.raises(RuntimeError, match=rf"one floating dtype and device in all stages.*got {got}"):
-        conv().load_state_dict(state, strict=False, assign=True)
-
-
 class Scaled(StageConv2d):
-    """A layer with more than its packed parameters."""
+    """A layer with more than its stages' parameters."""
 
     def __init__(self, value: float) -> None:
         super().__init__(WIDTHS, (5, 6, 7), 3)
@@ -131,38 +167,9 @@ def test_what_a_subclass_adds_is_saved_and_loaded(assign):
     assert layer.gain.tolist() == [2.0, 2.0]
     assert layer.steps.tolist() == [2.0]
     assert layer.scratch.tolist() == [1.0]
-    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias", "gain"]
+    assert {name for name, _ in layer.named_parameters()} == conv().state_dict().keys() | {"gain"}
     missing, unexpected = layer.load_state_dict(conv().state_dict() | {"extra": torch.zeros(1)}, strict=False)
     assert (missing, unexpected) == (["gain", "steps"], ["extra"])
-
-
-def test_load_state_dict_warns_that_copies_to_the_meta_device_do_nothing():
-    with torch.device("meta"):
-        layer = conv(bias=False)
-    with pytest.warns(UserWarning, match=r"weight is on the meta device.*assign=True"):
-        layer.load_state_dict(random_state(layer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        layer.load_state_dict(layer.state_dict())
-
-
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize(
-    ("value", "got"), [(None, "NoneType"), (np.zeros(5), "ndarray"), ([0.0] * 5, "list")], ids=str
-)
-def test_load_state_dict_lists_what_is_no_tensor(value, got, assign):
-    layer = conv()
-    state = layer.state_dict() | {"bias.0": value, "bias.1": torch.zeros(1)}
-    with pytest.raises(RuntimeError) as error:
-        layer.load_state_dict(state, assign=assign)
-    assert f"bias.0 must be a tensor, got {got}" in str(error.value)
-    assert "bias.1 has shape [1], the network needs [6]" in str(error.value)
-
-
-def test_load_state_dict_refuses_values_without_values():
-    layer = conv()
-    with pytest.raises(RuntimeError, match=r"bias\.0 is on the meta device and has no values to copy to cpu"):
-        layer.load_state_dict(layer.state_dict() | {"bias.0": torch.zeros(5, device="meta")})
 
 
 @pytest.mark.parametrize("key", ["bias.0", "colour"])
@@ -316,7 +323,7 @@ def test_a_strided_convolution_sums_in_float32_where_the_processor_lacks_the_typ
     layer = StageStridedConv2d((64,), (8,), 3, padding=1).to(dtype)
     x = torch.randn(2, 64, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = layer(StageBatch.from_dense(x))
-    weight = layer.packed("weight").tensors()[0]
+    weight = layer.weight[0]
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), stride=2, padding=1)
     assert y.dtype == dtype
     # One rounding of the result, and float32's of the sum.

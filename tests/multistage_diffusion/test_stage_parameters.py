@@ -1,4 +1,4 @@
-"""One parameter per stage: what an optimizer sees of a network whose layers pack the stages."""
+"""What belongs to a stage, and what an optimizer does to the decoders of absent stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 
-from multistage_diffusion.layers import StageModule
 from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.stage_parameters import StageParameters
+from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.stage_parameters import FlatGradients, StageParameters, owned_parameters
 from multistage_diffusion.stages import Stages
 from stand_ins import TinyNetwork, one_thread  # noqa: F401
 
@@ -86,37 +86,25 @@ def own_names(network, stage) -> set[str]:
 
 
 @each_network
-def test_the_names_are_those_of_the_state_dict(config):
+def test_a_stage_owns_what_no_other_stage_changes(config):
     network = made(config)
-    parameters = StageParameters(network)
-    buffers = {name for name, _ in network.named_buffers()}
-    assert len(parameters) == len(parameters.names)
-    assert set(parameters.names) == network.state_dict().keys() - buffers
-    for name, parameter in zip(parameters.names, parameters, strict=True):
-        assert parameter.numel() == network.state_dict()[name].numel()
-    assert sum(p.numel() for p in parameters) == sum(p.numel() for p in network.parameters())
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for stage in range(network.num_stages):
+        owned = {names[parameter] for s, parameter in owned_parameters(network) if s == stage}
+        assert own_names(network, stage) <= owned
+        if network.num_stages > 1:
+            assert owned == {name for name in owned if name.endswith(f".{stage}")}
 
 
-@flat_or_not
-@each_network
-def test_with_all_stages_present_an_optimizer_does_what_it_does_to_the_network(config, flat):
-    networks = made(config), made(config)
-    parameters = StageParameters(networks[0], flat_gradients=flat)
-    optimizers = (
-        torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
-        torch.optim.AdamW(networks[1].parameters(), lr=0.01, weight_decay=0.1),
-    )
-    stages = list(range(networks[0].num_stages)) * 2
-    for step in range(3):
-        for network in networks:
-            backward(network, stages, seed=step)
-        parameters.take_gradients([2] * networks[0].num_stages)
-        for optimizer in optimizers:
-            optimizer.step()
-        parameters.drop_gradients()
-        networks[1].zero_grad(set_to_none=True)
-    for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+def stepped(network, optimizer, flat, batch, seed) -> None:
+    counts = backward(network, batch, seed)
+    if flat is None:
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        flat.leave_absent(counts)
+        optimizer.step()
+        flat.clear()
 
 
 @flat_or_not
@@ -124,43 +112,32 @@ def test_with_all_stages_present_an_optimizer_does_what_it_does_to_the_network(c
     "config", [c for name, c in NETWORKS.items() if "unified" not in name], ids=lambda c: c["family"]
 )
 def test_a_decoder_of_an_absent_stage_stays_as_it_is(config, flat):
+    """In one process nothing needs to be called for that."""
     network = made(config)
     owned = [own_names(network, stage) for stage in range(3)]
     assert all(owned)
-    parameters = StageParameters(network, flat_gradients=flat)
-    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+    gradients = FlatGradients(network) if flat else None
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.1)
+    named = dict(network.named_parameters())
     batches = [[0, 1, 2], [0, 0, 1], [2, 2, 2], [1, 0, 0]]
     for step, stages in enumerate(batches):
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        parameters.take_gradients(backward(network, stages, seed=step))
-        optimizer.step()
-        parameters.drop_gradients()
+        stepped(network, optimizer, gradients, stages, step)
         for name, value in network.state_dict().items():
             absent = any(name in owned[s] for s in range(3) if s not in stages)
-            if name in parameters.names:
+            if name in named:
                 assert torch.equal(value, before[name]) == absent, (step, name)
     seen = [sum(s in stages for stages in batches) for s in range(3)]
-    for name, parameter in zip(parameters.names, parameters, strict=True):
+    for name, parameter in named.items():
         stage = next((s for s in range(3) if name in owned[s]), None)
         assert int(optimizer.state[parameter]["step"]) == (4 if stage is None else seen[stage]), name
-
-
-def test_the_gradients_are_the_networks_own():
-    network = made(NETWORKS["edm"])
-    parameters = StageParameters(network)
-    counts = backward(network, [0, 1, 2])
-    parameters.take_gradients(counts)
-    memory = {p.grad.untyped_storage().data_ptr() for p in network.parameters()}
-    assert all(p.grad.untyped_storage().data_ptr() in memory for p in parameters)
-    parameters.drop_gradients()
-    assert all(p.grad is None for p in [*parameters, *network.parameters()])
 
 
 @each_network
 def test_flat_gradients_stay_where_they_are_and_hold_every_gradient(config):
     network, twin = made(config), made(config)
-    parameters = StageParameters(network, flat_gradients=True)
-    flat = parameters.flat_gradients
+    gradients = FlatGradients(network)
+    flat = gradients.values
     places = [p.grad.data_ptr() for p in network.parameters()]
     for seed in range(2):
         backward(network, [0] * 3, seed)
@@ -172,14 +149,17 @@ def test_flat_gradients_stay_where_they_are_and_hold_every_gradient(config):
             expected = torch.zeros_like(other) if other.grad is None else other.grad
             assert torch.equal(own.grad, expected)
         flat.mul_(0.5)  # what is done to it reaches the optimizer
-        parameters.take_gradients(counts)
+        owners = {id(parameter): stage for stage, parameter in owned_parameters(network)}
+        gradients.leave_absent(counts)
         for own, other in zip(network.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(
-                own.grad, 0.5 * (torch.zeros_like(other) if other.grad is None else other.grad)
-            )
-        parameters.drop_gradients()
+            if owners.get(id(own), 0):
+                assert own.grad is None
+            else:
+                half = torch.zeros_like(other) if other.grad is None else 0.5 * other.grad
+                assert torch.equal(own.grad, half)
+        gradients.clear()
         assert not flat.any()
-        assert parameters.flat_gradients is flat
+        assert gradients.values is flat
         assert [p.grad.data_ptr() for p in network.parameters()] == places
         assert all(place % 128 == flat.data_ptr() % 128 for place in places)
 
@@ -187,142 +167,117 @@ def test_flat_gradients_stay_where_they_are_and_hold_every_gradient(config):
 @pytest.mark.parametrize("lose", [torch.nn.Module.zero_grad, lambda network: network.to(torch.float32)])
 def test_gradients_that_have_left_the_flat_ones_are_noticed(lose):
     network = TinyNetwork(dropout=0).double()
-    parameters = StageParameters(network, flat_gradients=True)
+    gradients = FlatGradients(network)
     lose(network)
-    with pytest.raises(RuntimeError, match="gradients have left flat_gradients"):
-        parameters.take_gradients((1, 0, 0))
+    with pytest.raises(RuntimeError, match="gradients have left the flat ones"):
+        gradients.leave_absent((1, 0, 0))
+
+
+def test_flat_gradients_notice_parameters_that_were_replaced():
+    network = made(NETWORKS["edm"])
+    gradients = FlatGradients(network)
+    network.load_state_dict(network.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="were replaced; make FlatGradients and the optimizer anew"):
+        gradients.leave_absent(backward(network, [0, 1, 2]))
 
 
 def test_flat_gradients_need_one_dtype():
     network = TinyNetwork()
     network.encoder.double()
     with pytest.raises(ValueError, match=r"one dtype and device, got .*float32.*float64"):
-        StageParameters(network, flat_gradients=True)
+        FlatGradients(network)
 
 
 def test_a_frozen_layer_stays_frozen():
     network = made(NETWORKS["edm"])
     frozen = next(iter(network.parameters()))
     frozen.requires_grad_(False)
-    parameters = StageParameters(network)
-    parameters.take_gradients(backward(network, [0, 1, 2]))
-    assert next(iter(parameters)).grad is None
-    parameters.drop_gradients()
-    frozen.requires_grad_(True)
-    parameters.take_gradients(backward(network, [0, 1, 2]))
-    assert next(iter(parameters)).grad is not None
+    gradients = FlatGradients(network)
+    gradients.leave_absent(backward(network, [0, 1, 2]))
+    assert frozen.grad is None
+    assert sum(p.numel() for p in network.parameters() if p.grad is not None) < gradients.values.numel()
 
 
 def test_a_decoder_may_be_frozen_by_its_names():
     network = made(NETWORKS["edm"])
-    parameters = StageParameters(network)
-    for name, parameter in zip(parameters.names, parameters, strict=True):
+    named = dict(network.named_parameters())
+    for name, parameter in named.items():
         parameter.requires_grad_(not (name.startswith("dec") and name.endswith(".0")))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    parameters.take_gradients(backward(network, [0, 1, 2]))
-    torch.optim.SGD(parameters, lr=0.1).step()
+    backward(network, [0, 1, 2])
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
     moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {
-        name for name, parameter in zip(parameters.names, parameters, strict=True) if parameter.requires_grad
-    }
-    assert len(moved) < len(parameters)
+    assert moved == {name for name, parameter in named.items() if parameter.requires_grad}
+    assert len(moved) < len(named)
 
 
 def test_a_network_of_ordinary_layers():
     network = TinyNetwork(dropout=0)
-    parameters = StageParameters(network)
-    assert parameters.names == [name for name, _ in network.named_parameters()]
+    gradients = FlatGradients(network)
     network(torch.ones(1, 1, 8, 8), torch.zeros(1), [0]).sum().backward()
-    parameters.take_gradients((1, 0, 0))
-    for own, parameter in zip(parameters, network.parameters(), strict=True):
-        assert own.grad is parameter.grad is not None  # nothing says which stage an ordinary layer serves
+    gradients.leave_absent((1, 0, 0))
+    assert all(p.grad is not None for p in network.parameters())  # nothing says which stage a layer serves
 
 
 def test_one_count_per_stage_is_needed():
-    parameters = StageParameters(made(NETWORKS["edm"]))
-    with pytest.raises(ValueError, match=r"one count per stage is needed, got 2 for 3 stage\(s\)"):
-        parameters.take_gradients((1, 1))
-
-
-def test_parameters_that_have_moved_are_noticed():
     network = made(NETWORKS["edm"])
-    parameters = StageParameters(network)
-    counts = backward(network, [0, 1, 2])
-    parameters.take_gradients(counts)
-    network.float().double()  # other memory, as network.cpu().cuda() would be
-    with pytest.raises(
-        RuntimeError,
-        match=r"parameters of the network have moved in memory or were replaced, first .*make StageParam",
-    ):
-        parameters.take_gradients(counts)
+    message = r"one count per stage is needed, got 2 for 3 stage\(s\)"
+    with pytest.raises(ValueError, match=f"FlatGradients: {message}"):
+        FlatGradients(network).leave_absent((1, 1))
+    with pytest.raises(ValueError, match=f"StageParameters: {message}"):
+        StageParameters(network, torch.optim.SGD(network.parameters())).count((1, 1))
 
 
-@flat_or_not
-def test_parameters_that_were_replaced_are_noticed(flat):
-    network = made(NETWORKS["edm"])
-    parameters = StageParameters(network, flat)
-    network.load_state_dict(network.state_dict(), assign=True)
-    counts = backward(network, [0, 1, 2])
-    with pytest.raises(RuntimeError, match="were replaced"):
-        parameters.take_gradients(counts)
-
-
-def test_gradients_of_the_step_before_are_noticed():
-    network = made(NETWORKS["edm"])
-    parameters = StageParameters(network)
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    for _ in range(2):  # more gradients before the step
-        parameters.take_gradients(backward(network, [0, 2]))
-    optimizer.step()
-    optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="gradients of the step before; drop them with drop_gradients"):
-        parameters.take_gradients(backward(network, [0, 1]))
-    parameters.drop_gradients()
-    parameters.take_gradients(backward(network, [0, 1]))
-
-
-def test_parameters_that_are_spread_over_processes_are_refused():
-    class Spread(torch.Tensor):
-        """Stands for PyTorch's DTensor."""
-
-    network = made(NETWORKS["edm"])
-    layer = next(module for module in network.modules() if isinstance(module, StageModule))
-    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Spread))
-    with pytest.raises(TypeError, match=r"weight is a .*, whose stages do not lie in memory"):
-        StageParameters(network)
-
-
-@flat_or_not
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_belongs_to_the_copied_network(duplicate, flat):
+def test_a_copy_belongs_to_the_copied_network(duplicate):
     network = made(NETWORKS["edm"])
-    original = StageParameters(network, flat_gradients=flat)
-    other, parameters = duplicate((network, original))
-    assert parameters.network is other
-    assert (parameters.flat_gradients is not None) == flat
-    assert not flat or parameters.flat_gradients.data_ptr() != original.flat_gradients.data_ptr()
-    parameters.take_gradients(backward(other, [0, 1, 2]))
-    torch.optim.SGD(parameters, lr=0.1).step()
+    original = FlatGradients(network)
+    other, gradients = duplicate((network, original))
+    assert gradients.network is other
+    assert gradients.values.data_ptr() != original.values.data_ptr()
+    gradients.leave_absent(backward(other, [0, 1, 2]))
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
     changed = [not torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True)]
     assert sum(changed) > len(changed) // 2
 
 
-def test_what_holds_a_network_is_refused():
+@pytest.mark.parametrize(
+    "make", [FlatGradients, lambda n: StageParameters(n, torch.optim.SGD(n.parameters()))]
+)
+def test_what_holds_a_network_is_refused(make):
     network = made(NETWORKS["edm"])
     with pytest.raises(
         TypeError, match="needs the network itself, which has num_stages, got EDMPreconditioner"
     ):
-        StageParameters(EDMPreconditioner(network, Stages.edm()))
+        make(EDMPreconditioner(network, Stages.edm()))
 
 
-def test_state_over_the_networks_own_parameters_is_split():
+class Wrapped:
+    """Holds an optimizer as accelerate and Lightning do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("give", [list, torch.tensor, lambda ids: StageOrder.of(ids, 3, len(ids))])
+def test_attached_to_an_optimizer_it_takes_away_the_gradients_of_absent_stages(give):
+    """Gradients of zero, which there are in several processes, stand for those."""
     network = made(NETWORKS["edm"])
-    parameters = StageParameters(network)
-    name = next(name for name in parameters.names if name.endswith(".2")).rpartition(".")[0]
-    whole = torch.arange(float(network.get_parameter(name).numel()))
-    split = parameters.split_state({f"{name}.exp_avg": whole, f"{name}.step": torch.tensor(3.0)})
-    parts = [n for n in parameters.names if n.rpartition(".")[0] == name]
-    assert len(parts) == 3
-    assert torch.equal(torch.cat([split[f"{part}.exp_avg"] for part in parts]), whole)
-    assert all(split[f"{part}.step"] == 3 for part in parts)
-    assert parameters.split_state(split) == split
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    owned = own_names(network, 1)
+    StageParameters(network, Wrapped(optimizer))
+    named = dict(network.named_parameters())
+    x, noise = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double()
+    for ids in ([0, 2], [2, 2]):  # two micro-batches
+        network(x, noise, stage=give(ids)).square().sum().backward()
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    optimizer.step()
+    unchanged = {name for name, parameter in named.items() if torch.equal(parameter, before[name])}
+    assert owned <= unchanged
+    assert all(name.endswith(".1") for name in unchanged)
+    with torch.no_grad():
+        network(x, noise, [0, 1])
+    with pytest.raises(RuntimeError, match=r"no samples were counted since the step before; call count"):
+        optimizer.step()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from msd_kernels import (
     StageBatch,
-    StageWeights,
     attention,
     explain,
     group_norm,
@@ -112,11 +111,11 @@ WRONG = {
     ),
     "no weight": (
         lambda: linear(None),
-        TypeError, "grouped_linear: weight must be a StageWeights or one tensor per stage, got NoneType",
+        TypeError, "grouped_linear: weight must be a sequence of one tensor per stage, got NoneType",
     ),
     "weights that can be read only once": (
         lambda: linear(iter(MATRICES)),
-        TypeError, "grouped_linear: weight must be a StageWeights or one tensor per stage, got list_iterator",
+        TypeError, "grouped_linear: weight must be a sequence of one tensor per stage, got list_iterator",
     ),
     "a weight missing": (
         lambda: linear([MATRICES[0], None]),
@@ -205,20 +204,15 @@ def test_explain_checks_as_the_call_does():
             TypeError,
             "concatenate takes two StageBatches, got None",
         ),
-        (lambda: StageWeights.from_tensors([X, None]), TypeError, "the weight of stage 1 must be a tensor"),
-        (lambda: StageWeights(torch.zeros(6), ((2.0, 3),)), TypeError, "shapes must hold integers"),
-        (lambda: StageWeights(torch.zeros(6), ((-2, -3),)), ValueError, "every size must be >= 1"),
     ],
 )
 def test_packed_values_name_what_is_wrong(call, error, message):
-    with pytest.raises(error, match=f"^Stage(Batch|Weights): {message}"):
+    with pytest.raises(error, match=f"^StageBatch: {message}"):
         call()
 
 
-@pytest.mark.parametrize(
-    "pack", [BATCH.with_values, StageWeights(torch.zeros(X.numel()), [X.shape]).with_values]
-)
-def test_packed_values_have_no_gaps(pack):
+def test_packed_values_have_no_gaps():
+    pack = BATCH.with_values
     values = torch.arange(2.0 * X.numel(), requires_grad=True)
     strided: Tensor = values[::2]
     found = pack(strided).values

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import backend_names, dispatcher_calls, poisoned_memory
-from msd_kernels import StageBatch, StageWeights, group_norm, grouped_conv2d, grouped_linear
+from helpers import backend_names, dispatcher_calls, parts_of, poisoned_memory
+from msd_kernels import StageBatch, group_norm, grouped_conv2d, grouped_linear
 from msd_kernels.dispatch.backends import FallbackWarning
 from msd_kernels.ops import group_norm as group_norm_op
 from op_calls import CALLS, Call, assert_same_bits, cotangent_of, forward_and_backward, packed_size, strided
@@ -193,9 +193,9 @@ def test_contract_fake_preserves_strides_and_dtype(build, generator):
 def block(x: StageBatch, norm: Tensor, conv: Tensor, linear: Tensor, emb: StageBatch) -> StageBatch:
     """A small decoder block through all grouped ops."""
     counts, (c0, c1) = x.counts, x.channels
-    per_sample = grouped_linear(emb, StageWeights(linear, [(c0, 4), (c1, 4)]))
-    h = group_norm(x, 2, StageWeights(norm, [(c0,), (c1,)]), activation="silu")
-    weight = StageWeights(conv, [(c0, c0, 3, 3), (c1, c1, 3, 3)])
+    per_sample = grouped_linear(emb, parts_of(linear, [(c0, 4), (c1, 4)]))
+    h = group_norm(x, 2, parts_of(norm, [(c0,), (c1,)]), activation="silu")
+    weight = parts_of(conv, [(c0, c0, 3, 3), (c1, c1, 3, 3)])
     y = grouped_conv2d(h, weight, sample_bias=per_sample, residual=x, scale=0.5)
     return StageBatch(y.values * 2, counts, y.channels, y.height, y.width)
 

@@ -349,7 +349,7 @@ X = torch.zeros(2, 8, 4, 4)
             ValueError,
             r"x must have at least one pixel, got shape \(2, 8, 0, 4\)",
         ),
-        ((BATCH, 4, torch.zeros(8)), TypeError, "weight must be a StageWeights or one tensor per stage"),
+        ((BATCH, 4, torch.zeros(8)), TypeError, "weight must be a sequence of one tensor per stage"),
         ((BATCH, 4, [torch.zeros(8)]), ValueError, r"weight must hold one tensor per stage \(2\), got 1"),
         (
             (BATCH, 4, [torch.zeros(8), torch.zeros(9)]),

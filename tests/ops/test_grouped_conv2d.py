@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, grouped_conv2d
+from msd_kernels import StageBatch, grouped_conv2d
 from msd_kernels.dispatch.backends import use
 from msd_kernels.ops.grouped_conv2d import BACKENDS, library
 from msd_kernels.runtime import processor
@@ -329,13 +329,14 @@ def test_grouped_conv2d_of_stages_equals_separate_calls_bit_for_bit(dtype, backe
         assert torch.equal(StageBatch.from_dense(segment).values, call(alone, separate))
 
 
-def test_grouped_conv2d_takes_packed_weights_and_any_skip_layout(generator):
+def test_grouped_conv2d_takes_weights_and_skips_in_any_memory_order(generator):
     problem = Problem(*STAGES, skip_channels=5)
     inputs = make_inputs(problem, generator, torch.float32)
     expected = call(problem, inputs)
     maps = batches(problem, inputs)
     maps["skip"] = inputs.skip.contiguous(memory_format=torch.channels_last)
-    weight, bias = StageWeights.from_tensors(inputs.weight), StageWeights.from_tensors(inputs.bias)
+    weight = [w.contiguous(memory_format=torch.channels_last) for w in inputs.weight]
+    bias = [torch.stack([b, b], dim=1)[:, 0] for b in inputs.bias]
     y = grouped_conv2d(maps.pop("x"), weight, bias, scale=problem.scale, **maps)
     assert torch.equal(y.values, expected)
     maps["skip"] = StageBatch.from_dense(inputs.skip, problem.counts)
@@ -375,7 +376,7 @@ W = [torch.zeros(3, 2, 3, 3), torch.zeros(5, 2, 3, 3)]
             (X, W[0]),
             {},
             TypeError,
-            "weight must be a StageWeights or one tensor per stage, got a single tensor",
+            "weight must be a sequence of one tensor per stage, got a single tensor",
         ),
         ((X, W[:1]), {}, ValueError, r"weight must hold one tensor per stage \(2\), got 1"),
         (
@@ -406,9 +407,9 @@ W = [torch.zeros(3, 2, 3, 3), torch.zeros(5, 2, 3, 3)]
             (X, [w.half() for w in W]),
             {},
             TypeError,
-            "weight must be torch.float32 for x of torch.float32, got torch.float16",
+            "weight of stage 0 must be torch.float32 for x of torch.float32, got torch.float16",
         ),
-        ((X, [w.to("meta") for w in W]), {}, ValueError, "weight is on meta, but x is on cpu"),
+        ((X, [w.to("meta") for w in W]), {}, ValueError, "weight of stage 0 is on meta, but x is on cpu"),
         ((X, W), {"resample": "left"}, ValueError, "resample must be None, 'up' or 'down', got 'left'"),
         (
             (StageBatch(torch.zeros(15), (1,), (1,), 3, 5), [torch.zeros(1, 1, 3, 3)]),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
-from msd_kernels import StageBatch, StageWeights, grouped_linear
+from msd_kernels import StageBatch, grouped_linear
 from msd_kernels.dispatch.backends import use
 from msd_kernels.ops.grouped_linear import BACKENDS, library
 from msd_kernels.runtime import processor
@@ -59,7 +59,7 @@ def formula(x: StageBatch, weight: list[Tensor], bias: list[Tensor] | None) -> T
 def derivatives(x: StageBatch, weight, bias, dy: Tensor, function) -> list[Tensor]:
     """The flat result and the gradients of x, weights and biases."""
     y = function(x, weight, bias)
-    return [y, *torch.autograd.grad(y, [x.values, *weight, *(bias or [])], dy)]
+    return [y, *torch.autograd.grad(y, [x.values, *weight, *(bias or [])], dy, materialize_grads=True)]
 
 
 def converted(x: StageBatch, weight, bias, function: Callable[[Tensor], Tensor]):
@@ -162,13 +162,15 @@ def test_grouped_linear_of_stages_equals_separate_calls_bit_for_bit(dtype, backe
     weight, bias = random_weights(generator, counts, ins, outs, dtype)
     y = grouped_linear(x, weight, bias)
     dy = y.with_values(torch.randn(y.values.shape, generator=generator).to(dtype))
-    dx, *others = torch.autograd.grad(y.values, [x.values, *weight, *bias], dy.values)
+    leaves = [x.values, *weight, *bias]
+    dx, *others = torch.autograd.grad(y.values, leaves, dy.values, materialize_grads=True)
     found = [y.segments(), x.with_values(dx).segments(), others[:3], others[3:]]
     for stage, (segment, cotangent) in enumerate(zip(x.segments(), dy.segments(), strict=True)):
         alone = StageBatch.from_dense(segment.detach())
         leaves = [t.detach().clone().requires_grad_() for t in (alone.values, weight[stage], bias[stage])]
         result = grouped_linear(alone.with_values(leaves[0]), [leaves[1]], [leaves[2]])
-        gradients = torch.autograd.grad(result.values, leaves, StageBatch.from_dense(cotangent).values)
+        dy_alone = StageBatch.from_dense(cotangent).values
+        gradients = torch.autograd.grad(result.values, leaves, dy_alone, materialize_grads=True)
         assert torch.equal(found[0][stage], result.dense())
         assert torch.equal(found[1][stage], alone.with_values(gradients[0]).dense())
         assert torch.equal(found[2][stage], gradients[1])
@@ -190,11 +192,11 @@ def test_grouped_linear_of_a_dense_tensor(backend, generator):
         assert_elements_close(segment.flatten(1), exact, rtol=0, atol=20 * ROUNDING[torch.float32])
 
 
-def test_grouped_linear_takes_packed_weights(generator):
+def test_grouped_linear_takes_weights_in_any_memory_order(generator):
     x = stage_batch(generator, (1, 2), (4, 3), 2, 2)
     weight, bias = random_weights(generator, x.counts, (4, 3), (2, 5), torch.float32)
-    packed = grouped_linear(x, StageWeights.from_tensors(weight), StageWeights.from_tensors(bias))
-    assert torch.equal(packed.values, grouped_linear(x, weight, bias).values)
+    turned = [w.t().contiguous().t() for w in weight]
+    assert torch.equal(grouped_linear(x, turned, bias).values, grouped_linear(x, weight, bias).values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -243,7 +245,7 @@ X = torch.zeros(3, 4)
         (
             lambda: grouped_linear(BATCH, X),
             TypeError,
-            "weight must be a StageWeights or one tensor per stage",
+            "weight must be a sequence of one tensor per stage",
         ),
         (
             lambda: grouped_linear(BATCH, WEIGHTS[:1]),
@@ -263,12 +265,12 @@ X = torch.zeros(3, 4)
         (
             lambda: grouped_linear(BATCH, [w.bfloat16() for w in WEIGHTS]),
             TypeError,
-            "weight must be torch.float32 for x of torch.float32, got torch.bfloat16",
+            "weight of stage 0 must be torch.float32 for x of torch.float32, got torch.bfloat16",
         ),
         (
             lambda: grouped_linear(BATCH, [w.to("meta") for w in WEIGHTS]),
             ValueError,
-            "weight is on meta, but x is on cpu",
+            "weight of stage 0 is on meta, but x is on cpu",
         ),
     ],
 )

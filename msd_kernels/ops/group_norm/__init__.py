@@ -329,16 +329,18 @@ def _backward(
         if not dy.is_contiguous():
             dy = dy.contiguous(memory_format=_order(last and x.dim() == 4))
         gradients = implementation.group_norm_backward(dy, x, mean, rstd, affine, layout, flags)
+        dx, dweight, dbias, *modulation = gradients
+        singles = (dx, *modulation)
     else:
         affine = _flat_affine(scale, shift, weight, bias)
-        gradients = implementation.group_norm_backward(
+        dx, dweight, dbias, *modulation = implementation.group_norm_backward(
             _flat(dy, last), _flat(x, last), mean, rstd, affine, layout, flags
         )
-    dx, dweight, dbias, *modulation = gradients
-    singles = zip((x, scale, shift), (dx, *modulation), strict=True)
+        pairs = zip((x, scale, shift), (dx, *modulation), strict=True)
+        singles = (g if g is None else _like(t, g, last) for t, g in pairs)
     return autodiff.present(
         [
-            *(g if g is None else _like(t, g, last) for t, g in singles),
+            *singles,
             *stage_weights.wanted_parts(dweight, layout.weight_shapes, want_weight),
             *stage_weights.wanted_parts(dbias, layout.weight_shapes, want_bias),
         ]

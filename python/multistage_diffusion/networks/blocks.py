@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ from multistage_diffusion.layers import (
     on_stages,
     xavier_uniform,
 )
+from multistage_diffusion.stage_module import is_sharded
 
 SKIP_SCALE = math.sqrt(0.5)
 ZERO = xavier_uniform(1e-5)
@@ -55,17 +56,22 @@ class BlockStyle:
 
 
 class Projections:
-    """What every residual block inside ``module`` makes of one embedding: ``block.affine(emb)``, by its layer.
+    """What residual blocks make of one embedding, ``block.affine(emb)``: by one launch for many of them.
 
-    It depends on nothing else, so one launch computes it for all blocks and stages: every layer's stages are
-    stages of one grouped layer, and all layers see the same samples.
+    It depends on nothing else, so one launch can compute it for all blocks and stages: every layer's stages are stages
+    of one grouped layer, and all layers see the same samples. Where ``fully_shard`` was applied to parts of a network,
+    their weights exist only while those parts run: then each part projects for its own blocks, see :meth:`inside`.
     """
 
-    def __init__(self, emb: StageBatch, module: nn.Module) -> None:
-        layers = [block.affine for block in module.modules() if isinstance(block, ResidualBlock)]
+    def __init__(self, emb: StageBatch) -> None:
+        self.emb = emb
         self._outputs: dict[StageLinear, StageBatch] = {}
+
+    def inside(self, *modules: nn.Module) -> Projections:
+        """Projects in one launch for all blocks in these modules but those in parts that are sharded by themselves."""
+        layers = [layer for module in modules for layer in _affines(module) if layer not in self._outputs]
         if layers:
-            repeats = len(layers)
+            emb, repeats = self.emb, len(layers)
             inputs = StageBatch(
                 emb.values.repeat(repeats), emb.counts * repeats, emb.channels * repeats, 1, 1
             )
@@ -77,9 +83,24 @@ class Projections:
             sizes = [_size(emb.counts, layer.out_features) for layer in layers]
             for layer, values in zip(layers, outputs.split(sizes), strict=True):
                 self._outputs[layer] = StageBatch(values, emb.counts, layer.out_features, 1, 1)
+        return self
+
+    def of(self, part: nn.Module) -> Projections:
+        """As a part of the network takes them, in its forward."""
+        return self.inside(part) if is_sharded(part) else self
 
     def __getitem__(self, layer: StageLinear) -> StageBatch:
-        return self._outputs[layer]
+        return self._outputs[layer] if layer in self._outputs else layer(self.emb)
+
+
+def _affines(module: nn.Module) -> Iterator[StageLinear]:
+    if isinstance(module, ResidualBlock):
+        if not is_sharded(module.affine):
+            yield module.affine
+        return
+    for child in module.children():
+        if not is_sharded(child):
+            yield from _affines(child)
 
 
 def _size(counts: Widths, channels: Widths) -> int:
@@ -135,7 +156,7 @@ class ResidualBlock(nn.Module):
         """
         if skip is not None:
             x = StageBatch.concatenate(x, skip)
-        h, affine = self.norm0(x, activation="silu"), emb[self.affine]
+        h, affine = self.norm0(x, activation="silu"), emb.of(self)[self.affine]
         if self.adaptive_scale:
             halves = [segment.chunk(2, dim=1) for segment in affine.segments()]
             scale, shift = (StageBatch.from_segments([half[i] for half in halves]) for i in (0, 1))
@@ -265,6 +286,7 @@ class EncoderLevel(nn.Module):
         context: StageBatch | None = None,
     ) -> tuple[StageBatch, StageBatch | None]:
         """Appends each feature map that the decoder needs to ``skips``; returns the last one, and the pyramid."""
+        emb = emb.of(self)
         if self.down is not None:
             x = self.down(x, emb, context=context)
             if self.input is not None:
@@ -321,6 +343,7 @@ class DecoderLevel(nn.Module):
         context: StageBatch | None = None,
     ) -> tuple[StageBatch, StageBatch | None]:
         """Removes from ``skips`` what it uses; returns the features and the image so far."""
+        emb = emb.of(self)
         for block in self.entry:
             x = block(x, emb, context=context)
         for block in self.blocks:

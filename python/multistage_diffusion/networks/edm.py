@@ -290,10 +290,11 @@ class EDMUNet(StageNetwork):
         emb = self._embed(noise, encoder_counts, dtype, class_labels, augment_labels)
         pyramid = StageBatch.from_dense(x, encoder_counts)
         h = self.conv(pyramid)
-        skips, projections = [h], Projections(emb, self.enc)
+        skips, projections = [h], Projections(emb).inside(self.enc)
         for level in self.enc.values():
             h, pyramid = level(h, projections, skips, pyramid=pyramid)
-        h, projections = self.to_decoders(counts, h), Projections(self.to_decoders(counts, emb), self.dec)
+        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
+        projections = Projections(emb).inside(self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():

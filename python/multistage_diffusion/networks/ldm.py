@@ -316,13 +316,13 @@ class LDMUNet(StageNetwork):
             tokens = StageBatch.from_dense(context.to(dtype).transpose(1, 2)[..., None], encoder_counts)
         emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype), extra)
         h = self.conv(StageBatch.from_dense(x, encoder_counts))
-        skips, projections = [h], Projections(emb, nn.ModuleList([self.enc, self.middle]))
+        skips, projections = [h], Projections(emb).inside(self.enc, self.middle)
         for level in self.enc.values():
             h, _ = level(h, projections, skips, context=tokens)
         for block in self.middle:
             h = block(h, projections, context=tokens)
         h, emb, tokens = (self.to_decoders(counts, batch) for batch in (h, emb, tokens))
-        projections = Projections(emb, self.dec)
+        projections = Projections(emb).inside(self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():

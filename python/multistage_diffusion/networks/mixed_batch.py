@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
+from msd_kernels.dispatch.stage_weights import several_processes
 from multistage_diffusion.layers import Widths
 from multistage_diffusion.stage_order import StageOrder
 
@@ -37,6 +39,7 @@ class StageNetwork(nn.Module):
 
     family: str
     takes_stage_order = True
+    absent_stages_are_left_alone = False  # set by what sees to that in several processes
 
     def __init__(
         self,
@@ -97,11 +100,23 @@ class StageNetwork(nn.Module):
         self._check(x, noise, conditioning)
         conditioning = self.prepared(x.shape[0], **conditioning)
         order = StageOrder.of(stage, self.num_stages, x.shape[0], x.device)
+        if not self.absent_stages_are_left_alone and torch.is_grad_enabled() and several_processes():
+            self._warn_of_absent_stages()
         dtype = self._compute_dtype(x)
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             conditioning = {key: order.sort(value) for key, value in conditioning.items()}
             y = self.run(order.sort(x).to(dtype), order.sort(noise), order.counts, dtype, **conditioning)
         return order.restore(y).to(x.dtype)
+
+    def _warn_of_absent_stages(self) -> None:
+        if self.training and self.num_stages > 1:
+            self.absent_stages_are_left_alone = True  # warned once
+            warnings.warn(
+                f"{type(self).__name__}: several processes train it, where a stage without samples has gradients of "
+                "zero, by which an optimizer goes on moving its decoder; StageParameters(network, optimizer) sees to "
+                "that",
+                stacklevel=4,
+            )
 
     def encoder_counts(self, counts: Widths) -> Widths:
         """Samples per stage as the encoder sees them: one stage if it is shared."""

@@ -212,12 +212,13 @@ class NCSNpp(StageNetwork):
         emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype))
         pyramid = StageBatch.from_dense(x if self.config["centered"] else 2 * x - 1, encoder_counts)
         h = self.conv(pyramid)
-        skips, projections = [h], Projections(emb, nn.ModuleList([self.enc, self.middle]))
+        skips, projections = [h], Projections(emb).inside(self.enc, self.middle)
         for level in self.enc.values():
             h, pyramid = level(h, projections, skips, pyramid=pyramid)
         for block in self.middle:
             h = block(h, projections)
-        h, projections = self.to_decoders(counts, h), Projections(self.to_decoders(counts, emb), self.dec)
+        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
+        projections = Projections(emb).inside(self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():
