@@ -7,6 +7,7 @@ backend serves a call. Nothing in this package knows diffusion; ``multistage_dif
 from msd_kernels import nn
 from msd_kernels.batch_invariance import batch_invariant
 from msd_kernels.dispatch.backends import BackendError, Explanation, FallbackWarning
+from msd_kernels.frozen import frozen_weights
 from msd_kernels.ops import explain
 from msd_kernels.ops.attention import attention
 from msd_kernels.ops.group_norm import group_norm
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "batch_invariant",
     "explain",
+    "frozen_weights",
     "group_norm",
     "grouped_conv2d",
     "grouped_linear",

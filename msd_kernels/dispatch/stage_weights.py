@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, distributed
 
+from msd_kernels.frozen import kept
+
 Shape = Sequence[int]
 
 
@@ -20,6 +22,12 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tenso
     if not weights:
         return None
     dtype = dtype or weights[0].dtype
+    if len(weights) == 1 and weights[0].dim() < 4 and weights[0].dtype == dtype:
+        return weights[0].reshape(-1).contiguous()
+    return kept(weights, dtype, lambda: _joined(weights, dtype))
+
+
+def _joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if any(w.dim() == 4 and w.shape[2] * w.shape[3] > 1 for w in weights):
         buffer = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
         for part, weight in zip(buffer.split([w.numel() for w in weights]), weights, strict=True):
@@ -60,9 +68,29 @@ def _elements(shape: Shape) -> int:
     return elements
 
 
-def to(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in ``dtype``, without gaps."""
-    return [weight.to(dtype).contiguous() for weight in weights]
+def converted(
+    weights: Sequence[Tensor], dtype: torch.dtype, counts: Sequence[int], *, channels_last: bool = False
+) -> list[Tensor | None]:
+    """The weights as a library takes them, in ``dtype`` and without gaps.
+
+    None for each stage without samples, and for each where there are no weights.
+
+    Libraries bring a convolution's weight into an order of their own in every call: several times as fast where its
+    channels lie innermost, as those of the features do, than from PyTorch's own order.
+    """
+    if not weights:
+        return [None] * len(counts)
+    return [
+        _converted(weight, dtype, channels_last) if count else None
+        for weight, count in zip(weights, counts, strict=True)
+    ]
+
+
+def _converted(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    order = torch.channels_last if channels_last and weight.dim() == 4 else torch.contiguous_format
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=order):
+        return weight
+    return kept([weight], (dtype, order), lambda: weight.to(dtype).contiguous(memory_format=order))
 
 
 def differentiate(

@@ -284,10 +284,11 @@ def sample(
         raise TypeError(f"sample: config must be one of {allowed}, got {type(config).__name__}")
     D = _CountingDenoiser(denoiser, conditioning)
     trajectory = config.trajectory(D, config.start * noise.draw(), noise.draw)
-    for finished in range(1, config.num_steps + 1):
-        x = next(trajectory)
-        if progress is not None:
-            progress(finished, config.num_steps)
+    with msd_kernels.frozen_weights():
+        for finished in range(1, config.num_steps + 1):
+            x = next(trajectory)
+            if progress is not None:
+                progress(finished, config.num_steps)
     return Samples(x, sum(D.per_stage), tuple(D.per_stage))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,12 @@ def _sources(x: Tensor, skip: Tensor | None, layout: Conv2dLayout) -> list[tuple
     return list(zip(*images, strict=True))
 
 
-def _as_taken(weight: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in ``dtype``, channels innermost as in the features.
-
-    The libraries bring weights into an order of their own in every call, from that one several times as fast as from
-    PyTorch's own.
-    """
-    return [w.to(dtype).contiguous(memory_format=torch.channels_last) for w in weight]
+def _parameters(
+    weight: Sequence[Tensor], bias: Sequence[Tensor], layout: Conv2dLayout, dtype: torch.dtype
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Those of the stages that have samples."""
+    converted = partial(stage_weights.converted, dtype=dtype, counts=layout.counts)
+    return converted(weight, channels_last=True), converted(bias)
 
 
 def grouped_conv2d(
@@ -52,16 +52,16 @@ def grouped_conv2d(
 ) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_conv2d`."""
     dtype = x.dtype
-    weight, bias = _as_taken(weight, dtype), stage_weights.to(bias, dtype)
+    weight, bias = _parameters(weight, bias, layout, dtype)
     if wants_float32(x):
         x, skip, sample_bias, residual = float32(x, skip, sample_bias, residual)
         weight, bias = float32(*weight), float32(*bias)
-    sources, biases = _sources(x, skip, layout), bias or [None] * len(weight)
+    sources = _sources(x, skip, layout)
     residuals = _images(residual, layout, layout.out_channels, out=True)
     samples = split(sample_bias, layout.sample_sizes)
 
     def stage_output(s: int) -> Tensor:
-        y = _convolve(sources[s], weight[s], biases[s], layout.resample)
+        y = _convolve(sources[s], weight[s], bias[s], layout.resample)
         if samples[s] is not None:
             y += samples[s].view(layout.counts[s], -1, 1, 1)
         if residuals[s] is not None:
@@ -83,7 +83,7 @@ def grouped_conv2d_backward(
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, sample_bias, *weight, *bias)`` from the cotangent of the unscaled sum."""
     dtype, masters, stages = x.dtype, [w.dtype for w in weight], len(weight)
-    weight = _as_taken(weight, dtype)
+    weight, _ = _parameters(weight, (), layout, dtype)
     if wants_float32(x):
         (dy, x, skip), weight = float32(dy, x, skip), float32(*weight)
     sources, cotangents = _sources(x, skip, layout), _images(dy, layout, layout.out_channels, out=True)

@@ -18,13 +18,13 @@ def grouped_linear(
 ) -> Tensor:
     """The flat output of :func:`msd_kernels.grouped_linear`."""
     dtype = x.dtype
-    weight, bias = stage_weights.to(weight, dtype), stage_weights.to(bias, dtype)
+    weight, bias = (stage_weights.converted(tensors, dtype, layout.rows) for tensors in (weight, bias))
     if wants_float32(x):
         (x,), weight, bias = float32(x), float32(*weight), float32(*bias)
-    inputs, biases = layout.inputs(x), bias or [None] * len(weight)
+    inputs = layout.inputs(x)
 
     def stage_output(s: int) -> Tensor:
-        return F.linear(inputs[s], weight[s], biases[s]).view(-1)
+        return F.linear(inputs[s], weight[s], bias[s]).view(-1)
 
     return gather(x, layout.out_sizes, stage_output).to(dtype)
 
@@ -34,7 +34,8 @@ def grouped_linear_backward(
 ) -> list[Tensor | None]:
     """Gradients for ``(x, *weight, *bias)``, None where not wanted."""
     dtype, stages = x.dtype, len(weight)
-    masters, weight = [w.dtype for w in weight], stage_weights.to(weight, dtype)
+    masters = [w.dtype for w in weight]
+    weight = stage_weights.converted(weight, dtype, layout.rows)
     if wants_float32(x):
         (dy, x), weight = float32(dy, x), float32(*weight)
     inputs, cotangents = layout.inputs(x), layout.outputs(dy)
