@@ -143,6 +143,7 @@ def _prepare_packed(q, num_heads, layout):
     channels_last, planar = PACKED_ORDERS[layout]
     if isinstance(q, StageBatch):
         _checks.require_floating(OP, "q", q.values)
+        _checks.require_size(OP, "q", q)
         heads, head_dims = _split_channels(q.channels, num_heads, 3)
         tokens = q.height * q.width
         return (q.values, None, None), (q.counts, heads, head_dims, tokens, tokens), channels_last
@@ -159,6 +160,7 @@ def _prepare_packed(q, num_heads, layout):
 
 def _prepare_stage_batches(q, k, v, num_heads):
     _checks.require_floating(OP, "q", q.values)
+    _checks.require_size(OP, "q", q)
     if not isinstance(k, StageBatch):
         raise TypeError(f"{OP}: k must be a StageBatch as q is, got {type(k).__name__}")
     for name, batch in (("k", k), ("v", v)):

@@ -139,6 +139,7 @@ def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
 
 
 def _stage_layout(tensors, x, weight, bias, scale, shift, num_groups, eps, activation):
+    _checks.require_size(OP, "x", x)
     for name, w in (("weight", weight), ("bias", bias)):
         if w is not None:
             _checks.pack_weights(OP, name, w, [(c,) for c in x.channels])

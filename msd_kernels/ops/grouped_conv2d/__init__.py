@@ -146,6 +146,7 @@ def _weight_shapes(x: StageBatch, skip: StageBatch | None) -> list[tuple[int | N
 
 def _layout(tensors, x, skip, weight, bias, sample_bias, residual, resample) -> Conv2dLayout:
     """Checks a call."""
+    _checks.require_size(OP, "x", x)
     _require_resample(x, resample)
     _checks.pack_layer(OP, weight, bias, _weight_shapes(x, skip))
     kernel = _kernel_size(weight)

@@ -102,6 +102,7 @@ def _weight_shapes(batch: StageBatch) -> list[tuple[int | None, ...]]:
 
 def _layout(tensors, batch, weight, bias) -> LinearLayout:
     """Checks a call."""
+    _checks.require_size(OP, "x", batch)
     _checks.pack_layer(OP, weight, bias, _weight_shapes(batch))
     out_features = tuple(shape[0] for shape in weight.shapes)
     for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):

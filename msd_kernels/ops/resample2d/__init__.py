@@ -103,6 +103,7 @@ def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
         raise ValueError(f"{OP}: up and down must be 1 or 2 and not both 2, got up={up} and down={down}")
     if isinstance(x, StageBatch):
         _checks.require_floating(OP, "x", x.values)
+        _checks.require_size(OP, "x", x)
         flat, counts, channels, channels_last = x.values, x.counts, x.channels, True
         height, width = x.height, x.width
     else:
