@@ -130,8 +130,16 @@ class Conv2dLayout(_Conv2dFields):
 
     @cached_property
     def flops(self) -> int:
-        """Of the forward pass: two per multiplication."""
-        return 2 * self.out_pixels * sum(products(self.counts, self.weight_sizes))
+        """Of the forward pass: two per multiply-add. The gradients of the weights need as many.
+
+        As of a convolution of resampled sources, also where it runs on the smaller map.
+        """
+        return self.source_flops(self.in_channels)
+
+    def source_flops(self, channels: Sequence[int]) -> int:
+        """Of the products with a source of so many channels per stage, as of those for its gradient."""
+        taken = zip(self.counts, channels, self.out_channels, strict=True)
+        return 2 * self.out_pixels * self.taps * sum(n * c * o for n, c, o in taken)
 
     @cached_property
     def largest_local_offset(self) -> int:
@@ -263,6 +271,11 @@ class AttentionLayout(NamedTuple):
         """Elements of each stage's output."""
         return products(self.log_sum_sizes, self.head_dims)
 
+    @property
+    def product_flops(self) -> int:
+        """Of one product of queries and keys, and of every other that attention takes: two per multiply-add."""
+        return 2 * self.context * sum(self.out_sizes)
+
     def scale_of(self, stage: int) -> float:
         """The factor on the scores of one stage."""
         return self.head_dims[stage] ** -0.5 if self.scale is None else self.scale
@@ -318,6 +331,11 @@ class LinearLayout(NamedTuple):
     def weight_sizes(self) -> list[int]:
         """Of each stage's weight."""
         return products(self.out_features, self.in_features)
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass: two per multiply-add. Each gradient of a factor needs as many."""
+        return 2 * sum(products(self.rows, self.weight_sizes))
 
     @property
     def conv2d(self) -> Conv2dLayout:

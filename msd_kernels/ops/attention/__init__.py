@@ -250,6 +250,12 @@ def _(q, k, v, layout):
     return allocate.attention_outputs(q, layout)
 
 
+@_forward.register_flops
+def _(layout):
+    """Scores, and their product with the values."""
+    return 2 * layout.product_flops
+
+
 @operator("attention_backward", _require_backward)
 def _backward(
     dy: Tensor,
@@ -269,6 +275,13 @@ def _backward(
 @_backward.register_fake
 def _(dy, q, k, v, y, log_sum, layout, wanted):
     return allocate.without_absent(allocate.gradients_like((q, k, v), wanted), q)
+
+
+@_backward.register_flops
+def _(layout, wanted):
+    """The scores again, the gradient of the softmax's result where q or k want one, and a product for each of them."""
+    want_q, want_k, want_v = (wanted[0],) * 3 if layout.packed else wanted
+    return layout.product_flops * (1 + (want_q or want_k) + want_q + want_k + want_v)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -247,6 +247,11 @@ def _(x, skip, weight, bias, sample_bias, residual, layout, scale):
     return x.new_empty(sum(layout.out_sizes))
 
 
+@_forward.register_flops
+def _(layout, scale):
+    return layout.flops
+
+
 @operator("grouped_conv2d_backward", _require_backward)
 def _backward(
     dy: Tensor,
@@ -266,6 +271,17 @@ def _(dy, x, skip, weight, layout, wanted):
     bias, sample_bias = weight.new_empty(sum(layout.out_channels)), x.new_empty(sum(layout.sample_sizes))
     gradients = allocate.gradients_like((x, skip, weight, bias, sample_bias), wanted)
     return allocate.without_absent(gradients, x)
+
+
+@_backward.register_flops
+def _(layout, wanted):
+    want_x, want_skip, want_weight, *_ = wanted
+    factors = (
+        (want_x, layout.channels),
+        (want_skip, layout.skip_channels),
+        (want_weight, layout.in_channels),
+    )
+    return sum(layout.source_flops(channels) for flag, channels in factors if flag)
 
 
 def _save_for_backward(ctx, inputs, output):

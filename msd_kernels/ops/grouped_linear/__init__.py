@@ -167,6 +167,11 @@ def _(x, weight, bias, layout):
     return x.new_empty(sum(layout.out_sizes))
 
 
+@_forward.register_flops
+def _(layout):
+    return layout.flops
+
+
 @operator("grouped_linear_backward", _require_backward)
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, layout: LinearLayout, wanted: Sequence[bool]
@@ -180,6 +185,12 @@ def _backward(
 def _(dy, x, weight, layout, wanted):
     bias = weight.new_empty(sum(layout.out_features))
     return allocate.without_absent(allocate.gradients_like((x, weight, bias), wanted), x)
+
+
+@_backward.register_flops
+def _(layout, wanted):
+    want_x, want_weight, _ = wanted
+    return layout.flops * (want_x + want_weight)
 
 
 def _save_for_backward(ctx, inputs, output):
