@@ -10,6 +10,7 @@ from msd_kernels.dispatch import allocate, autodiff
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
+from msd_kernels.dispatch import sharding as _sharding
 from msd_kernels.dispatch import tracing as _tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
@@ -87,11 +88,16 @@ def attention(
         ValueError: shapes, counts, heads, layout or devices that do not fit, with the stage named.
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Dense DTensors that are sharded along their samples stay so: every rank computes its own.
     """
     if isinstance(q, _tracing.Proxy):
         return _tracing.symbolic(attention, q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     if _tracing.is_traced(q):
         return _tracing.attention(_prepare, q, k, v, num_heads, scale, layout)
+    if _sharding.is_distributed(q):
+        settings = {"num_heads": num_heads, "scale": scale, "layout": layout}
+        return _sharding.on_shards(attention, {"q": q, "k": k, "v": v}, {}, **settings)
     tensors, call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     y, _ = _forward(*tensors, call)
     if isinstance(q, StageBatch):
