@@ -42,6 +42,10 @@ dispatch_modes: Callable[[], int] = ask("_C._len_torch_dispatch_stack") or (lamb
 profiler_enabled: Callable[[], bool] = ask("autograd._profiler_enabled") or (lambda: True)
 is_tracing: Callable[[], bool] = ask("_C._is_tracing") or torch.jit.is_tracing
 
+# Without either, tools take what holds tensors for a leaf of a pytree.
+register_pytree_node: Callable[..., None] | None = ask("utils._pytree.register_pytree_node")
+GetAttrKey: Callable[[str], Any] | None = ask("utils._pytree.GetAttrKey")
+
 # What tells whether the running code was called by a compiled function, between two of its graphs. Without it, only
 # what is being traced is known to be compiled.
 compiled_frames: Callable[[], Any] = ask("_C._dynamo.eval_frame.get_eval_frame_callback") or (lambda: None)

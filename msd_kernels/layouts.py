@@ -140,8 +140,16 @@ class Conv2dLayout(_Conv2dFields):
 
     @cached_property
     def flops(self) -> int:
-        """Of the forward pass: two per multiplication."""
-        return 2 * self.out_pixels * sum(products(self.counts, self.weight_sizes))
+        """Of the forward pass: two per multiply-add. The gradients of the weights need as many.
+
+        As of a convolution of resampled sources, also where it runs on the smaller map.
+        """
+        return sum(self.source_flops(self.in_channels))
+
+    def source_flops(self, channels: Sequence[int]) -> list[int]:
+        """Of each stage's products with a source of so many channels, as of those for its gradient."""
+        taken = zip(self.counts, channels, self.out_channels, strict=True)
+        return [2 * self.out_pixels * self.taps * n * c * o for n, c, o in taken]
 
     @cached_property
     def largest_local_offset(self) -> int:
@@ -278,6 +286,11 @@ class AttentionLayout(NamedTuple):
         """Elements of each stage's output."""
         return products(self.log_sum_sizes, self.head_dims)
 
+    @property
+    def product_flops(self) -> int:
+        """Of one product of queries and keys, and of every other that attention takes: two per multiply-add."""
+        return 2 * self.context * sum(self.out_sizes)
+
     def scale_of(self, stage: int) -> float:
         """The factor on the scores of one stage."""
         return self.head_dims[stage] ** -0.5 if self.scale is None else self.scale
@@ -337,6 +350,17 @@ class LinearLayout(NamedTuple):
     @property
     def bias_shapes(self) -> list[tuple[int]]:
         return [(o,) for o in self.out_features]
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass: two per multiply-add. Each gradient of a factor needs as many."""
+        return sum(self.stage_flops)
+
+    @property
+    def stage_flops(self) -> list[int]:
+        """The part of each stage."""
+        stages = zip(self.rows, self.in_features, self.out_features, strict=True)
+        return [2 * n * i * o for n, i, o in stages]
 
     @property
     def conv2d(self) -> Conv2dLayout:

@@ -12,6 +12,8 @@ from operator import index
 import torch
 from torch import Tensor
 
+from msd_kernels import containers
+
 __all__ = ["StageBatch"]
 
 # Elements of batches by their layout.
@@ -30,6 +32,11 @@ class StageBatch:
 
         y = x.with_values(x.values * 0.5)
 
+    PyTorch's tools take it for the container that it is: a pytree whose one leaf is ``values``, and a dataclass.
+    Forward hooks see it as it is. A full backward hook never fires on a module that returns one, of which PyTorch
+    warns: give ``y.values.register_hook`` what is to see the gradient. ``torch.utils.checkpoint`` is right with
+    ``use_reentrant=False``; with True it is refused where it takes a StageBatch, and must not return one.
+
     Args:
         values: flat tensor of ``sum(counts[s] * height * width * channels[s])`` elements; one with gaps is copied.
         counts: samples per stage, known on the host.
@@ -46,6 +53,8 @@ class StageBatch:
     channels: tuple[int, ...]
     height: int
     width: int
+
+    checked = True  # by the constructor, which the functions that tools map over containers go around
 
     def __post_init__(self) -> None:
         if type(self.counts) is not tuple or type(self.channels) is not tuple:
@@ -160,6 +169,10 @@ class StageBatch:
         """All but the values: counts, channels, height and width."""
         return self.counts, self.channels, self.height, self.width
 
+    def fits(self) -> bool:
+        """Whether the values are as many as the rest says."""
+        return self.values.shape == (_total(_elements_of_batch, *self.layout),)
+
     @property
     def num_stages(self) -> int:
         return len(self.counts)
@@ -223,6 +236,14 @@ class StageBatch:
         """``torch.Tensor.to`` on the flat buffer."""
         return self.with_values(self.values.to(*args, **kwargs))
 
+    def detach(self) -> StageBatch:
+        """The same values, through which no gradient flows."""
+        return self.with_values(self.values.detach())
+
+    def pin_memory(self) -> StageBatch:
+        """The same in pinned memory, as a ``DataLoader`` with ``pin_memory=True`` asks for."""
+        return self.with_values(self.values.pin_memory())
+
     @staticmethod
     def concatenate(first: StageBatch, second: StageBatch) -> StageBatch:
         """Per stage the channels of ``first``, then those of ``second``: ``[n_s, C_s + D_s, H, W]``, a copy.
@@ -241,6 +262,20 @@ class StageBatch:
             )
         pairs = zip(first.segments(), second.segments(), strict=True)
         return StageBatch.from_segments([torch.cat(pair, dim=1) for pair in pairs])
+
+    def __setstate__(self, state: dict) -> None:
+        """Of a copy or a pickle, whose fields must fit each other as any others."""
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+
+def _is_plain(batch: StageBatch) -> bool:
+    """Whether the constructor would take these fields: a plain tensor of the size that they need."""
+    return type(batch.values) in (Tensor, torch.nn.Parameter) and batch.fits()
+
+
+containers.register(StageBatch, ("values",), differentiable=True, complete=_is_plain)
 
 
 def fixed_shape(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

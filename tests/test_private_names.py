@@ -36,6 +36,8 @@ ASKED = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
     "torch.ops.aten._softmax_backward_data",
+    "torch.utils._pytree.GetAttrKey",
+    "torch.utils._pytree.register_pytree_node",
 }
 # Imported for a side effect, where there is such a module.
 MODULES = {"torch._dynamo"}
@@ -44,7 +46,8 @@ OVERRIDDEN = {"torch.nn.Module._load_from_state_dict", "torch.nn.Module._save_to
 
 
 def is_private(name: str) -> bool:
-    return any(part.startswith("_") for part in name.split("."))
+    """``__code__`` and its like are Python's own."""
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
 
 
 class Names(ast.NodeVisitor):

@@ -187,6 +187,15 @@ def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:
         raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")
 
 
+def require_size(op: str, name: str, batch: StageBatch) -> None:
+    """``batch`` must hold what its layout says: a tool that maps functions over tensors may have put in another."""
+    if not batch.checked and not batch.fits():
+        raise ValueError(
+            f"{op}: {name} must hold [{sum(batch.sizes)}] values for counts={batch.counts}, "
+            f"channels={batch.channels} at {batch.height}x{batch.width}, got {list(batch.values.shape)}"
+        )
+
+
 def require_layout(
     op: str,
     name: str,
@@ -205,3 +214,4 @@ def require_layout(
             f"{op}: {name} must have counts={expected[0]}, channels={expected[1]} at {height}x{width}, "
             f"got counts={got[0]}, channels={got[1]} at {got[2]}x{got[3]}"
         )
+    require_size(op, name, batch)

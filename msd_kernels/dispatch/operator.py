@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from msd_kernels import _private
 from msd_kernels.dispatch import arguments as _arguments
+from msd_kernels.dispatch import flops
 from msd_kernels.dispatch.backends import FallbackWarning, own_choice, use
 
 # Calls to remember per op: a compiled step repeats its calls.
@@ -87,6 +88,10 @@ class Form:
         fields = (tuple(f) if isinstance(f, list) else f for f in flat[self._at : self._end])
         return (*flat[: self._at], self._layout(*fields), *flat[self._end :])
 
+    def settings(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """The layout of the dispatcher's arguments, and what follows it; all arguments where there is no layout."""
+        return flat if self._layout is None else self.options(self.whole(flat))
+
     def of_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` as the dispatcher calls it."""
         return function if self._layout is None else lambda *flat: function(*self.whole(flat))
@@ -116,7 +121,23 @@ def _schema_type(kind: Any) -> Any:
     return Sequence[kind.__args__[0]] if get_origin(kind) is tuple else kind
 
 
-class Operator:
+class _Counted:
+    """An op whose FLOPs PyTorch counts."""
+
+    _name: str
+    _form: Form
+
+    def register_flops(self, count: Callable[..., int]) -> Callable[..., int]:
+        """A decorator: ``count(layout, *options)`` are the FLOPs of a call.
+
+        An op without a layout is counted from all of its arguments, with shapes in the place of tensors.
+        """
+        packet = getattr(getattr(torch.ops, NAMESPACE), self._name)
+        flops.register(packet, flops.Formula(self._form.settings, count))
+        return count
+
+
+class Operator(_Counted):
     """An op without aliases and side effects, whose arguments are all positional and without defaults.
 
     Args:
@@ -240,7 +261,7 @@ class Operator:
             return self._overload.redispatch(keyset & _private.below_autograd_keyset, *self._form.flat(args))
 
 
-class PublicOperator:
+class PublicOperator(_Counted):
     """An :class:`Operator` by ``torch.library.custom_op``, for a PyTorch that lacks what goes around the dispatcher.
 
     It costs some ten times as much per call, and has no forward-mode derivatives.
@@ -251,7 +272,7 @@ class PublicOperator:
             check(*args)
             return kernel(*args)
 
-        self._form, self._check = Form(kernel), check
+        self._name, self._form, self._check = name, Form(kernel), check
         self._op = torch.library.custom_op(
             f"{NAMESPACE}::{name}",
             self._form.of_flat(checked),

@@ -120,7 +120,7 @@ def differentiate(
     wanted = [False] * (singles + 2 * stages)
     for place, flag in zip(places, needed, strict=True):
         wanted[place] = flag and (place < singles or counts[(place - singles) % stages] > 0)
-    found = iter(backward(wanted))
+    found = iter(backward(wanted) if any(wanted) else ())
     gradients = [next(found) if wanted[place] else None for place in places]
     if several_processes():
         shapes = [*(w.shape for w in weight), *(bias_shapes or ())]

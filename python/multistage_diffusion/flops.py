@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from msd_kernels.dispatch.flops import FORMULAS
 from multistage_diffusion.layers import OnStages, StageModule, shared_layers
 
 __all__ = ["NetworkCost", "conditioning", "count", "expected"]
@@ -139,36 +140,22 @@ class _Counter:
         self.outside = True
 
     def counting(self) -> FlopCounterMode:
-        rules = {op: partial(self._add, rule) for op, rule in RULES.items()}
+        rules = {op: partial(self._add, op, rule) for op, rule in RULES.items()}
         return FlopCounterMode(display=False, custom_mapping=rules)
 
-    def _add(self, rule: Callable, *args, out_shape, **kwargs) -> int:
+    def _add(self, op, rule: Callable, *args, out_shape, **kwargs) -> int:
         """Adds one call's, with shapes in the place of its tensors; returns its FLOPs."""
         macs, stages = rule(args, out_shape)
         self.macs += macs
-        self.attention_macs += macs if rule is _attention else 0
+        self.attention_macs += macs if op is torch.ops.msd_kernels.attention else 0
         self.shared_macs += macs if stages == 1 and self.outside else 0
         return 2 * macs
 
 
-def _grouped_conv2d(args, out):
-    """MACs and stages of a call."""
-    counts, channels, skip_channels, out_channels, height, width, kernel, resample = args[6:14]
-    pixels = height * width
-    pixels = pixels * 4 if resample == "up" else pixels // 4 if resample == "down" else pixels
-    stages = zip(counts, channels, skip_channels, out_channels, strict=True)
-    return sum(n * (c + d) * o for n, c, d, o in stages) * pixels * kernel * kernel, len(counts)
-
-
-def _grouped_linear(args, out):
-    rows, in_features, out_features = args[3:6]
-    return sum(r * i * o for r, i, o in zip(rows, in_features, out_features, strict=True)), len(rows)
-
-
-def _attention(args, out):
-    counts, heads, head_dims, tokens, context = args[3:8]
-    stages = zip(counts, heads, head_dims, strict=True)
-    return sum(2 * n * h * d for n, h, d in stages) * tokens * context, len(counts)
+def _of_stages(op, args, out):
+    """MACs and stages of a call of one of ``msd_kernels``, by its own formula."""
+    layout, *_ = FORMULAS[op].settings(args)
+    return FORMULAS[op](*args) // 2, len(layout[0])
 
 
 def _convolution(args, out):
@@ -181,10 +168,8 @@ def _product(args, out):
     return math.prod(out) * args[-1][-2], 1
 
 
-RULES: Mapping = {
-    torch.ops.msd_kernels.grouped_conv2d: _grouped_conv2d,
-    torch.ops.msd_kernels.grouped_linear: _grouped_linear,
-    torch.ops.msd_kernels.attention: _attention,
+OWN = tuple(getattr(torch.ops.msd_kernels, op) for op in ("grouped_conv2d", "grouped_linear", "attention"))
+RULES: Mapping = {op: partial(_of_stages, op) for op in OWN} | {
     torch.ops.aten.convolution: _convolution,
     torch.ops.aten.mm: _product,
     torch.ops.aten.bmm: _product,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import index
@@ -10,6 +10,7 @@ from operator import index
 import torch
 from torch import Tensor
 
+from msd_kernels import containers
 from msd_kernels.stage_batch import fixed_shape
 
 from .transfer import host_to_device
@@ -24,6 +25,7 @@ class StageOrder:
     A network takes one in place of the stages. Made outside of a compiled network, and ``explicit``, it makes the order
     of the samples an input like any other: only new counts compile anew. Made outside of a captured CUDA graph, it
     stays where the graph reads it, and copying other orders into it with :meth:`copy_` replays the graph on them.
+    PyTorch's tools take it for a container: a pytree whose leaves are ``order`` and ``inverse``, and a dataclass.
 
     Attributes:
         counts: samples per stage.
@@ -83,8 +85,11 @@ class StageOrder:
         both = host_to_device(torch.tensor([order, inverse], dtype=torch.int64), device)
         return StageOrder(counts, both[0], both[1])
 
-    def to(self, device: torch.device | str) -> StageOrder:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> StageOrder:
         """The same on ``device``; itself where it is there already.
+
+        Args:
+            non_blocking: whether the host may go on before a copy to a GPU is done, as it does from pinned memory.
 
         Raises:
             ValueError: an order on the meta device, which has no values to copy.
@@ -94,14 +99,21 @@ class StageOrder:
             return self
         if self.order.is_meta:
             raise ValueError(f"stage: an order on the meta device has no values to copy to {device}")
-        move = host_to_device if self.order.is_cpu else Tensor.to
-        return StageOrder(self.counts, move(self.order, device), move(self.inverse, device))
+        if self.order.is_cpu and non_blocking:
+            return self._map(lambda t: host_to_device(t, device))
+        return self._map(lambda t: t.to(device))
+
+    def pin_memory(self) -> StageOrder:
+        """The same in pinned memory, as a ``DataLoader`` with ``pin_memory=True`` asks for."""
+        return self._map(lambda t: t.pin_memory())
+
+    def detach(self) -> StageOrder:
+        """The same; integers have no gradients."""
+        return self._map(Tensor.detach)
 
     def clone(self) -> StageOrder:
         """The same in memory of its own."""
-        if self.order is None:
-            return self
-        return StageOrder(self.counts, self.order.clone(), self.inverse.clone())
+        return self._map(Tensor.clone)
 
     def copy_(self, other: StageOrder) -> StageOrder:
         """Overwrites this order with another of the same counts, in place.
@@ -133,6 +145,12 @@ class StageOrder:
         kind = "sorted" if self.order is None else f"explicit, on {self.order.device}"
         return f"StageOrder(counts={self.counts}, {kind})"
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> StageOrder:
+        """Both of its tensors through a function; itself where it has none."""
+        if self.order is None:
+            return self
+        return StageOrder(self.counts, function(self.order), function(self.inverse))
+
     def _checked(self, num_stages: int, batch_size: int) -> StageOrder:
         if len(self.counts) != num_stages or sum(self.counts) != batch_size:
             raise ValueError(
@@ -140,6 +158,9 @@ class StageOrder:
                 f"needed is one of {batch_size} samples in {num_stages} stages"
             )
         return self
+
+
+containers.register(StageOrder, ("order", "inverse"), differentiable=False)
 
 
 def _listed(stage: Tensor) -> list[int]:

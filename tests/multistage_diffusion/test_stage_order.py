@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from multistage_diffusion.stage_order import StageOrder
 
@@ -129,3 +132,57 @@ def test_stage_order_traces_keep_their_batch():
             trace(torch.zeros(batch, 2))
     with pytest.raises(ValueError, match=r"stage: torch\.jit\.trace would keep the ids of a tensor"):
         torch.jit.trace(lambda stage: StageOrder.of(stage, 2, 3).sort(stage), torch.tensor([1, 0, 1]))
+
+
+def test_stage_order_is_a_container_of_its_indices():
+    order = StageOrder.of([1, 0, 1], 2, 3)
+    leaves, structure = pytree.tree_flatten(order)
+    assert [leaf is t for leaf, t in zip(leaves, (order.order, order.inverse), strict=True)] == [True, True]
+    cloned = pytree.tree_unflatten([leaf.clone() for leaf in leaves], structure)
+    assert (type(cloned), cloned.counts) == (StageOrder, order.counts)
+    assert torch.equal(cloned.inverse, order.inverse)
+    assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
+    assert structure == pytree.tree_structure(StageOrder.of([1, 1, 0], 2, 3))
+    assert structure != pytree.tree_structure(StageOrder.of([0, 1, 0], 2, 3))
+    assert pytree.tree_map(lambda t: t, StageOrder.of([0, 1], 2, 2)).order is None
+
+
+def test_stage_order_is_an_input_of_exported_programs():
+    class Network(torch.nn.Module):
+        def forward(self, x, order):
+            return order.restore(order.sort(x) * torch.tensor([1.0, 10.0, 10.0]))
+
+    program = torch.export.export(Network(), (torch.ones(3), StageOrder.of([1, 0, 1], 2, 3))).module()
+    for stage in ([1, 0, 1], [1, 1, 0]):
+        y = program(torch.ones(3), StageOrder.of(stage, 2, 3, explicit=True))
+        assert y.tolist() == [10.0 if i else 1.0 for i in stage]
+
+
+def test_stage_order_moves_with_a_batch():
+    """As data loaders, accelerate and FSDP2 move, detach and cast what they find in a batch."""
+    order = StageOrder.of([1, 0, 1], 2, 3)
+    for moved in (order.to("cpu", non_blocking=False), order.detach(), replace(order)):
+        assert moved.counts == order.counts
+        assert torch.equal(moved.order, order.order)
+        assert torch.equal(moved.inverse, order.inverse)
+    assert order.to("meta", non_blocking=False).inverse.is_meta
+    for sorted_order in (StageOrder.of([0, 1], 2, 2), StageOrder((1, 1), None, None)):
+        assert sorted_order.pin_memory() is sorted_order.detach() is sorted_order
+
+
+def test_stage_order_is_pinned_with_both_of_its_tensors(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    order = StageOrder.of([1, 0, 1], 2, 3)
+    assert order.pin_memory().counts == order.counts
+    assert [t is u for t, u in zip(pinned, (order.order, order.inverse), strict=True)] == [True, True]
+
+
+def test_stage_order_is_loaded_without_running_code():
+    file = io.BytesIO()
+    order = StageOrder.of([1, 0, 1], 2, 3)
+    torch.save(order, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=True)
+    assert (type(found), found.counts) == (StageOrder, order.counts)
+    assert torch.equal(found.order, order.order)

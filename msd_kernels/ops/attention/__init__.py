@@ -10,6 +10,7 @@ from msd_kernels.dispatch import allocate, autodiff
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
+from msd_kernels.dispatch import sharding as _sharding
 from msd_kernels.dispatch import tracing as _tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
@@ -87,11 +88,16 @@ def attention(
         ValueError: shapes, counts, heads, layout or devices that do not fit, with the stage named.
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Dense DTensors that are sharded along their samples stay so: every rank computes its own.
     """
     if isinstance(q, _tracing.Proxy):
         return _tracing.symbolic(attention, q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     if _tracing.is_traced(q):
         return _tracing.attention(_prepare, q, k, v, num_heads, scale, layout)
+    if _sharding.is_distributed(q):
+        settings = {"num_heads": num_heads, "scale": scale, "layout": layout}
+        return _sharding.on_shards(attention, {"q": q, "k": k, "v": v}, {}, **settings)
     tensors, call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     y, _ = _forward(*tensors, call)
     if isinstance(q, StageBatch):
@@ -143,6 +149,7 @@ def _prepare_packed(q, num_heads, layout):
     channels_last, planar = PACKED_ORDERS[layout]
     if isinstance(q, StageBatch):
         _checks.require_floating(OP, "q", q.values)
+        _checks.require_size(OP, "q", q)
         heads, head_dims = _split_channels(q.channels, num_heads, 3)
         tokens = q.height * q.width
         return (q.values, None, None), (q.counts, heads, head_dims, tokens, tokens), channels_last
@@ -159,6 +166,7 @@ def _prepare_packed(q, num_heads, layout):
 
 def _prepare_stage_batches(q, k, v, num_heads):
     _checks.require_floating(OP, "q", q.values)
+    _checks.require_size(OP, "q", q)
     if not isinstance(k, StageBatch):
         raise TypeError(f"{OP}: k must be a StageBatch as q is, got {type(k).__name__}")
     for name, batch in (("k", k), ("v", v)):
@@ -248,6 +256,12 @@ def _(q, k, v, layout):
     return allocate.attention_outputs(q, layout)
 
 
+@_forward.register_flops
+def _(layout):
+    """Scores, and their product with the values."""
+    return 2 * layout.product_flops
+
+
 @operator("attention_backward", _require_backward)
 def _backward(
     dy: Tensor,
@@ -268,6 +282,13 @@ def _backward(
 @_backward.register_fake
 def _(dy, q, k, v, y, log_sum, layout, wanted):
     return autodiff.present(allocate.gradients_like((q, k, v), wanted))
+
+
+@_backward.register_flops
+def _(layout, wanted):
+    """The scores again, the gradient of the softmax's result where q or k want one, and a product for each of them."""
+    want_q, want_k, want_v = (wanted[0],) * 3 if layout.packed else wanted
+    return layout.product_flops * (1 + (want_q or want_k) + want_q + want_k + want_v)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -13,6 +13,7 @@ from msd_kernels.dispatch import allocate, autodiff, stage_weights
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
+from msd_kernels.dispatch import sharding as _sharding
 from msd_kernels.dispatch import tracing as _tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
@@ -83,6 +84,8 @@ def group_norm(
         ValueError: shapes or devices that do not fit, with the stage named, or an unknown activation.
 
     Under autocast: float32 on CUDA, unchanged on the CPU, as ``torch.nn.functional.group_norm``.
+
+    A dense DTensor that is sharded along its samples stays so: every rank computes its own.
     """
     if isinstance(x, _tracing.Proxy):
         return _tracing.symbolic(
@@ -90,6 +93,10 @@ def group_norm(
         )
     if _tracing.is_traced(x):
         return _tracing.group_norm(_prepare, x, num_groups, weight, bias, eps, scale, shift, activation)
+    if _sharding.is_distributed(x):
+        samples, parameters = {"x": x, "scale": scale, "shift": shift}, {"weight": weight, "bias": bias}
+        settings = {"num_groups": num_groups, "eps": eps, "activation": activation}
+        return _sharding.on_shards(group_norm, samples, parameters, **settings)
     tensors, layout = _prepare(
         x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
     )
@@ -143,6 +150,7 @@ def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
 
 def _stage_layout(singles, weight, bias, batches, weight_shapes, bias_shapes, num_groups, eps, activation):
     x, *modulation = batches
+    _checks.require_size(OP, "x", x)
     for name, tensors, shapes in (("weight", weight, weight_shapes), ("bias", bias, bias_shapes)):
         if shapes is not None:
             _checks.require_shapes(OP, name, shapes, [(c,) for c in x.channels])

@@ -128,6 +128,7 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
 def _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample) -> Conv2dLayout:
     """Checks a call."""
     x, skip, sample_bias, residual = batches
+    _checks.require_size(OP, "x", x)
     _require_resample(x, resample)
     skip_channels = (0,) * x.num_stages
     if skip is not None:
@@ -238,6 +239,11 @@ def _(x, skip, sample_bias, residual, weight, bias, layout, scale):
     return x.new_empty(sum(layout.out_sizes))
 
 
+@_forward.register_flops
+def _(layout, scale):
+    return layout.flops
+
+
 @operator("grouped_conv2d_backward", _require_backward)
 def _backward(
     dy: Tensor,
@@ -256,6 +262,15 @@ def _backward(
 def _(dy, x, skip, weight, layout, wanted):
     sample_bias = x.new_empty(sum(layout.sample_sizes))
     return allocate.wanted_gradients((x, skip, sample_bias), weight, wanted)
+
+
+@_backward.register_flops
+def _(layout, wanted):
+    want_x, want_skip, _, *want_parameters = wanted
+    sources = ((want_x, layout.channels), (want_skip, layout.skip_channels))
+    flops = sum(sum(layout.source_flops(channels)) for flag, channels in sources if flag)
+    weights = zip(layout.source_flops(layout.in_channels), want_parameters, strict=False)
+    return flops + sum(product for product, flag in weights if flag)
 
 
 def _save_for_backward(ctx, inputs, output):

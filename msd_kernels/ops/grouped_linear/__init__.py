@@ -100,6 +100,7 @@ def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, L
 
 def _layout(values, weight, bias, batch: StageBatch, weight_shapes, bias_shapes) -> LinearLayout:
     """Checks a call."""
+    _checks.require_size(OP, "x", batch)
     _checks.require_shapes(OP, "weight", weight_shapes, [(None, c) for c in batch.channels])
     if bias_shapes is not None:
         _checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
@@ -162,6 +163,11 @@ def _(x, weight, bias, layout):
     return x.new_empty(sum(layout.out_sizes))
 
 
+@_forward.register_flops
+def _(layout):
+    return layout.flops
+
+
 @operator("grouped_linear_backward", _require_backward)
 def _backward(
     dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
@@ -174,6 +180,13 @@ def _backward(
 @_backward.register_fake
 def _(dy, x, weight, layout, wanted):
     return allocate.wanted_gradients((x,), weight, wanted)
+
+
+@_backward.register_flops
+def _(layout, wanted):
+    want_x, *want_parameters = wanted
+    weights = zip(layout.stage_flops, want_parameters, strict=False)
+    return want_x * layout.flops + sum(product for product, flag in weights if flag)
 
 
 def _save_for_backward(ctx, inputs, output):

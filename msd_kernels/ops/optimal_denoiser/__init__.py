@@ -318,6 +318,12 @@ def _(x, sigma, data, center, low, step):
     return allocate.optimal_denoiser_outputs(x)
 
 
+@_forward.register_flops
+def _(x, sigma, data, *_):
+    """Scores, and the mean of the data by them."""
+    return 2 * 2 * math.prod(x) * data[0]
+
+
 @operator("optimal_denoiser_backward", _require_backward)
 def _backward(
     dmean: Tensor,
@@ -340,6 +346,12 @@ def _backward(
 @_backward.register_fake
 def _(dmean, dlog_sum, x, sigma, data, center, mean, log_sum, low, step):
     return tuple(allocate.gradients_like((x, sigma), (True, True)))
+
+
+@_backward.register_flops
+def _(dmean, dlog_sum, x, sigma, data, *_):
+    """The scores again, their gradients, and the gradient of ``x`` from those."""
+    return 3 * 2 * math.prod(x) * data[0]
 
 
 def _require_values(x: Tensor, sigma: Tensor) -> None:

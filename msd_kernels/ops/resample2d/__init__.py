@@ -10,6 +10,7 @@ from torch import Tensor
 from msd_kernels.dispatch import arguments as _arguments
 from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch import checks as _checks
+from msd_kernels.dispatch import sharding as _sharding
 from msd_kernels.dispatch import tracing as _tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
@@ -74,11 +75,15 @@ def resample2d(
         ValueError: not ``[B, C, H, W]``, a wrong filter or factor, or an output without pixels.
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
+
+    A dense DTensor that is sharded along its samples stays so: every rank computes its own.
     """
     if isinstance(x, _tracing.Proxy):
         return _tracing.symbolic(resample2d, x, filter, up, down)
     if _tracing.is_traced(x):
         return _tracing.resample2d(_prepare, x, filter, up, down)
+    if _sharding.is_distributed(x):
+        return _sharding.on_shards(resample2d, {"x": x}, {}, filter=filter, up=up, down=down)
     values, layout = _prepare(x, filter, up, down)
     y = _forward(values, layout)
     if isinstance(x, StageBatch):
@@ -103,6 +108,7 @@ def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
         raise ValueError(f"{OP}: up and down must be 1 or 2 and not both 2, got up={up} and down={down}")
     if isinstance(x, StageBatch):
         _checks.require_floating(OP, "x", x.values)
+        _checks.require_size(OP, "x", x)
         flat, counts, channels, channels_last = x.values, x.counts, x.channels, True
         height, width = x.height, x.width
     else:
