@@ -29,7 +29,7 @@ SOURCES = sorted([*KERNELS.rglob("*.py"), *MODELS.rglob("*.py")])
 # listed stands on top.
 STOREYS = (
     {"_private", "containers", "layouts", "stage_batch"},
-    {"batch_invariance", "runtime"},
+    {"batch_invariance", "frozen", "runtime"},
     {"dispatch"},
     {"ops"},
 )
