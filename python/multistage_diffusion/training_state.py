@@ -79,17 +79,17 @@ class TrainingState:
     def _read_optimizer(self, path: Path, metadata: dict, highest_lr: float) -> dict[str, torch.Tensor]:
         saved, file = metadata["optimizer"], path / "optimizer.safetensors"
         (live,) = self.optimizer.param_groups
-        own, found = self._parameters, read_kinds(file)
-        flat, whole = _flat(own), _flat(own, _stages_together(self.network))  # as in earlier versions
+        own, found, together = self._parameters, read_kinds(file), _stages_together(self.network)
+        flat, whole = _vectors(own, together, joined=False), _vectors(own, together, joined=True)
         check_group(saved, live, (list(own), list(whole)), highest_lr, path / checkpoints.METADATA)
         (group,) = saved["param_groups"]
-        per_stage = flat if _are_flat(found, own) else own
+        per_stage = flat if _are_vectors(found, flat) else own
         known = per_stage if set(group["params"]) == set(own) else whole
         check_optimizer(found, optimizer_kinds(known.items(), self.optimizer), saved.get("state"), file)
         tensors = checkpoints.read_tensors(path, "optimizer")
         check_optimizer_values(tensors, metadata["step"], file)
         if known is whole:
-            tensors = _split(tensors, own, _stages_together(self.network))
+            tensors = _split(tensors, own, together)
         return tensors if known is own else _in_own_shapes(tensors, own)
 
     def load(self, tensors: dict[str, dict[str, torch.Tensor]], metadata: dict) -> None:
@@ -114,31 +114,28 @@ def _stages_together(network: nn.Module) -> dict[str, list[str]]:
     }
 
 
-def _flat(
-    parameters: dict[str, torch.Tensor], together: dict[str, list[str]] | None = None
+def _vectors(
+    parameters: dict[str, torch.Tensor], together: dict[str, list[str]], *, joined: bool
 ) -> dict[str, torch.Tensor]:
-    """What stands for the vectors of earlier versions, of their names and sizes; it takes no memory."""
-    groups = {name: prefix for prefix, names in (together or {}).items() for name in names}
-    sizes: dict[str, int] = {}
-    likes: dict[str, torch.Tensor] = {}
+    """What stands for the parameters of earlier versions, of their names and sizes; it takes no memory."""
+    groups = {name: prefix if joined else name for prefix, names in together.items() for name in names}
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
-        group = groups.get(name, name)
-        sizes[group] = sizes.get(group, 0) + parameter.numel()
-        likes[group] = parameter.detach().reshape(-1)[:1]
-    single = {name for name in parameters if together is not None and name not in groups}
-    return {
-        name: parameters[name] if name in single else like.expand(sizes[name]) for name, like in likes.items()
-    }
+        group = groups.get(name)
+        if group is None:
+            found[name] = parameter
+        else:
+            size = parameter.numel() + (found[group].numel() if group in found else 0)
+            found[group] = parameter.detach().reshape(-1)[:1].expand(size)
+    return found
 
 
-def _are_flat(found: dict[str, Kind], own: dict[str, torch.Tensor]) -> bool:
-    """Whether the state of parameters of several dimensions is one of vectors."""
-    shapes = [
-        kind.shape
-        for name, kind in found.items()
-        if kind.shape and (parameter := own.get(name.rpartition(".")[0])) is not None and parameter.dim() > 1
-    ]
-    return bool(shapes) and all(len(shape) == 1 for shape in shapes)
+def _are_vectors(found: dict[str, Kind], vectors: dict[str, torch.Tensor]) -> bool:
+    """Whether a state is that of these vectors, and not of parameters in their own shapes."""
+    shapes = {name.rpartition(".")[0]: kind.shape for name, kind in found.items() if kind.shape}
+    return all(
+        len(shape) == 1 for name, shape in shapes.items() if name in vectors and vectors[name].dim() == 1
+    )
 
 
 def _split(

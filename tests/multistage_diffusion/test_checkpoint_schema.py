@@ -255,6 +255,8 @@ def unet_trainer(directory, steps, **changes):
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """As earlier versions kept a stage's part of a weight: a vector, a convolution's channels innermost."""
+    if not tensor.dim():
+        return tensor
     return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
 
 

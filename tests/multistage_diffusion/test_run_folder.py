@@ -241,7 +241,7 @@ def test_numbers_that_could_not_be_resumed_are_not_saved(tmp_path, without_plots
         if place == "ema":
             trainer.ema.network.encoder.bias[0] = torch.nan
         else:
-            trainer.optimizer.state[next(iter(trainer.parameters))]["exp_avg_sq"][0] = torch.inf
+            trainer.optimizer.state[next(trainer.network.parameters())]["exp_avg_sq"][0] = torch.inf
         trainer.step = 2
         what = {"ema": r"1 of 8 averaged weights", "optimizer": r"1 of 24 tensors of the optimizer"}[place]
         with pytest.raises(RuntimeError, match=rf"{what} are not finite after step 2, first encoder"):
