@@ -470,7 +470,7 @@ def _add_weight_and_bias(
         # Channels last, the order in which random numbers have always been drawn.
         weight = torch.empty(o, *window, i).movedim(-1, 1)
         initialise(weight, i * taps, o * taps)
-        weights.append(weight.contiguous())
+        weights.append(weight.clone(memory_format=torch.contiguous_format))  # strides of sizes 1, too
     layer.hold("weight", weights)
     if bias:
         layer.hold("bias", [torch.zeros(o) for o in outs])
