@@ -74,7 +74,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"readme": Network, "edm": UNet}
 
 
 def filled(network: nn.Module, seed: int = 0) -> nn.Module:
-    """The network with random numbers in every parameter, biases and norms too: no two seeds have a tensor in common."""
+    """The network with random numbers in every parameter, biases and norms too: two seeds share no tensor."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -31,12 +31,11 @@ def test_names_are_the_keys_of_the_state_dict_and_every_tensor_is_its_own(make):
     parameters, tensors = dict(network.named_parameters()), network.state_dict()
     buffers = dict(network.named_buffers())
     assert [name for name in tensors if name not in buffers] == list(parameters)
-    assert all(parameter.is_contiguous() for parameter in parameters.values())
+    for name, parameter in parameters.items():
+        assert parameter.stride() == torch.empty(parameter.shape).stride(), name
     storages = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
     assert len(storages) == len(parameters)
-    assert all(
-        parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters.values()
-    )
+    assert all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters.values())
 
 
 def test_a_layers_weight_is_called_and_indexed_by_stage():

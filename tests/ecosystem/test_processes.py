@@ -13,7 +13,9 @@ import forks
 from ecosystem_networks import Network, copies, filled
 
 PROGRAM = "import ecosystem_ranks, sys; ecosystem_ranks.main(*sys.argv[1:])"
-CHECKS = (
+SCENARIOS = (
+    "readme",
+    "not_attached",
     "state_dict_on_one_rank",
     "sharded_state_dict",
     "memory_of_a_rank",
@@ -25,7 +27,6 @@ CHECKS = (
     "fsdp1",
     "save_sharded",
 )
-TRAINED = [name for name, _ in ecosystem_ranks.training() if name != "not attached"]
 # float32, whose sums run in another order; the weights are of the order of 1.
 AS_ALONE = 2e-5
 
@@ -43,18 +44,33 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict]:
-    return outcomes(2, folder, "training", *CHECKS)
+    return outcomes(2, folder, *SCENARIOS)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_several_processes_train_what_one_does(two, name):
-    for outcome in two:
+@pytest.fixture(scope="module")
+def two_of_edm(folder) -> list[dict]:
+    return outcomes(2, folder, "edm")
+
+
+def assert_as_alone(ranks: list[dict], name: str) -> None:
+    for outcome in ranks:
         assert isinstance(outcome[name], float), outcome[name]
         assert outcome[name] < AS_ALONE
 
 
+@pytest.mark.parametrize("name", ecosystem_ranks.training("readme"))
+def test_several_processes_train_what_one_does(two, name):
+    assert_as_alone(two, name)
+
+
+@pytest.mark.ecosystem
+@pytest.mark.parametrize("name", ecosystem_ranks.training("edm"))
+def test_several_processes_train_edms_network_as_one_does(two_of_edm, name):
+    assert_as_alone(two_of_edm, name)
+
+
 def test_an_optimizer_that_nothing_is_attached_to_moves_absent_decoders(two):
-    assert all(outcome["not attached"] > 100 * AS_ALONE for outcome in two)
+    assert all(outcome["not_attached"] > 100 * AS_ALONE for outcome in two)
 
 
 def test_state_dict_of_one_rank_waits_for_nobody(two):
@@ -104,14 +120,10 @@ def test_another_number_of_processes_loads_what_two_saved(two, folder, size):
 
 @pytest.mark.ecosystem
 def test_a_compiled_sharded_network_has_the_gradients_of_an_eager_one(folder):
-    for outcome in outcomes(2, folder, "compiled"):
-        assert isinstance(outcome["compiled"], float), outcome["compiled"]
-        assert outcome["compiled"] < AS_ALONE
+    assert_as_alone(outcomes(2, folder, "compiled"), "compiled")
 
 
 @pytest.mark.ecosystem
 def test_accelerate_trains_what_one_process_does(folder):
     pytest.importorskip("accelerate", reason="needs accelerate: make test-ecosystem installs it")
-    for outcome in outcomes(2, folder, "accelerated"):
-        assert isinstance(outcome["accelerated"], float), outcome["accelerated"]
-        assert outcome["accelerated"] < AS_ALONE
+    assert_as_alone(outcomes(2, folder, "readme", "accelerated"), "accelerated")
