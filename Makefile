@@ -33,7 +33,7 @@ test-full: install  ## what is too long for make test: published widths (10 GB o
 	$(BIN)/python -m pytest -m full
 
 test-ecosystem: $(VENV)/.ecosystem  ## with the tools that people train with: accelerate, peft, FSDP2, export and the like
-	$(BIN)/python -m pytest -m "not full" tests/ecosystem
+	$(BIN)/python -m pytest -m "not full" -n auto --maxprocesses 2 --dist loadfile tests/ecosystem
 
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json

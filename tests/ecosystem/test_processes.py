@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import ecosystem_ranks
 import forks
 from ecosystem_networks import Network, copies, filled
 
@@ -27,6 +26,8 @@ SCENARIOS = (
     "fsdp1",
     "save_sharded",
 )
+# Ways of sharing a network; what FSDP2 shards by itself, in all but the first.
+WAYS = {"readme": ["ddp", "root", "level", "layer"], "edm": ["ddp", "root", "level", "block", "layer"]}
 # float32, whose sums run in another order; the weights are of the order of 1.
 AS_ALONE = 2e-5
 
@@ -58,15 +59,15 @@ def assert_as_alone(ranks: list[dict], name: str) -> None:
         assert outcome[name] < AS_ALONE
 
 
-@pytest.mark.parametrize("name", ecosystem_ranks.training("readme"))
-def test_several_processes_train_what_one_does(two, name):
-    assert_as_alone(two, name)
+@pytest.mark.parametrize("way", WAYS["readme"])
+def test_several_processes_train_what_one_does(two, way):
+    assert_as_alone(two, f"readme {way}")
 
 
 @pytest.mark.ecosystem
-@pytest.mark.parametrize("name", ecosystem_ranks.training("edm"))
-def test_several_processes_train_edms_network_as_one_does(two_of_edm, name):
-    assert_as_alone(two_of_edm, name)
+@pytest.mark.parametrize("way", WAYS["edm"])
+def test_several_processes_train_edms_network_as_one_does(two_of_edm, way):
+    assert_as_alone(two_of_edm, f"edm {way}")
 
 
 def test_an_optimizer_that_nothing_is_attached_to_moves_absent_decoders(two):
@@ -104,6 +105,7 @@ def test_clipping_sees_all_shards(two):
     assert all(outcome["clipped_norm"] < 1e-5 for outcome in two)
 
 
+@pytest.mark.xfail(strict=True, reason="group_norm has no sharding strategy for DTensors yet")
 def test_a_batch_of_dtensors_stays_sharded(two):
     for outcome in two:
         theirs, ours = outcome["dtensors_of_a_batch"]
