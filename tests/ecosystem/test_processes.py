@@ -105,7 +105,6 @@ def test_clipping_sees_all_shards(two):
     assert all(outcome["clipped_norm"] < 1e-5 for outcome in two)
 
 
-@pytest.mark.xfail(strict=True, reason="group_norm has no sharding strategy for DTensors yet")
 def test_a_batch_of_dtensors_stays_sharded(two):
     for outcome in two:
         theirs, ours = outcome["dtensors_of_a_batch"]
