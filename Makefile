@@ -18,7 +18,7 @@ GPU_NUMPY ?= 2.5.*
 GPU_VENV ?= build/gpu-venv
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test test-full bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
+.PHONY: help demo test test-full test-ecosystem bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -31,6 +31,9 @@ test: install lint cuda-check  ## style, CUDA compilation where there is nvcc, a
 
 test-full: install  ## what is too long for make test: published widths (10 GB of memory), compiled networks, all GPUs
 	$(BIN)/python -m pytest -m full
+
+test-ecosystem: $(VENV)/.ecosystem  ## with the tools that people train with: accelerate, peft, FSDP2, export and the like
+	$(BIN)/python -m pytest -m "not full" -n auto --maxprocesses 2 --dist loadfile tests/ecosystem
 
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json
@@ -83,6 +86,13 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[test,triton]"
+	touch $@
+
+# Without the package itself, which is installed, and beside the PyTorch that is there: another would take gigabytes.
+extra = $$($(BIN)/python -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("msd-kernels") if r.endswith("\"$(1)\"")))')
+
+$(VENV)/.ecosystem: $(VENV)/.installed
+	$(BIN)/python -m pip install "$(TORCH)" $(call extra,ecosystem)
 	touch $@
 
 clean:  ## remove what was built, not the runs

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -55,11 +56,9 @@ def kept(weights: Sequence[Tensor], use: Any, make: Callable[[], Any]) -> Any:
     state = (_steps, *[(w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights])
     found = scope.get(key)
     if found is None or found[0] != state:
-        found = scope[key] = (
-            state,
-            tuple(weights),
-            make(),
-        )  # the weights, so that nothing else gets their identity
+        # With a weight goes what is made of it: some are made anew for every call, and identities are given again.
+        alive = tuple(ref(weight, lambda _: scope.pop(key, None)) for weight in weights)
+        found = scope[key] = (state, alive, make())
     return found[2]
 
 

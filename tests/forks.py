@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,29 @@ def run(code: str, *arguments: object, seconds: float = 120, **setting) -> Progr
     program = Program(code, *arguments, **setting)
     program.wait(seconds)
     return program
+
+
+def run_ranks(code: str, size: int, *arguments: object, seconds: float = 180, **setting) -> list[Program]:
+    """``size`` processes of one program, which meet over Gloo as those of ``torchrun`` do, each run to its end.
+
+    Raises:
+        AssertionError: one of them failed; the message holds what they wrote.
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    programs = []
+    for rank in range(size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        programs.append(Program(code, *arguments, environment={**common, **own}, **setting))
+    try:
+        ended = [program.wait(seconds) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    assert ended == [0] * size, "\n".join(program.stderr for program in programs)
+    return programs
 
 
 def _run(code: str, files: list[str], setting: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -120,6 +121,18 @@ def test_weights_of_inference_mode_are_kept_too(x, conversions):
         first = grouped_conv2d(x, weights).values
         assert torch.equal(grouped_conv2d(x, weights).values, first)
     assert len(conversions) == 2
+
+
+def test_what_is_made_of_passing_weights_goes_with_them(x):
+    """Weights that a parametrization or a quantised layer makes anew in every call do not pile up."""
+    with torch.no_grad(), frozen_weights():
+        weights = [torch.randn(c, c, 3, 3) for c in CHANNELS]
+        grouped_conv2d(x, weights)
+        alive = [weakref.ref(weight) for weight in weights]
+        assert len(frozen._kept.get()) == 2  # of the two stages that have samples
+        del weights
+        assert [weight() for weight in alive] == [None] * 3
+        assert frozen._kept.get() == {}
 
 
 def test_another_thread_has_a_scope_of_its_own(layer, x, conversions):

@@ -153,11 +153,7 @@ class StageConv2d(StageModule):
         residual: StageBatch | None = None,
         scale: float = 1.0,
     ) -> StageBatch:
-        resample = self.resample
-        if resample is not None and self.filter != BOX:
-            x = resample2d(x, self.filter, **{resample: 2})
-            resample = None
-        return grouped_conv2d(
+        return self.convolve(
             x,
             self.weights("weight", x.dtype),
             self.weights("bias", x.dtype),
@@ -165,8 +161,17 @@ class StageConv2d(StageModule):
             sample_bias=sample_bias,
             residual=residual,
             scale=scale,
-            resample=resample,
         )
+
+    def convolve(
+        self, x: StageBatch, weight: Sequence[Tensor], bias: Sequence[Tensor] | None = None, **others
+    ) -> StageBatch:
+        """What the layer does, with weights that are not its own; ``others`` as in ``forward``."""
+        resample = self.resample
+        if resample is not None and self.filter != BOX:
+            x = resample2d(x, self.filter, **{resample: 2})
+            resample = None
+        return grouped_conv2d(x, weight, bias, resample=resample, **others)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels} -> {self.out_channels}, kernel={self.kernel}, resample={self.resample}"
@@ -470,7 +475,7 @@ def _add_weight_and_bias(
         # Channels last, the order in which random numbers have always been drawn.
         weight = torch.empty(o, *window, i).movedim(-1, 1)
         initialise(weight, i * taps, o * taps)
-        weights.append(weight.contiguous())
+        weights.append(weight.clone(memory_format=torch.contiguous_format))  # strides of sizes 1, too
     layer.hold("weight", weights)
     if bias:
         layer.hold("bias", [torch.zeros(o) for o in outs])

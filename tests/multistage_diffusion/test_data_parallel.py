@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,31 +126,10 @@ processes.leave()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def run(calls: dict[str, tuple[str, dict]], size: int = 2) -> list[dict]:
     """What the scenarios return in every process."""
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(size),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = [
-        forks.Program(SCRIPT, json.dumps(calls), path=[HERE], environment={**common, "RANK": str(rank)})
-        for rank in range(size)
-    ]
-    try:
-        ended = [process.wait(180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert ended == [0] * size, "\n".join(process.stderr for process in processes)
-    return [json.loads(process.stdout) for process in processes]
+    programs = forks.run_ranks(SCRIPT, size, json.dumps(calls), path=[HERE])
+    return [json.loads(program.stdout) for program in programs]
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ class Projections:
     It depends on nothing else, so one launch can compute it for all blocks and stages: every layer's stages are stages
     of one grouped layer, and all layers see the same samples. Where ``fully_shard`` was applied to parts of a network,
     their weights exist only while those parts run: then each part projects for its own blocks, see :meth:`inside`.
+    What has taken the place of a layer, as an adapter does, is called like any module.
     """
 
     def __init__(self, emb: StageBatch) -> None:
@@ -95,7 +96,9 @@ class Projections:
 
 def _affines(module: nn.Module) -> Iterator[StageLinear]:
     if isinstance(module, ResidualBlock):
-        if not is_sharded(module.affine):
+        if (
+            type(module.affine) is StageLinear
+        ):  # no adapter in its place, and not sharded, which changes the class
             yield module.affine
         return
     for child in module.children():
@@ -280,22 +283,31 @@ class EncoderLevel(nn.Module):
         self,
         x: StageBatch,
         emb: Projections,
-        skips: list[StageBatch],
         *,
         pyramid: StageBatch | None = None,
         context: StageBatch | None = None,
-    ) -> tuple[StageBatch, StageBatch | None]:
-        """Appends each feature map that the decoder needs to ``skips``; returns the last one, and the pyramid."""
-        emb = emb.of(self)
+    ) -> tuple[list[StageBatch], StageBatch | None]:
+        """Returns each feature map that the decoder needs, the last of which goes on, and the pyramid."""
+        emb, features = emb.of(self), []
         if self.down is not None:
             x = self.down(x, emb, context=context)
             if self.input is not None:
                 x, pyramid = self.input(x, pyramid)
-            skips.append(x)
+            features.append(x)
         for block in self.blocks:
             x = block(x, emb, context=context)
-            skips.append(x)
-        return x, pyramid
+            features.append(x)
+        return features, pyramid
+
+
+def take_last(features: list[StageBatch], number: int) -> list[StageBatch]:
+    """Removes that many from the end of a list and returns them in its order.
+
+    Levels get what is theirs, not the list: what hooks into modules (accelerate) gives them a copy of it.
+    """
+    taken = features[len(features) - number :]
+    del features[len(features) - number :]
+    return taken
 
 
 class OutputHead(nn.Module):
@@ -337,15 +349,15 @@ class DecoderLevel(nn.Module):
         self,
         x: StageBatch,
         emb: Projections,
-        skips: list[StageBatch],
+        skips: Sequence[StageBatch],
         *,
         image: StageBatch | None = None,
         context: StageBatch | None = None,
     ) -> tuple[StageBatch, StageBatch | None]:
-        """Removes from ``skips`` what it uses; returns the features and the image so far."""
+        """Joins each of its blocks with one of ``skips``, last first; returns the features and the image so far."""
         emb = emb.of(self)
         for block in self.entry:
             x = block(x, emb, context=context)
-        for block in self.blocks:
-            x = block(x, emb, skip=skips.pop(), context=context)
+        for block, skip in zip(self.blocks, reversed(skips), strict=True):
+            x = block(x, emb, skip=skip, context=context)
         return x, image if self.head is None else self.head(x, image)

@@ -34,6 +34,7 @@ from multistage_diffusion.networks.blocks import (
     SkipInput,
     decoder_blocks,
     encoder_blocks,
+    take_last,
 )
 from multistage_diffusion.networks.embeddings import (
     EmbeddingMLP,
@@ -289,16 +290,15 @@ class EDMUNet(StageNetwork):
         encoder_counts = self.encoder_counts(counts)
         emb = self._embed(noise, encoder_counts, dtype, class_labels, augment_labels)
         pyramid = StageBatch.from_dense(x, encoder_counts)
-        h = self.conv(pyramid)
-        skips, projections = [h], Projections(emb).inside(self.enc)
+        skips, projections = [self.conv(pyramid)], Projections(emb).inside(self.enc)
         for level in self.enc.values():
-            h, pyramid = level(h, projections, skips, pyramid=pyramid)
-        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
-        projections = Projections(emb).inside(self.dec)
+            features, pyramid = level(skips[-1], projections, pyramid=pyramid)
+            skips += features
+        projections = Projections(self.to_decoders(counts, emb)).inside(self.dec)
         skips = [self.to_decoders(counts, skip) for skip in skips]
-        image = None
+        h, image = skips[-1], None
         for level in self.dec.values():
-            h, image = level(h, projections, skips, image=image)
+            h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image)
         return image.dense()
 
     def _embed(self, noise, counts, dtype, class_labels, augment_labels) -> StageBatch:

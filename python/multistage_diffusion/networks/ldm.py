@@ -31,6 +31,7 @@ from multistage_diffusion.networks.blocks import (
     ResidualBlock,
     decoder_blocks,
     encoder_blocks,
+    take_last,
 )
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding, label_batch
 from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
@@ -315,10 +316,12 @@ class LDMUNet(StageNetwork):
         if context is not None:
             tokens = StageBatch.from_dense(context.to(dtype).transpose(1, 2)[..., None], encoder_counts)
         emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype), extra)
-        h = self.conv(StageBatch.from_dense(x, encoder_counts))
-        skips, projections = [h], Projections(emb).inside(self.enc, self.middle)
+        skips = [self.conv(StageBatch.from_dense(x, encoder_counts))]
+        projections = Projections(emb).inside(self.enc, self.middle)
         for level in self.enc.values():
-            h, _ = level(h, projections, skips, context=tokens)
+            features, _ = level(skips[-1], projections, context=tokens)
+            skips += features
+        h = skips[-1]
         for block in self.middle:
             h = block(h, projections, context=tokens)
         h, emb, tokens = (self.to_decoders(counts, batch) for batch in (h, emb, tokens))
@@ -326,5 +329,5 @@ class LDMUNet(StageNetwork):
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():
-            h, image = level(h, projections, skips, image=image, context=tokens)
+            h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image, context=tokens)
         return image.dense()

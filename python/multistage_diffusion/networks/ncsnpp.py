@@ -30,6 +30,7 @@ from multistage_diffusion.networks.blocks import (
     ResidualInput,
     decoder_blocks,
     encoder_blocks,
+    take_last,
 )
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding
 from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
@@ -211,10 +212,11 @@ class NCSNpp(StageNetwork):
         encoder_counts = self.encoder_counts(counts)
         emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype))
         pyramid = StageBatch.from_dense(x if self.config["centered"] else 2 * x - 1, encoder_counts)
-        h = self.conv(pyramid)
-        skips, projections = [h], Projections(emb).inside(self.enc, self.middle)
+        skips, projections = [self.conv(pyramid)], Projections(emb).inside(self.enc, self.middle)
         for level in self.enc.values():
-            h, pyramid = level(h, projections, skips, pyramid=pyramid)
+            features, pyramid = level(skips[-1], projections, pyramid=pyramid)
+            skips += features
+        h = skips[-1]
         for block in self.middle:
             h = block(h, projections)
         h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
@@ -222,5 +224,5 @@ class NCSNpp(StageNetwork):
         skips = [self.to_decoders(counts, skip) for skip in skips]
         image = None
         for level in self.dec.values():
-            h, image = level(h, projections, skips, image=image)
+            h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image)
         return image.dense()
