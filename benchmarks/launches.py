@@ -200,7 +200,9 @@ def recorded(found: dict[Launch, None], architecture: int = ARCHITECTURE) -> Ite
         # Which keeps plans from asking for streams.
         replaced(torch.cuda, "is_current_stream_capturing", return_value=True),
         replaced(
-            plan_cache, "memory", lambda cells, _: (torch.empty(cells, dtype=torch.int64), addressof(_TABLE))
+            plan_cache,
+            "memory",
+            lambda cells, pinned: (torch.empty(cells, dtype=torch.int64), addressof(_TABLE)),
         ),
         # Group norm asks its tensors whether autocast is CUDA's.
         replaced(FakeTensor, "is_cuda", property(lambda tensor: True), create=True),

@@ -16,6 +16,8 @@ Plan = TypeVar("Plan")
 
 # Plans that one op may keep; a training run draws new counts at every step, so they come and go.
 MAX_PLANS = 4096
+# Plans for whose tables memory is allocated at once.
+SLOTS = 16
 
 # A captured graph reads its tables, and the memory that they were copied from, at every replay.
 _used_by_graphs: dict[int, object] = {}
@@ -67,6 +69,7 @@ class Tables:
                 cells += [row.get(field, 0) for row in rows] + [0] * unused
             totals.append(total)
         self._cells = len(cells)
+        self._slots: list[tuple[Tensor, int]] = []
         self._write = compiled([*cells, *totals, *numbers], self._cells)
 
     def at(self, counts: Sequence[int]) -> tuple[list[Table], tuple[int, ...]]:
@@ -76,16 +79,31 @@ class Tables:
         memory in each replay, as pinned memory may not be allocated while it is captured.
         """
         device = self._device
-        host, address = memory(self._cells, device)
+        host, address = self._slot()
         numbers = self._write(counts, address)
         values = host.to(device, non_blocking=True)
         parts = values.split_with_sizes(self._sizes) if len(self._sizes) > 1 else (values,)
         return [*map(Table, parts, self.problems, numbers, repeat(host))], numbers[len(parts) :]
 
+    def _slot(self) -> tuple[Tensor, int]:
+        """Where the cells are written before they are copied to the device, and its address.
 
-def memory(cells: int, device: torch.device) -> tuple[Tensor, int]:
-    """Where int64 cells are written before they are copied to the device, and its address."""
-    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        Several are allocated at once, which takes less time than one after the other.
+        """
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return memory(self._cells, pinned=False)
+        try:
+            return self._slots.pop()
+        except IndexError:
+            host, address = memory(SLOTS * self._cells, pinned=on_gpu)
+        addresses = range(address, address + host.nbytes, host.nbytes // SLOTS)
+        first, *self._slots = zip(host.split(self._cells), addresses, strict=True)
+        return first
+
+
+def memory(cells: int, pinned: bool) -> tuple[Tensor, int]:
+    """Memory of the host for int64 cells, and its address."""
     host = torch.empty(cells, dtype=torch.int64, pin_memory=pinned)
     return host, host.data_ptr()
 
@@ -103,16 +121,17 @@ def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callab
     of_counts: dict[tuple, Callable[[Sequence[int]], Plan]] = {}
     plans: dict[tuple, dict[int, Plan]] = {}
 
-    def make(layout, *others) -> Plan:
-        counts = layout.counts
-        place = layout._fields.index("counts")
+    def make(arguments: tuple) -> Plan:
+        layout = arguments[0]
+        counts, place = layout.counts, layout._fields.index("counts")
         present = tuple(map(bool, counts)) if 0 in counts else len(counts)
-        key = (present, layout[:place], layout[place + 1 :], others)
+        key = present, layout[:place], layout[place + 1 :], arguments[1:]
         found = of_counts.get(key)
         if found is None:
             if len(of_counts) >= MAX_PLANS:
                 of_counts.clear()
-            found = of_counts[key] = build(layout._replace(counts=Recording(counts).counts), *others)
+            formulas = layout._replace(counts=Recording(counts).counts)
+            found = of_counts[key] = build(formulas, *arguments[1:])
         return found(counts)
 
     @wraps(build)
@@ -120,7 +139,7 @@ def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callab
         device = arguments[-1]
         kept = plans.get(arguments)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            found = next(iter(kept.values())) if kept else make(*arguments)
+            found = next(iter(kept.values())) if kept else make(arguments)
             _used_by_graphs[id(found)] = found
             return found
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -130,7 +149,7 @@ def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callab
             kept = plans[arguments] = {}
         found = kept.get(stream)
         if found is None:
-            found = kept[stream] = make(*arguments)
+            found = kept[stream] = make(arguments)
         return found
 
     return plan
