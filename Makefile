@@ -16,7 +16,7 @@ GPU_TORCH ?= 2.11.0
 GPU_TRITON ?= 3.6.0
 GPU_NUMPY ?= 2.5.*
 GPU_VENV ?= build/gpu-venv
-SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES = $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
 .PHONY: help demo test test-full test-ecosystem bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 

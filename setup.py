@@ -7,7 +7,7 @@ MSD_KERNELS_CUDA: 0 (no CUDA kernels), 1 (fail without them) or auto (where ther
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -16,22 +16,22 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT / "build_support"))
 
 from toolchain import (  # noqa: E402
     BuildError,
     Compilation,
-    compile_changed,
     find_cxx,
     find_nvcc,
     gencode,
-    run,
+    run_ninja,
     select_architectures,
 )
 
@@ -49,6 +49,7 @@ CUDA_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 )
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+MISSING = "no {} at build time: install it and use --no-build-isolation"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # For the sources named *_<set>.cpp. GCC takes the undefined operands of its own AVX-512 intrinsics
@@ -77,18 +78,20 @@ def cuda_architectures() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return select_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES)
 
 
-def imported(module: str):
-    """A module that a target needs at build time."""
+def pybind11_include() -> str:
     try:
-        return importlib.import_module(module)
+        import pybind11
     except ImportError as error:
-        raise BuildError(
-            f"{module} cannot be imported at build time (install it and use --no-build-isolation): {error}"
-        ) from error
+        raise BuildError(MISSING.format("pybind11")) from error
+    return pybind11.get_include()
 
 
 def torch_folder() -> Path:
-    return Path(imported("torch").__file__).parent
+    """Where PyTorch is, without seconds of importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None:
+        raise BuildError(MISSING.format("torch"))
+    return Path(found.origin).parent
 
 
 def torch_libraries() -> tuple[str, ...]:
@@ -98,18 +101,6 @@ def torch_libraries() -> tuple[str, ...]:
 
 def isystem(*folders) -> tuple[str, ...]:
     return tuple(word for folder in folders for word in ("-isystem", str(folder)))
-
-
-def compile_sources(extension: Extension, command_for: Callable[[str], tuple[str, ...]]) -> list[str]:
-    """Compiles each source by ``command_for(source)`` where needed; returns the objects."""
-    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    folder = Path("build", "objects", tag, extension.name)
-    compilations = [
-        Compilation(Path(source), command_for(source), folder / f"{Path(source).name}.o")
-        for source in extension.sources
-    ]
-    compile_changed(compilations)
-    return [str(compilation.object) for compilation in compilations]
 
 
 class BuildKernels(build_ext):
@@ -171,7 +162,7 @@ class BuildKernels(build_ext):
         def command_for(source: str) -> tuple[str, ...]:
             return device_command if source.endswith(".cu") else host_command
 
-        self.link(extension, (nvcc,), compile_sources(extension, command_for), *torch_libraries())
+        self.build(extension, command_for, (nvcc,), torch_libraries())
 
     def build_cpu(self, extension: Extension):
         command = self.torch_command()
@@ -180,21 +171,20 @@ class BuildKernels(build_ext):
         def command_for(source: str) -> tuple[str, ...]:
             return (*command, *isas.get(Path(source).stem.rpartition("_")[2], ()))
 
-        self.link(extension, self.cxx(), compile_sources(extension, command_for), *torch_libraries())
+        self.build(extension, command_for, self.cxx(), torch_libraries())
 
     def build_host(self, extension: Extension):
-        includes = isystem(imported("pybind11").get_include(), sysconfig.get_path("include"))
+        includes = isystem(pybind11_include(), sysconfig.get_path("include"))
         cpu, cuda = self.report["cpu"]["built"], self.report["cuda"]["built"]
         facts = {
             "MSD_FLAGS": " ".join(self.cxx_flags()),
             "MSD_CPU_ISAS": " ".join(cpu_isas()) if cpu else "",
-            "MSD_TORCH_VERSION": imported("torch").__version__ if cpu else "",
+            "MSD_TORCH_VERSION": metadata.version("torch") if cpu else "",
             "MSD_CUDA_ARCHITECTURES": " ".join(cuda_architectures()[0]) if cuda else "",
         }
         defines = [f'-D{macro}="{value}"' for macro, value in facts.items()]
-        cxx = self.cxx()
-        command = (*cxx, *self.cxx_flags(), *includes, *defines)
-        self.link(extension, cxx, compile_sources(extension, lambda source: command))
+        command = (*self.cxx(), *self.cxx_flags(), *includes, *defines)
+        self.build(extension, lambda source: command, self.cxx())
 
     def cxx(self) -> tuple[str, ...]:
         return find_cxx(sysconfig.get_config_var("CXX"))
@@ -208,18 +198,27 @@ class BuildKernels(build_ext):
         includes = isystem(include, include / "torch" / "csrc" / "api" / "include")
         return (*self.cxx(), *self.cxx_flags(), *includes, f"-ffile-prefix-map={include}=.", STABLE_ABI)
 
-    def link(self, extension: Extension, linker: tuple[str, ...], objects: list[str], *libraries: str):
+    def build(
+        self, extension: Extension, command_for: Callable[[str], tuple[str, ...]], linker, libraries=()
+    ):
+        """Compiles each source by ``command_for(source)`` and links them, where needed."""
+        folder = Path(
+            "build", "objects", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}", extension.name
+        )
+        compilations = [
+            Compilation(Path(source), command_for(source), folder / f"{Path(source).name}.o")
+            for source in extension.sources
+        ]
         library = Path(self.get_ext_fullpath(extension.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
         flags = shlex.split(os.environ.get("LDFLAGS", ""))
-        run((*linker, "-shared", *objects, *libraries, *flags, "-o", str(library)))
+        run_ninja(folder, compilations, library, linker, (*libraries, *flags))
 
 
 def extension(name: str, *patterns: str, **options) -> Extension:
     """A target of the sources under csrc/ that match."""
     csrc = ROOT / "csrc"
     sources = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in csrc.glob(pattern))
-    shared = [csrc / "toolchain.py", *csrc.rglob("*.h"), *csrc.rglob("*.cuh")]
+    shared = [ROOT / "build_support" / "toolchain.py", *csrc.rglob("*.h"), *csrc.rglob("*.cuh")]
     depends = sorted(str(path.relative_to(ROOT)) for path in shared)
     return Extension(f"{PACKAGE}.{name}", sources, depends=depends, optional=True, **options)
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "", "python", "csrc")]
+sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "", "python", "build_support")]
 
 import torch  # noqa: E402
 from toolchain import find_nvcc  # noqa: E402

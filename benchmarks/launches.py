@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from ctypes import addressof, c_int64
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -28,11 +29,13 @@ from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch.backends import OpBackends
 from msd_kernels.dispatch.operator import NAMESPACE, Operator
 from msd_kernels.runtime import cuda as compiled_cuda
-from msd_kernels.runtime import launch
+from msd_kernels.runtime import launch, plan_cache
 
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132
 WARP_SIZE = 32
+# Where plans write their tables, which nobody reads.
+_TABLE = (c_int64 * 2**16)()
 _OPTIMAL_DENOISER = import_module("msd_kernels.ops.optimal_denoiser")
 
 
@@ -194,8 +197,13 @@ def recorded(found: dict[Launch, None], architecture: int = ARCHITECTURE) -> Ite
         replaced(torch.cuda, "get_device_capability", return_value=divmod(architecture, 10)),
         replaced(torch.cuda, "get_device_properties", return_value=properties),
         replaced(torch.cuda, "current_device", return_value=0),
-        # Which keeps the tables of the launches out of pinned memory.
+        # Which keeps plans from asking for streams.
         replaced(torch.cuda, "is_current_stream_capturing", return_value=True),
+        replaced(
+            plan_cache,
+            "memory",
+            lambda cells, pinned: (torch.empty(cells, dtype=torch.int64), addressof(_TABLE)),
+        ),
         # Group norm asks its tensors whether autocast is CUDA's.
         replaced(FakeTensor, "is_cuda", property(lambda tensor: True), create=True),
     ]

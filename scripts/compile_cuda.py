@@ -11,19 +11,20 @@ import argparse
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "csrc"))
+FOLDER = ROOT / "build" / "cuda-check"
+sys.path.insert(0, str(ROOT / "build_support"))
 
-from toolchain import BuildError, cuda_sources, find_nvcc, gencode, max_jobs, run  # noqa: E402
+from toolchain import BuildError, Compilation, cuda_sources, find_nvcc, gencode, run_ninja  # noqa: E402
 
 ARCHITECTURES = ("8.0", "9.0a", "10.0")
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings")
+# Runs a command whose output goes to the file named first, and is shown if it fails.
+LOGGED = ("sh", "-c", '"$@" > "$0" 2>&1 || { cat "$0"; exit 1; }')
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,16 @@ def demangle(name: str) -> str:
     return re.sub(r"\(.*", "", plain).removeprefix("void ")
 
 
-def compile_source(nvcc: str, source: Path, architecture: str, folder: Path) -> list[Kernel]:
-    target = folder / f"{source.stem}-{architecture}.o"
-    output = run((nvcc, *FLAGS, *gencode([architecture]), "-c", str(source), "-o", str(target)))
-    return parse_ptxas(source.name, output)
+def compile_sources(nvcc: str, sources: Sequence[Path]) -> list[Kernel]:
+    """The kernels of all sources for all architectures; only what has changed since the last time is compiled."""
+    compilations = [
+        Compilation(source, (*LOGGED, f"{target}.log", nvcc, *FLAGS, *gencode([number])), target)
+        for source in sources
+        for number in ARCHITECTURES
+        for target in [FOLDER / f"{source.stem}-{number}.o"]
+    ]
+    run_ninja(FOLDER, compilations)
+    return [k for c in compilations for k in parse_ptxas(c.source.name, Path(f"{c.object}.log").read_text())]
 
 
 def print_table(kernels: list[Kernel]):
@@ -102,11 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(arguments)
-    try:
-        jobs_at_a_time = max_jobs()
-    except BuildError as error:
-        print(error)
-        return 1
     sources = cuda_sources(ROOT)
     if not sources:
         print("no CUDA sources")
@@ -115,20 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nvcc is None:
         print("no nvcc found: CUDA sources not compiled")
         return 0
-    kernels, failures = [], []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs_at_a_time) as pool:
-        jobs = {
-            (source.name, architecture): pool.submit(compile_source, nvcc, source, architecture, Path(folder))
-            for source in sources
-            for architecture in ARCHITECTURES
-        }
-        for (source, architecture), job in jobs.items():
-            try:
-                kernels += job.result()
-            except BuildError as error:
-                failures.append(f"{source} for {architecture}: {error}")
+    try:
+        kernels = compile_sources(nvcc, sources)
+    except BuildError as error:
+        print(error)
+        return 1
     print_table(kernels)
-    failures += [
+    failures = [
         f"{k.source} for sm_{k.architecture}: {k.name} spills {k.spills} bytes, keeps {k.stack} bytes on the stack"
         for k in kernels
         if k.spills or k.stack

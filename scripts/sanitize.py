@@ -15,11 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "sanitize"
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT / "build_support"))
 
 from toolchain import BuildError, find_cxx  # noqa: E402
 
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "msd_kernels", "python", "tests")
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (*FILES, "build_support", "csrc", "msd_kernels", "python", "tests")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 # After -O3, which is setup.py's: -O1 keeps the accesses that a report names apart.
 CXXFLAGS = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS}"

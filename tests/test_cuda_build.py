@@ -119,6 +119,6 @@ def test_cuda_check_reads_the_compilers_report_and_fails_on_spills(stack, spille
     ]
     monkeypatch.setattr(compile_cuda, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(compile_cuda, "cuda_sources", lambda root: [Path("a.cu")])
-    monkeypatch.setattr(compile_cuda, "compile_source", lambda *_: kernels)
+    monkeypatch.setattr(compile_cuda, "compile_sources", lambda *_: kernels)
     assert compile_cuda.main([]) == (1 if stack else 0)
     assert ("keeps" in capsys.readouterr().out) == bool(stack)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.py").is_file():
     pytest.skip("the sources are not part of an install", allow_module_level=True)
-sys.path.append(str(ROOT / "csrc"))
+sys.path.append(str(ROOT / "build_support"))
 
 import toolchain  # noqa: E402
-from toolchain import BuildError  # noqa: E402
+from toolchain import BuildError, Compilation, run_ninja  # noqa: E402
 
-# Makes the file behind -o and, behind -MF, a list of no dependencies; writes down its arguments.
+# Makes the file behind -o and, behind -MF, a list of one dependency; writes down its arguments.
 COMPILER = """#!/bin/sh
 echo "$0 $@" >> {log}
 while [ $# -gt 0 ]; do
-    case "$1" in -o) touch "$2"; shift;; -MF) echo "x:" > "$2"; shift;; esac
+    case "$1" in -o) touch "$2"; shift;; -MF) echo "x: $(ls header.h 2>&-)" > "$2"; shift;; esac
     shift
 done
 """
@@ -90,16 +91,78 @@ def test_an_empty_compiler_is_no_compiler(text, monkeypatch):
     assert toolchain.find_cxx("sh") == ("ccache", "g++")
 
 
+def write_compiler(path: Path, log: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(COMPILER.format(log=log))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Builds a library of two sources, whose names a shell would take apart; gives what was compiled and linked."""
+    folder, log = tmp_path / "a b$c:d", tmp_path / "calls"
+    monkeypatch.chdir(tmp_path)
+    write_compiler(folder / "c++", log)
+    for name in ("one.cpp", "two.cpp", "header.h"):
+        (tmp_path / name).touch()
+
+    def build(**flags: str) -> list[str]:
+        log.write_text("")
+        compilations = [
+            Compilation(
+                Path(f"{name}.cpp"), (str(folder / "c++"), flags.get(name, "-O2")), folder / f"{name}.o"
+            )
+            for name in ("one", "two")
+        ]
+        run_ninja(folder, compilations, folder / "both.so", (str(folder / "c++"),))
+        return sorted(Path(call).name for call in log.read_text().splitlines())
+
+    return build
+
+
+def test_only_what_changed_is_compiled(library, tmp_path):
+    assert library() == ["both.so", "one.o", "two.o"]
+    assert library() == []
+    assert library(two='-DNAME="$HOME; exit 1"') == ["both.so", "two.o"]
+    assert library(two='-DNAME="$HOME; exit 1"') == []
+    later = time.time() + 1
+    os.utime(tmp_path / "header.h", (later, later))
+    assert library(two='-DNAME="$HOME; exit 1"') == ["both.so", "one.o", "two.o"]
+
+
+def test_a_compiler_that_fails_is_named_with_its_first_error(library, tmp_path, capfd):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho warning: old >&2\necho 'one.cpp:1: error: wrong' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    failing = Compilation(tmp_path / "one.cpp", (str(compiler), "-Werror"), tmp_path / "one.o")
+    with pytest.raises(BuildError, match=rf"^{compiler} failed: one\.cpp:1: error: wrong$"):
+        run_ninja(tmp_path, [failing])
+    assert "warning: old" in capfd.readouterr().out
+    with pytest.raises(BuildError, match=r"^none failed: .*not found"):
+        run_ninja(tmp_path, [failing._replace(command=("none",))])
+    with pytest.raises(BuildError, match=r"^ninja failed: .*missing\.cpp"):
+        run_ninja(tmp_path, [failing._replace(source=tmp_path / "missing.cpp")])
+
+
+def test_ninja_is_that_of_the_environment_else_of_the_path(tmp_path, monkeypatch):
+    wheel = pytest.importorskip("ninja")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Path(toolchain.find_ninja()).parent == Path(wheel.BIN_DIR)
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(BuildError, match="no ninja found: pip install ninja"):
+        toolchain.find_ninja()
+    write_compiler(tmp_path / "ninja", tmp_path / "calls")
+    assert toolchain.find_ninja() == str(tmp_path / "ninja")
+
+
 @pytest.fixture
 def build(tmp_path):
     """Builds a copy of the sources with compilers that only pretend; gives the report and their calls."""
     copy, log = tmp_path / "copy", tmp_path / "calls"
-    for compiler in (tmp_path / "bin" / "g++", tmp_path / "bin" / "nvcc"):
-        compiler.parent.mkdir(exist_ok=True)
-        compiler.write_text(COMPILER.format(log=log))
-        compiler.chmod(0o755)
+    for compiler in ("g++", "nvcc"):
+        write_compiler(tmp_path / "bin" / compiler, log)
     copy.mkdir()
-    for name in ("csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("build_support", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
     (copy / "msd_kernels").mkdir()

@@ -25,7 +25,7 @@ LIBRARY = "msd_kernels_cuda_emulated"  # the build gives the registered library 
 
 _device_numbers = itertools.count()
 
-sys.path.append(str(SOURCES))  # for toolchain.py
+sys.path.append(str(REPOSITORY / "build_support"))
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def missing() -> str:
     """Why the kernels cannot be built here, or an empty string."""
     if not (SOURCES / "cuda").is_dir():
         return "the CUDA sources are not part of an install"
-    from toolchain import BuildError, find_cxx
+    from toolchain import BuildError, find_cxx, find_ninja
 
     try:
-        find_cxx(None)
+        find_cxx(None), find_ninja()
     except BuildError as error:
         return str(error)
     return ""
@@ -88,13 +88,14 @@ def build(folder: Path) -> Path:
 
 
 def _build(folder: Path) -> Path:
-    from toolchain import Compilation, compile_changed, find_cxx, run
+    from toolchain import Compilation, find_cxx, run_ninja
 
     torch_folder = Path(torch.__file__).parent
     includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
     # Addresses that a GPU would refuse.
     checks = ("-fsanitize=alignment", "-fno-sanitize-recover=all")
-    cxx = (*find_cxx(None), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}")
+    compiler = find_cxx(None)
+    cxx = (*compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}")
     cxx = (*cxx, "-include", str(HERE / "ptx.cuh"), "-Wno-unknown-pragmas")
     for_torch = (
         *(f"-isystem{include}" for include in includes),
@@ -108,12 +109,9 @@ def _build(folder: Path) -> Path:
     compilations = [
         Compilation(path, command, folder / f"{path.name}.o") for path, command in commands.items()
     ]
-    compile_changed(compilations)
     library = folder / "libcuda_emulator.so"
-    objects = [compilation.object for compilation in compilations]
-    link = (*cxx[:1], "-shared", *checks, *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
-    if not library.exists() or any(o.stat().st_mtime_ns > library.stat().st_mtime_ns for o in objects):
-        run((*link, "-o", str(library)))
+    torch_library = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+    run_ninja(folder, compilations, library, (*compiler, *checks), torch_library)
     return library
 
 

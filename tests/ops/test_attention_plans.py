@@ -27,7 +27,7 @@ def make(layout: AttentionLayout, which: str = "forward") -> plans.Plan:
 
 def rows(plan: plans.Plan) -> list[dict[str, int]]:
     """The problems of a table by field name, without the unused ones."""
-    columns = plan.table.values.t().tolist()
+    columns = plan.table.values.view(len(FIELDS), -1).t().tolist()
     return [dict(zip(FIELDS, c, strict=True)) for c in columns if c[0] < plan.table.tiles]
 
 

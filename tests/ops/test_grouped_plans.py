@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,23 +17,49 @@ from msd_kernels.ops.grouped_conv2d import plan as problems
 from msd_kernels.ops.grouped_conv2d import triton
 from msd_kernels.ops.grouped_conv2d.plan import PRODUCT_FIELDS, SUM_FIELDS, WGRAD_FIELDS
 from msd_kernels.ops.grouped_linear import triton as linear
-from msd_kernels.runtime import launch, plan_cache, tuned
+from msd_kernels.runtime import formulas, launch, plan_cache, tuned
+from msd_kernels.runtime.formulas import Recording
 
 CPU = torch.device("cpu")
 PRODUCT = tuned.product(90, "half")
 WGRAD = tuned.wgrad(90, "half")
 EDM = Conv2dLayout((60, 0, 3), (384, 256, 32), (256, 256, 256), (384, 256, 32), 32, 32, 3, "none")
-HOT_PATH = (triton, linear, problems, plan_cache, launch)
+HOT_PATH = (triton, linear, problems, formulas, plan_cache, launch)
 
 
 def rows(table: plan_cache.Table, fields) -> list[dict[str, int]]:
     """The problems of a table by field name, without the unused ones."""
-    columns = table.values.t().tolist()
+    columns = table.values.view(len(fields), -1).t().tolist()
     return [dict(zip(fields, c, strict=True)) for c in columns if c[0] < table.tiles]
 
 
+def with_formulas(layout: Conv2dLayout) -> Conv2dLayout:
+    return layout._replace(counts=Recording(layout.counts).counts)
+
+
+def product_plan(plans: problems.ProductPlans, layout: Conv2dLayout) -> SimpleNamespace:
+    """The plan that serves a layout's counts, with its table."""
+    plan = plans.plan(plans.choose(layout.counts))
+    (table,), _ = plan.tables.at(layout.counts)
+    return SimpleNamespace(table=table, wide=plan.wide, narrow=plan.narrow, warps=plan.warps)
+
+
+def forward_plan(layout: Conv2dLayout, parameters: tuned.ProductParameters = PRODUCT) -> SimpleNamespace:
+    return product_plan(problems.forward_plans(with_formulas(layout), parameters, CPU), layout)
+
+
+def dgrad_plan(layout: Conv2dLayout, wanted: tuple[bool, bool]) -> SimpleNamespace:
+    return product_plan(problems.dgrad_plans(with_formulas(layout), wanted, PRODUCT, CPU), layout)
+
+
+def wgrad_plan(layout: Conv2dLayout, wanted: tuple[bool, bool, bool]) -> SimpleNamespace:
+    plan = problems.wgrad_plan(with_formulas(layout), wanted, WGRAD, CPU)
+    (partials, sums), (workspace,) = plan.tables.at(layout.counts)
+    return SimpleNamespace(partials=partials, sums=sums, workspace=workspace)
+
+
 def test_forward_has_one_problem_per_stage_with_samples():
-    plan = problems.forward_plan(EDM, PRODUCT, CPU)
+    plan = forward_plan(EDM)
     wide, narrow = rows(plan.table, PRODUCT_FIELDS)
     assert (wide["rows"], wide["columns"], wide["narrow"]) == (60 * 1024, 384, 0)
     assert (narrow["rows"], narrow["columns"], narrow["narrow"]) == (3 * 1024, 32, 1)
@@ -41,7 +68,7 @@ def test_forward_has_one_problem_per_stage_with_samples():
 
 
 def test_forward_covers_every_tile_once():
-    plan = problems.forward_plan(EDM, PRODUCT, CPU)
+    plan = forward_plan(EDM)
     _, narrow = rows(plan.table, PRODUCT_FIELDS)
     assert narrow["first_tile"] == 60 * 1024 // plan.wide.m * (384 // plan.wide.n)
     assert plan.table.tiles == narrow["first_tile"] + 3 * 1024 // plan.narrow.m
@@ -49,12 +76,12 @@ def test_forward_covers_every_tile_once():
 
 def test_longest_tiles_come_first():
     layout = EDM._replace(counts=(1, 2, 3), channels=(64, 256, 128), out_channels=(64, 64, 64))
-    plan = problems.forward_plan(layout, PRODUCT, CPU)
+    plan = forward_plan(layout)
     assert [p["channels"] for p in rows(plan.table, PRODUCT_FIELDS)] == [256, 128, 64]
 
 
 def test_dgrad_serves_both_sources_in_one_table():
-    plan = problems.dgrad_plan(EDM, (True, True), PRODUCT, CPU)
+    plan = dgrad_plan(EDM, (True, True))
     found = rows(plan.table, PRODUCT_FIELDS)
     assert sorted((p["target"], p["columns"]) for p in found) == [(0, 32), (0, 384), (1, 256), (1, 256)]
     first_of_x = next(p["weight"] for p in found if p["columns"] == 32)
@@ -67,24 +94,24 @@ def test_tables_grow_with_stages_alone(stages):
         Conv2dLayout((n,) * stages, (64,) * stages, (0,) * stages, (64,) * stages, 8, 8, 3, "none")
         for n in (1, 999)
     )
-    shapes = {problems.forward_plan(layout, PRODUCT, CPU).table.values.shape for layout in (few, many)}
-    assert shapes == {(len(PRODUCT_FIELDS), max(4, stages if stages == 64 else 4))}
+    sizes = {forward_plan(layout).table.values.shape for layout in (few, many)}
+    assert sizes == {(len(PRODUCT_FIELDS) * max(4, stages if stages == 64 else 4),)}
 
 
 def test_offsets_are_64_bit():
     layout = Conv2dLayout((40_000, 8), (64, 64), (0, 0), (64, 64), 32, 32, 1, "none")
-    last = rows(problems.forward_plan(layout, PRODUCT, CPU).table, PRODUCT_FIELDS)[-1]
+    last = rows(forward_plan(layout).table, PRODUCT_FIELDS)[-1]
     assert last["result"] == 40_000 * 1024 * 64 > 2**31
 
 
 def test_wgrad_writes_zeros_for_an_empty_stage():
-    plan = problems.wgrad_plan(EDM, (True, True, False), WGRAD, CPU)
+    plan = wgrad_plan(EDM, (True, True, False))
     empty = [p for p in rows(plan.sums, SUM_FIELDS) if p["terms"] == 0]
     assert sorted((p["target"], p["size"]) for p in empty) == [(0, 9 * 256 * 512), (1, 256)]
 
 
 def test_wgrad_partial_sums_fill_the_workspace_without_overlap():
-    plan = problems.wgrad_plan(EDM, (True, True, True), WGRAD, CPU)
+    plan = wgrad_plan(EDM, (True, True, True))
     spans = sorted(
         (p["partial"], p["terms"] * p["stride"] if p["stride"] else p["size"])
         for p in rows(plan.sums, SUM_FIELDS)
@@ -96,8 +123,8 @@ def test_wgrad_partial_sums_fill_the_workspace_without_overlap():
 
 
 def test_wgrad_cuts_long_sums_into_many_tiles():
-    small = problems.wgrad_plan(EDM, (True, False, False), WGRAD, CPU)
-    large = problems.wgrad_plan(EDM._replace(counts=(600, 0, 30)), (True, False, False), WGRAD, CPU)
+    small = wgrad_plan(EDM, (True, False, False))
+    large = wgrad_plan(EDM._replace(counts=(600, 0, 30)), (True, False, False))
     assert large.partials.tiles >= problems.WGRAD_TILES * 0.9
     assert {p["chunk"] % WGRAD.wide.k for p in rows(large.partials, WGRAD_FIELDS)} == {0}
     assert small.partials.tiles > 0
@@ -115,7 +142,11 @@ def test_plans_are_cached_per_shapes():
 def test_biases_of_single_samples_take_no_large_tile(monkeypatch):
     monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
     layout = EDM._replace(counts=(3, 2, 1))
-    sides = [planned(layout, biased_samples=biased).options["WIDE_M"] for biased in (False, True)]
+    build = triton._plan_forward.__wrapped__
+    sides = [
+        build(with_formulas(layout), "half", 2, biased, PRODUCT, CPU)(layout.counts).options["WIDE_M"]
+        for biased in (False, True)
+    ]
     assert sides == [PRODUCT.large.m, PRODUCT.wide.m]
 
 
@@ -136,9 +167,7 @@ def test_vector_needs_every_channel_count_divisible():
 
 
 def test_few_rows_take_the_short_tile():
-    plan = problems.forward_plan(
-        Conv2dLayout((5, 3), (512, 512), (0, 0), (384, 32), 1, 1, 1, "none"), PRODUCT, CPU
-    )
+    plan = forward_plan(Conv2dLayout((5, 3), (512, 512), (0, 0), (384, 32), 1, 1, 1, "none"))
     assert (plan.wide.m, plan.narrow, plan.warps) == (PRODUCT.short.m, None, PRODUCT.short_warps)
 
 
@@ -167,7 +196,7 @@ def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large,
     """``rows`` are those of wide tiles."""
     monkeypatch.setattr(problems, "multiprocessors", lambda _: multiprocessors)
     layout = Conv2dLayout((rows,), (64,), (0,), (128,), PRODUCT.wide.m, 1, 3, "none")
-    plan = problems.forward_plan(layout, PRODUCT, CPU)
+    plan = forward_plan(layout)
     assert (plan.wide.m, plan.wide.n) == ((256, 128) if large else (128, 128))
 
 
@@ -175,7 +204,7 @@ def test_large_tiles_serve_where_they_fill_the_gpu(multiprocessors, rows, large,
 def test_resampled_launches_take_no_large_tile(kernel, resample, monkeypatch):
     monkeypatch.setattr(problems, "multiprocessors", lambda _: 1)
     layout = Conv2dLayout((99,), (64,), (0,), (128,), 16, 16, kernel, resample)
-    assert problems.forward_plan(layout, PRODUCT, CPU).wide.m == 128
+    assert forward_plan(layout).wide.m == 128
 
 
 @pytest.mark.parametrize(("unknown", "taken"), [(86, 80), (89, 80), (103, 100), (120, 80), (75, 80)])

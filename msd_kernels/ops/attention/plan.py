@@ -9,13 +9,14 @@ shapes; it needs no Triton.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from msd_kernels.layouts import AttentionLayout
-from msd_kernels.runtime.plan_cache import Table, cached_plan, make_table
+from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 from msd_kernels.runtime.tuned import AttentionParameters, RowTile, StreamTile
 
 # Columns of the tables; the kernels take their field numbers from here. A `_step` is the distance between tokens, or
@@ -125,8 +126,7 @@ def _distances(order: str, heads: int, head_dim: int, tokens: int) -> dict[str, 
     return dict(zip(reversed(order), strides, strict=False))
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One launch.
 
     Attributes:
@@ -150,7 +150,7 @@ def plan(
     arithmetic: str,
     itemsize: int,
     device: torch.device,
-) -> Plan:
+) -> Callable[[Sequence[int]], Plan]:
     """The launch ``which``: ``"forward"``, ``"dq"`` or ``"dkv"``; the last one's tiles are of context tokens."""
     own, other = layout.tokens, layout.context
     if which == "dkv":
@@ -171,9 +171,9 @@ def plan(
         row["blocks"] = _ceil(own, row.pop("own"))
         problems.append({**row, "tiles": layout.counts[stage] * row["heads"] * row["blocks"]})
     problems.sort(key=lambda p: -p["head_dim"])
-    table = make_table(problems, FIELDS, device)
-    constants |= order_constants(layout, arithmetic, itemsize) | {"PROBLEMS": table.problems}
-    return Plan(table, streams, constants, warps)
+    tables = Tables(device, (problems, FIELDS))
+    constants |= order_constants(layout, arithmetic, itemsize) | {"PROBLEMS": tables.problems[0]}
+    return lambda counts: Plan(tables.at(counts)[0][0], streams, constants, warps)
 
 
 def order_constants(layout: AttentionLayout, arithmetic: str, itemsize: int) -> dict[str, object]:

@@ -6,11 +6,11 @@ The kernels are imported with the first call, so that this module needs no Trito
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from msd_kernels.dispatch import allocate
 from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.runtime.launch import cannot_run, launch
-from msd_kernels.runtime.plan_cache import Table, cached_plan, make_table
+from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
 FIELDS = (
     "first_tile",  # programs of the stages before this one
@@ -39,8 +39,7 @@ VECTOR = 8  # channels of a 16-byte load in 16 bits
 WARPS = 8
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What the launches need besides the data.
 
     Attributes:
@@ -67,14 +66,15 @@ def slower(*, device_type: str, **_) -> str | None:
 
 
 @cached_plan
-def plan(layout: GroupNormLayout, device: torch.device) -> Plan:
-    """The tables of one layout's sizes, made once."""
+def plan(layout: GroupNormLayout, device: torch.device) -> Callable[[Sequence[int]], Plan]:
+    """The tables of one layout's sizes."""
     stages = _stages(layout)
     constants = tile_constants(layout)
     columns = constants["BC"]
     per_sample = [{**s, "tiles": s["samples"] * -(-s["groups"] // s["groups_per_block"])} for s in stages]
     per_channel = [{**s, "tiles": -(-s["channels"] // columns)} for s in stages]
-    return Plan(make_table(per_sample, FIELDS, device), make_table(per_channel, FIELDS, device), constants)
+    tables = Tables(device, (per_sample, FIELDS), (per_channel, FIELDS))
+    return lambda counts: Plan(*tables.at(counts)[0], constants)
 
 
 def tile_constants(layout: GroupNormLayout) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 One launch walks a list of tiles that is never written down: every row (a *problem*) owns a run of consecutive tile
 numbers, rows with the longest tiles come first, and a program finds the row of its tile by comparing the tile with all
-first tiles at once. So a plan holds one row per stage, whatever the batch size, costs the host some microseconds, and
-reaches the device in one asynchronous copy from pinned memory (:mod:`msd_kernels.runtime.plan_cache`). Stages without
-samples have no row. Everything here is arithmetic on shapes; it needs no Triton.
+first tiles at once. So a plan holds one row per stage, whatever the batch size, and reaches the device in one
+asynchronous copy from pinned memory. Stages without samples have no row. Everything here is arithmetic on shapes, which
+needs no Triton and is done once for all counts (:mod:`msd_kernels.runtime.plan_cache`): those of the layouts here are
+formulas.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from operator import truediv
 
 import torch
 
 from msd_kernels.layouts import MEAN, SAME, SUM, Conv2dLayout, starts
+from msd_kernels.runtime.formulas import compiled, maximum, minimum
 from msd_kernels.runtime.launch import multiprocessors
-from msd_kernels.runtime.plan_cache import Table, make_table
+from msd_kernels.runtime.plan_cache import Tables
 from msd_kernels.runtime.tuned import Launch, ProductParameters, Tile, WgradParameters
 
 # Columns of the tables. The kernels take their field numbers from here.
@@ -87,23 +90,78 @@ NO_TILE = Tile(0, 0, 0, 0)
 class ProductPlan:
     """A launch of the forward or of the input gradients: its table, and the tiles that its kernel is compiled for."""
 
-    table: Table
+    tables: Tables
     wide: Tile | None
     narrow: Tile | None
     warps: int
     programs_per_multiprocessor: int
 
 
+class ProductPlans:
+    """The launches that serve some counts of a layout each.
+
+    Args:
+        problems: without what depends on the launch.
+        pixels: rows per sample.
+    """
+
+    def __init__(
+        self,
+        problems: list[dict],
+        pixels: int,
+        parameters: ProductParameters,
+        modes: dict[str, int],
+        device: torch.device,
+    ) -> None:
+        self._problems, self._pixels, self._device = problems, pixels, device
+        self._short_rows = parameters.short.m
+        depth = max((c for p in problems for c in (p["channels"], p.get("skip_channels", 0))), default=1)
+        short, longer = (
+            parameters.launches(rows, depth, is_pooled(modes), is_resampled(modes))
+            for rows in (self._short_rows, self._short_rows + 1)
+        )
+        self._launches = [launch for launch, _ in (*short, *longer)]
+        self._speeds = [speed for _, speed in longer]
+        self._work = compiled([_work(problems, launch, device) for launch, _ in longer])
+
+    def choose(self, counts: Sequence[int]) -> int:
+        """Which launch takes the least time."""
+        if max(counts) * self._pixels <= self._short_rows:
+            return 0
+        if len(self._speeds) == 1:
+            return 1
+        times = list(map(truediv, self._work(counts), self._speeds))
+        return 1 + times.index(min(times))
+
+    def plan(self, choice: int) -> ProductPlan:
+        launch = self._launches[choice]
+        problems = []
+        for problem in self._problems:
+            narrow = _is_narrow(problem, launch)
+            tile = launch.narrow if narrow else launch.wide
+            columns = _ceil(problem["columns"], tile.n)
+            tiles = _ceil(problem["rows"], tile.m) * columns
+            problems.append({**problem, "narrow": int(narrow), "column_tiles": columns, "tiles": tiles})
+        problems.sort(key=lambda p: (p["narrow"], -p["channels"] - p.get("skip_channels", 0)))
+        return ProductPlan(
+            Tables(self._device, (problems, PRODUCT_FIELDS)),
+            launch.wide if any(not p["narrow"] for p in problems) else None,
+            launch.narrow if any(p["narrow"] for p in problems) else None,
+            launch.warps,
+            launch.programs_per_multiprocessor,
+        )
+
+
 @dataclass(frozen=True)
 class WgradPlan:
-    """The two launches of the weight and bias gradients and the float32 workspace between them."""
+    """The two launches of the weight and bias gradients: the tables of the partial sums and of their sums, together
+    with the size of the float32 workspace between them.
+    """
 
-    partials: Table
-    sums: Table
+    tables: Tables
     wide: Tile | None
     narrow: Tile | None
     pixel_sums: bool
-    workspace: int
 
 
 def forward_modes(layout: Conv2dLayout) -> dict[str, int]:
@@ -151,7 +209,7 @@ def tile_constants(wide: Tile | None, narrow: Tile | None) -> dict[str, int]:
     }
 
 
-def forward_plan(layout: Conv2dLayout, parameters: ProductParameters, device: torch.device) -> ProductPlan:
+def forward_plans(layout: Conv2dLayout, parameters: ProductParameters, device: torch.device) -> ProductPlans:
     """Rows: pixels of the grid. Columns: out channels. Depth: taps × both sources' channels."""
     rows = math.prod(layout.grid)
     sources = (
@@ -177,12 +235,12 @@ def forward_plan(layout: Conv2dLayout, parameters: ProductParameters, device: to
         }
         for s in layout.stages
     ]
-    return _product_plan(problems, parameters, forward_modes(layout), device)
+    return ProductPlans(problems, rows, parameters, forward_modes(layout), device)
 
 
-def dgrad_plan(
+def dgrad_plans(
     layout: Conv2dLayout, wanted: tuple[bool, bool], parameters: ProductParameters, device: torch.device
-) -> ProductPlan:
+) -> ProductPlans:
     """Rows: pixels of the source grid. Columns: the source's channels. Depth: taps × out channels."""
     rows = math.prod(layout.source_grid)
     cotangents, weights = layout.offsets(layout.out_channels, layout.out_pixels), starts(layout.weight_sizes)
@@ -203,7 +261,7 @@ def dgrad_plan(
             for s in layout.stages
             if wanted[target] and widths[s]
         ]
-    return _product_plan(problems, parameters, dgrad_modes(layout), device)
+    return ProductPlans(problems, rows, parameters, dgrad_modes(layout), device)
 
 
 def is_pooled(modes: dict[str, int]) -> bool:
@@ -216,44 +274,17 @@ def is_resampled(modes: dict[str, int]) -> bool:
     return modes["GATHER"] != SAME or bool(modes["REPEAT"])
 
 
-def _product_plan(
-    problems: list[dict], parameters: ProductParameters, modes: dict[str, int], device: torch.device
-) -> ProductPlan:
-    depth = max((c for p in problems for c in (p["channels"], p.get("skip_channels", 0))), default=1)
-    rows = max((p["rows"] for p in problems), default=1)
-    launches = parameters.launches(rows, depth, is_pooled(modes), is_resampled(modes))
-    launch, _ = min(launches, key=lambda choice: _time(problems, *choice, device))
-    wide, narrow = launch.wide, launch.narrow
-    for problem in problems:
-        problem["narrow"] = int(_is_narrow(problem, launch))
-        tile = narrow if problem["narrow"] else wide
-        problem["column_tiles"] = _ceil(problem["columns"], tile.n)
-        problem["tiles"] = _tiles(problem, tile)
-    problems.sort(key=lambda p: (p["narrow"], -p["channels"] - p.get("skip_channels", 0)))
-    return ProductPlan(
-        make_table(problems, PRODUCT_FIELDS, device),
-        wide if any(not p["narrow"] for p in problems) else None,
-        narrow if any(p["narrow"] for p in problems) else None,
-        launch.warps,
-        launch.programs_per_multiprocessor,
-    )
-
-
 def _is_narrow(problem: dict, launch: Launch) -> bool:
     return launch.narrow is not None and problem["columns"] <= launch.narrow.n
 
 
-def _tiles(problem: dict, tile: Tile) -> int:
-    return _ceil(problem["rows"], tile.m) * _ceil(problem["columns"], tile.n)
-
-
-def _time(problems: list[dict], launch: Launch, speed: float, device: torch.device) -> float:
-    """How long the wide tiles of a launch take, to compare launches: the rounds that the busiest program walks, each
-    as long as its tile is large. That some problems are deeper than others changes all launches alike.
+def _work(problems: list[dict], launch: Launch, device: torch.device) -> int:
+    """How long the wide tiles of a launch take at a speed of 1, to compare launches: the rounds of the busiest program,
+    each as long as its tile is large. That some problems are deeper than others changes all launches alike.
     """
-    tiles = sum(_tiles(p, launch.wide) for p in problems if not _is_narrow(p, launch))
-    rounds = _ceil(tiles, multiprocessors(device) * launch.programs_per_multiprocessor)
-    return rounds * launch.wide.m * launch.wide.n / speed
+    m, n = launch.wide.m, launch.wide.n
+    tiles = sum(_ceil(p["rows"], m) * _ceil(p["columns"], n) for p in problems if not _is_narrow(p, launch))
+    return _ceil(tiles, multiprocessors(device) * launch.programs_per_multiprocessor) * m * n
 
 
 def wgrad_plan(
@@ -274,12 +305,15 @@ def wgrad_plan(
         workspace = _bias_gradients(layout, wanted, parameters, partials, sums, workspace)
     kinds = {p["kind"] for p in partials}
     return WgradPlan(
-        make_table(sorted(partials, key=lambda p: p["kind"]), WGRAD_FIELDS, device),
-        make_table(sums, SUM_FIELDS, device),
+        Tables(
+            device,
+            (sorted(partials, key=lambda p: p["kind"]), WGRAD_FIELDS),
+            (sums, SUM_FIELDS),
+            numbers=[workspace],
+        ),
         launch.wide if WIDE in kinds else None,
         launch.narrow if NARROW in kinds else None,
         PIXEL_SUMS in kinds,
-        workspace,
     )
 
 
@@ -294,8 +328,8 @@ def _weight_gradients(layout: Conv2dLayout, launch: Launch, partials: list, sums
     ]
     work = sum(rows[p["stage"]] * p["per_chunk"] for p in pieces)
     widest = max(*layout.channels, *layout.skip_channels, *layout.out_channels)
-    chunk = max(WGRAD_MIN_CHUNK, _ceil(work, WGRAD_TILES))
-    chunk = _ceil(min(chunk, MAX_LOCAL // (8 * widest)), WGRAD_MIN_CHUNK) * WGRAD_MIN_CHUNK
+    chunk = maximum(WGRAD_MIN_CHUNK, _ceil(work, WGRAD_TILES))
+    chunk = _ceil(minimum(chunk, MAX_LOCAL // (8 * widest)), WGRAD_MIN_CHUNK) * WGRAD_MIN_CHUNK
     terms = [_ceil(r, chunk) for r in rows]
     workspaces = starts(t * size for t, size in zip(terms, layout.weight_sizes, strict=True))
     for piece in pieces:

@@ -5,11 +5,12 @@ The kernels are imported with the first call, so that this module needs no Trito
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.ops.grouped_conv2d.plan import (
     MAX_KERNEL,
     MAX_LOCAL,
-    ProductPlan,
+    ProductPlans,
     arithmetic_constants,
     dgrad_modes,
-    dgrad_plan,
+    dgrad_plans,
     forward_modes,
-    forward_plan,
+    forward_plans,
     sum_constants,
     tile_constants,
     wgrad_modes,
@@ -36,8 +37,7 @@ from msd_kernels.runtime.compilation import register_options
 from msd_kernels.runtime.plan_cache import Table, cached_plan
 
 
-@dataclass(frozen=True)
-class PlannedLaunch:
+class PlannedLaunch(NamedTuple):
     """One launch, but for its tensors.
 
     Attributes:
@@ -194,7 +194,7 @@ def _plan_forward(
     biased_samples: bool,
     parameters: tuned.ProductParameters | None,
     device: torch.device,
-) -> PlannedLaunch:
+) -> Callable[[Sequence[int]], PlannedLaunch]:
     constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = parameters or tuned.product(tuned.architecture_of(device), arithmetic)
     vectors = [constants["VECTOR_IN"]]
@@ -204,24 +204,35 @@ def _plan_forward(
     parameters = parameters.for_vectors(*vectors)
     if biased_samples:  # too many registers for the large tile
         parameters = replace(parameters, large=None)
-    plan = forward_plan(layout, parameters, device)
+    plans = forward_plans(layout, parameters, device)
     kernel = _product_kernels()._grouped_conv2d_forward_kernel
-    return _planned_product(kernel, plan, layout, layout.grid, forward_modes(layout) | constants)
+    return _planned_products(kernel, plans, layout, layout.grid, forward_modes(layout) | constants)
 
 
-def _planned_product(
-    kernel, plan: ProductPlan, layout: Conv2dLayout, grid: tuple[int, int], constants: dict
-) -> PlannedLaunch:
-    options = {
-        "PROBLEMS": plan.table.problems,
-        "KERNEL": layout.kernel,
-        **constants,
-        **tile_constants(plan.wide, plan.narrow),
-        "num_warps": plan.warps,
-        **register_options(plan.warps, plan.programs_per_multiprocessor),
-    }
-    sizes = (plan.table.tiles, *grid)
-    return PlannedLaunch(kernel, plan.table, sizes, plan.programs_per_multiprocessor, options)
+def _planned_products(
+    kernel, plans: ProductPlans, layout: Conv2dLayout, grid: tuple[int, int], constants: dict
+) -> Callable[[Sequence[int]], PlannedLaunch]:
+    """The launch of the counts."""
+
+    @cache
+    def planned(choice: int) -> tuple:
+        plan = plans.plan(choice)
+        options = {
+            "PROBLEMS": plan.tables.problems[0],
+            "KERNEL": layout.kernel,
+            **constants,
+            **tile_constants(plan.wide, plan.narrow),
+            "num_warps": plan.warps,
+            **register_options(plan.warps, plan.programs_per_multiprocessor),
+        }
+        return plan.tables, plan.programs_per_multiprocessor, options
+
+    def launch(counts: Sequence[int]) -> PlannedLaunch:
+        tables, walk, options = planned(plans.choose(counts))
+        (table,), _ = tables.at(counts)
+        return PlannedLaunch(kernel, table, (table.tiles, *grid), walk, options)
+
+    return launch
 
 
 def grouped_conv2d_dgrad(
@@ -236,13 +247,13 @@ def grouped_conv2d_dgrad(
 @cached_plan
 def _plan_dgrad(
     layout: Conv2dLayout, wanted: tuple[bool, bool], arithmetic: str, itemsize: int, device: torch.device
-) -> PlannedLaunch:
+) -> Callable[[Sequence[int]], PlannedLaunch]:
     constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = tuned.product(tuned.architecture_of(device), arithmetic)
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
-    plan = dgrad_plan(layout, wanted, parameters, device)
+    plans = dgrad_plans(layout, wanted, parameters, device)
     kernel = _product_kernels()._grouped_conv2d_dgrad_kernel
-    return _planned_product(kernel, plan, layout, layout.source_grid, dgrad_modes(layout) | constants)
+    return _planned_products(kernel, plans, layout, layout.source_grid, dgrad_modes(layout) | constants)
 
 
 def grouped_conv2d_wgrad(
@@ -272,14 +283,15 @@ def _plan_wgrad(
     itemsize: int,
     parameters: tuned.WgradParameters | None,
     device: torch.device,
-) -> tuple[int, PlannedLaunch, PlannedLaunch]:
+) -> Callable[[Sequence[int]], tuple[int, PlannedLaunch, PlannedLaunch]]:
     """The size of the workspace, the launch of the partial sums and that of their sums."""
     constants = arithmetic_constants(layout, arithmetic, itemsize)
     parameters = parameters or tuned.wgrad(tuned.architecture_of(device), arithmetic)
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
     plan = wgrad_plan(layout, wanted, parameters, device)
+    walk, grid = parameters.programs_per_multiprocessor, layout.grid
     options = {
-        "PROBLEMS": plan.partials.problems,
+        "PROBLEMS": plan.tables.problems[0],
         "KERNEL": layout.kernel,
         **wgrad_modes(layout),
         **constants,
@@ -287,15 +299,22 @@ def _plan_wgrad(
         "SUM_ROWS": parameters.sum_rows if plan.pixel_sums else 0,
         "SUM_CHANNELS": parameters.sum_channels,
         "num_warps": parameters.warps,
-        **register_options(parameters.warps, parameters.programs_per_multiprocessor),
+        **register_options(parameters.warps, walk),
     }
+    sum_options = {"PROBLEMS": plan.tables.problems[1], **sum_constants()}
     kernels = import_module("msd_kernels.ops.grouped_conv2d.wgrad_kernels")
-    walk = parameters.programs_per_multiprocessor
-    sizes = (plan.partials.tiles, *layout.grid)
-    partials = PlannedLaunch(kernels._grouped_conv2d_wgrad_kernel, plan.partials, sizes, walk, options)
-    options = {"PROBLEMS": plan.sums.problems, **sum_constants()}
-    sums = PlannedLaunch(kernels._grouped_conv2d_sum_partials_kernel, plan.sums, (), None, options)
-    return plan.workspace, partials, sums
+
+    def launches(counts: Sequence[int]) -> tuple[int, PlannedLaunch, PlannedLaunch]:
+        (partials, sums), (workspace,) = plan.tables.at(counts)
+        return (
+            workspace,
+            PlannedLaunch(
+                kernels._grouped_conv2d_wgrad_kernel, partials, (partials.tiles, *grid), walk, options
+            ),
+            PlannedLaunch(kernels._grouped_conv2d_sum_partials_kernel, sums, (), None, sum_options),
+        )
+
+    return launches
 
 
 @cache

@@ -6,18 +6,20 @@ The kernel is imported with the first call, so that this module needs no Triton.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.ops.group_norm.triton import slower
+from msd_kernels.runtime.formulas import compiled
 from msd_kernels.runtime.launch import cannot_run, launch, multiprocessors
-from msd_kernels.runtime.plan_cache import Table, cached_plan, make_table
+from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
 __all__ = ["cannot", "resample2d", "slower"]
 
@@ -39,8 +41,7 @@ INTERPRETED_ROWS = 2
 MAX_ROW = 2**31 - 2**20  # offsets inside one row are 32-bit
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a launch needs besides the data.
 
     Attributes:
@@ -82,8 +83,8 @@ def tile_constants(layout: Resample2dLayout) -> dict[str, int]:
 
 
 @cached_plan
-def plan(layout: Resample2dLayout, device: torch.device) -> Plan:
-    """The table of one layout, made once."""
+def plan(layout: Resample2dLayout, device: torch.device) -> Callable[[Sequence[int]], Plan]:
+    """The table of one layout."""
     row_elements = max(layout.width, layout.out_width) * max(layout.channels)
     if row_elements > MAX_ROW:
         raise ValueError(f"resample2d: rows of up to {MAX_ROW} elements can be offset, got {row_elements}")
@@ -91,14 +92,26 @@ def plan(layout: Resample2dLayout, device: torch.device) -> Plan:
     columns = _ceil_div(layout.out_width, constants["BX"])
     stages = list(zip(layout.counts, layout.channels, strict=True))
     slabs = [n * columns * _ceil_div(c, constants["BC"]) for n, c in stages]
-    rows = _rows_of_tile(sum(slabs), layout.out_height, device)
+    all_slabs = compiled([sum(slabs)])
     problems, start = [], {"x": 0, "y": 0}
-    for (n, c), slab in zip(stages, slabs, strict=True):
-        problems.append({"channels": c, "tiles": slab * _ceil_div(layout.out_height, rows), **start})
+    for n, c in stages:
+        problems.append({"channels": c, **start})
         x_size = n * c * layout.height * layout.width
         y_size = n * c * layout.out_height * layout.out_width
         start = {"x": start["x"] + x_size, "y": start["y"] + y_size}
-    return Plan(make_table(problems, FIELDS, device), rows, constants)
+
+    @cache
+    def tables(rows: int) -> Tables:
+        bands = _ceil_div(layout.out_height, rows)
+        return Tables(
+            device, ([{**p, "tiles": slab * bands} for p, slab in zip(problems, slabs, strict=True)], FIELDS)
+        )
+
+    def planned(counts: Sequence[int]) -> Plan:
+        rows = _rows_of_tile(all_slabs(counts)[0], layout.out_height, device)
+        return Plan(tables(rows).at(counts)[0][0], rows, constants)
+
+    return planned
 
 
 def _rows_of_tile(slabs: int, out_height: int, device: torch.device) -> int:

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -133,8 +134,7 @@ class WgradParameters:
         return Launch(*tiles, self.warps, self.programs_per_multiprocessor)
 
 
-@dataclass(frozen=True)
-class RowTile:
+class RowTile(NamedTuple):
     """Attention with whole rows of scores: ``own`` tokens, ``depth`` elements of the head dimension at a time."""
 
     own: int
@@ -142,8 +142,7 @@ class RowTile:
     stages: int
 
 
-@dataclass(frozen=True)
-class StreamTile:
+class StreamTile(NamedTuple):
     """Attention with whole heads of up to ``head`` elements: ``own`` tokens, ``other`` of the other side at a time."""
 
     head: int
@@ -152,8 +151,7 @@ class StreamTile:
     stages: int
 
 
-@dataclass(frozen=True)
-class AttentionParameters:
+class AttentionParameters(NamedTuple):
     """One launch of attention.
 
     ``ragged_row`` serves rows of scores that fill no power of two, and ``single_row`` and ``single_stream`` memory

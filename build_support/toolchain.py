@@ -1,17 +1,15 @@
-"""Finds the compilers and runs them, compiling only what changed. Used by setup.py and scripts/."""
+"""Finds the compilers and lets ninja run them on what changed. For setup.py, scripts/ and the tests."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ARCHITECTURE = re.compile(r"(\d+)\.(\d+)([af]?)(\+PTX)?")
 # The kernels copy asynchronously, which older GPUs cannot.
@@ -32,41 +30,25 @@ NAMED_ARCHITECTURES = {
     "Blackwell+Tegra": "11.0",
 }
 
+RULES = """\
+rule compile
+  command = $compiler -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $linker -shared $in $libraries -o $out"""
+
 
 class BuildError(Exception):
     """A target cannot be built; the message is what the user is told."""
 
 
-@dataclass(frozen=True)
-class Compilation:
+class Compilation(NamedTuple):
     """One source with the command that compiles it, up to the names of the files."""
 
     source: Path
     command: tuple[str, ...]
     object: Path
-
-    def is_current(self) -> bool:
-        """Whether the object is of this very command and newer than everything it was made from."""
-        stamp, dependencies = self._stamp(), self.object.with_suffix(".d")
-        if not (self.object.exists() and stamp.exists() and dependencies.exists()):
-            return False
-        if json.loads(stamp.read_text()) != list(self.command):
-            return False
-        made = self.object.stat().st_mtime_ns
-        files = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
-        return all(os.path.exists(f) and os.stat(f).st_mtime_ns <= made for f in files)
-
-    def run(self) -> str:
-        """Compiles; returns what the compiler said."""
-        self.object.parent.mkdir(parents=True, exist_ok=True)
-        self._stamp().unlink(missing_ok=True)
-        dependencies = ("-MMD", "-MF", str(self.object.with_suffix(".d")))
-        output = run((*self.command, *dependencies, "-c", str(self.source), "-o", str(self.object)))
-        self._stamp().write_text(json.dumps(self.command))
-        return output
-
-    def _stamp(self) -> Path:
-        return self.object.with_suffix(".json")
 
 
 def max_jobs() -> int:
@@ -77,27 +59,67 @@ def max_jobs() -> int:
     return int(text)
 
 
-def compile_changed(compilations: list[Compilation]):
-    """Compiles what is not current."""
-    outdated = [c for c in compilations if not c.is_current()]
-    with ThreadPoolExecutor(max_workers=max_jobs()) as pool:
-        for output in pool.map(Compilation.run, outdated):
-            print(output, end="", flush=True)
+def run_ninja(
+    folder: Path,
+    compilations: Sequence[Compilation],
+    library: Path | None = None,
+    linker: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+) -> None:
+    """Compiles, and links to a shared library, what is not of these very commands or is older than what it was made
+    from: one run of ninja on ``folder/build.ninja``, with its output as it comes.
+
+    Raises:
+        BuildError: a command fails; with its first error line.
+    """
+    lines = [RULES, f"builddir = {_path(folder)}"]
+    for source, command, target in compilations:
+        lines += [f"build {_path(target)}: compile {_path(source)}", f"  compiler = {_words(command)}"]
+    if library:
+        objects = " ".join(_path(compilation.object) for compilation in compilations)
+        lines += [f"build {_path(library)}: link {objects}", f"  linker = {_words(linker)}"]
+        lines += [f"  libraries = {_words(libraries)}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "build.ninja"
+    file.write_text("\n".join(lines) + "\n")
+    command = (find_ninja(), "-f", str(file), "-j", str(max_jobs()))
+    output = []
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as ninja:
+        for line in ninja.stdout:
+            print(line, end="", flush=True)
+            output.append(line.strip())
+    if ninja.returncode != 0:
+        raise BuildError(_failure(output))
 
 
-def run(command: tuple[str, ...]) -> str:
-    """What a command printed; a BuildError with its first error line if it fails."""
-    print(shlex.join(command), flush=True)
+def _words(command: Sequence[str]) -> str:
+    """A command as the value of a variable of ninja's, which hands it to a shell."""
+    return shlex.join(command).replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _failure(output: list[str]) -> str:
+    """The first command that failed, and the first line with an error of what it printed."""
+    at = next((i for i, line in enumerate(output) if line.startswith("FAILED:")), None)
+    if at is None:
+        return f"ninja failed: {' '.join(output[-1:])}"
+    command, *lines = output[at + 1 :]
+    cause = next((line for line in lines if "error" in line.lower()), lines[0])
+    return f"{shlex.split(command)[0]} failed: {cause}"
+
+
+def find_ninja() -> str:
+    """Ninja: of the wheel of that name, else on the path."""
     try:
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        raise BuildError(f"{command[0]} does not run: {error}") from error
-    if done.returncode != 0:
-        print(done.stdout, flush=True)
-        lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
-        cause = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
-        raise BuildError(f"{command[0]} failed: {cause}")
-    return done.stdout
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    if found := shutil.which(os.path.join(BIN_DIR, "ninja")) or shutil.which("ninja"):
+        return found
+    raise BuildError("no ninja found: pip install ninja")
 
 
 def find_cxx(configured: str | None) -> tuple[str, ...]:
