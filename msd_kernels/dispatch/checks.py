@@ -19,7 +19,7 @@ NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Remembered:
+class LayoutCache:
     """The layouts of calls that passed their checks: a step repeats its calls, and checking takes longer than this.
 
     A call is known by what checks look at in its tensors (shapes, dtypes, devices, strides of the first) and by its

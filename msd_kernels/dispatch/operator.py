@@ -20,8 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from msd_kernels import _private
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import flops
+from msd_kernels.dispatch import arguments, flops
 from msd_kernels.dispatch.backends import FallbackWarning, own_choice, use
 
 # Calls to remember per op: a compiled step repeats its calls.
@@ -181,11 +180,11 @@ class Operator(_Counted):
     def _require(self, args: Sequence[Any]) -> None:
         """Checks arguments, or knows them by a call that has passed; of symbolic sizes nothing is known yet."""
         try:
-            key = tuple([_arguments.seen_of(arg) for arg in args])
+            key = tuple([arguments.seen_of(arg) for arg in args])
             if key in self._passed:
                 return
         except (TypeError, RuntimeError):  # symbols have no hash, sparse tensors no strides
-            if _arguments.are_symbolic(self._form.flat(args)):
+            if arguments.are_symbolic(self._form.flat(args)):
                 return
             key = None
         self._check(*args)
@@ -286,7 +285,7 @@ class PublicOperator(_Counted):
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any) -> Any:
-            if not _arguments.are_symbolic(self._form.flat(args)):
+            if not arguments.are_symbolic(self._form.flat(args)):
                 self._check(*args)
             return fake(*args)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from msd_kernels import _private
-from msd_kernels.dispatch import autocast as _autocast
+from msd_kernels.dispatch import autocast
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.stage_batch import StageBatch
 
@@ -62,7 +62,7 @@ def group_norm(
     """As the op of that name on dense tensors; ``prepare`` is that op's, which checks the call."""
     with _constants():
         prepare(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    tensors = _autocast.to_float32_on_cuda(x.device.type, x, weight, bias, scale, shift)
+    tensors = autocast.to_float32_on_cuda(x.device.type, x, weight, bias, scale, shift)
     dtype = tensors[0].dtype
     wide_x, weight, bias, scale, shift = (t if t is None else t.to(wide(dtype)) for t in tensors)
     y = torch.group_norm(wide_x, num_groups, weight, bias, eps)
@@ -89,9 +89,9 @@ def attention(
     with _constants():
         prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     if k is not None:
-        q, k, v = _autocast.to_lower_precision(q.device.type, q, k, v)
+        q, k, v = autocast.to_lower_precision(q.device.type, q, k, v)
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    (packed,) = _autocast.to_lower_precision(q.device.type, q)
+    (packed,) = autocast.to_lower_precision(q.device.type, q)
     sizes, part = {
         "interleaved": ((num_heads, -1, 3), 3),
         "per_head": ((num_heads, 3, -1), 2),
@@ -105,7 +105,7 @@ def attention(
 
 def resample2d(prepare: Callable, x: Tensor, filter: Sequence[float], up: int, down: int) -> Tensor:
     """As the op of that name on dense tensors; ``prepare`` is that op's, which checks the call."""
-    (x,) = _autocast.to_lower_precision(x.device.type, x)
+    (x,) = autocast.to_lower_precision(x.device.type, x)
     with _constants():
         taps = prepare(x, filter, up, down)[1].taps
         products = [[a * b for b in taps] for a in taps]

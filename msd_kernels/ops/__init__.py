@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from msd_kernels import batch_invariance
-from msd_kernels.dispatch import autocast as _autocast
+from msd_kernels.dispatch import autocast
 from msd_kernels.dispatch.backends import Explanation
 from msd_kernels.runtime import processor
 
@@ -34,7 +34,7 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     if explanation.backend == "library" and op in SLOW_IN_16_BITS:
         x = [*args, *kwargs.values()][0]
         device = x.device.type
-        dtype = _autocast.lower_precision_dtype(device) or x.dtype
+        dtype = autocast.lower_precision_dtype(device) or x.dtype
         if device == "cpu":
             notes += filter(None, [processor.why_float32(dtype, op)])
     return replace(explanation, why="; ".join(notes))

@@ -174,7 +174,7 @@ def test_autocast_lets_no_other_dtype_through(dtype):
     wrong = [m.to(dtype) for m in MATRICES]
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(TypeError, match="grouped_linear: weight must be"),
+        pytest.raises(TypeError, match="grouped_linear: weight of stage 0 must be"),
     ):
         linear(wrong)
 

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import autocast as _autocast
-from msd_kernels.dispatch import checks as _checks
-from msd_kernels.dispatch import sharding as _sharding
-from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch import allocate, arguments, autocast, autodiff, checks, sharding, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.dispatch.operator import operator
@@ -91,13 +86,13 @@ def attention(
 
     Dense DTensors that are sharded along their samples stay so: every rank computes its own.
     """
-    if isinstance(q, _tracing.Proxy):
-        return _tracing.symbolic(attention, q, k, v, num_heads=num_heads, scale=scale, layout=layout)
-    if _tracing.is_traced(q):
-        return _tracing.attention(_prepare, q, k, v, num_heads, scale, layout)
-    if _sharding.is_distributed(q):
+    if isinstance(q, tracing.Proxy):
+        return tracing.symbolic(attention, q, k, v, num_heads=num_heads, scale=scale, layout=layout)
+    if tracing.is_traced(q):
+        return tracing.attention(_prepare, q, k, v, num_heads, scale, layout)
+    if sharding.is_distributed(q):
         settings = {"num_heads": num_heads, "scale": scale, "layout": layout}
-        return _sharding.on_shards(attention, {"q": q, "k": k, "v": v}, {}, **settings)
+        return sharding.on_shards(attention, {"q": q, "k": k, "v": v}, {}, **settings)
     tensors, call = _prepare(q, k, v, num_heads=num_heads, scale=scale, layout=layout)
     y, _ = _forward(*tensors, call)
     if isinstance(q, StageBatch):
@@ -123,8 +118,8 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
         raise ValueError(
             f"{OP}: k and v must be given both or neither, got {'v' if k is None else 'k'} alone"
         )
-    scale = None if scale is None else _checks.number(OP, "scale", scale)
-    num_heads = _checks.integers(OP, "num_heads", num_heads)
+    scale = None if scale is None else checks.number(OP, "scale", scale)
+    num_heads = checks.integers(OP, "num_heads", num_heads)
     if k is None:
         tensors, shape, order = _prepare_packed(q, num_heads, layout)
     else:
@@ -134,10 +129,10 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
             )
         prepare = _prepare_stage_batches if isinstance(q, StageBatch) else _prepare_dense
         tensors, shape, order = prepare(q, k, v, num_heads)
-    q, k, v = _autocast.to_lower_precision(tensors[0].device.type, *tensors)
+    q, k, v = autocast.to_lower_precision(tensors[0].device.type, *tensors)
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, q)
+            checks.require_like(OP, name, tensor, q)
     return (q, k, v), AttentionLayout(*shape, order, scale)
 
 
@@ -148,12 +143,12 @@ def _prepare_packed(q, num_heads, layout):
         )
     channels_last, planar = PACKED_ORDERS[layout]
     if isinstance(q, StageBatch):
-        _checks.require_floating(OP, "q", q.values)
-        _checks.require_size(OP, "q", q)
+        checks.require_floating(OP, "q", q.values)
+        checks.require_size(OP, "q", q)
         heads, head_dims = _split_channels(q.channels, num_heads, 3)
         tokens = q.height * q.width
         return (q.values, None, None), (q.counts, heads, head_dims, tokens, tokens), channels_last
-    _checks.require_floating(OP, "q", q)
+    checks.require_floating(OP, "q", q)
     if q.dim() != 4 or 0 in q.shape[1:]:
         raise ValueError(f"{OP}: a packed q must be [B, 3C, H, W], none 0 but B, got {list(q.shape)}")
     batch, channels, height, width = q.shape
@@ -165,12 +160,12 @@ def _prepare_packed(q, num_heads, layout):
 
 
 def _prepare_stage_batches(q, k, v, num_heads):
-    _checks.require_floating(OP, "q", q.values)
-    _checks.require_size(OP, "q", q)
+    checks.require_floating(OP, "q", q.values)
+    checks.require_size(OP, "q", q)
     if not isinstance(k, StageBatch):
         raise TypeError(f"{OP}: k must be a StageBatch as q is, got {type(k).__name__}")
     for name, batch in (("k", k), ("v", v)):
-        _checks.require_layout(OP, name, batch, q.counts, q.channels, k.height, k.width)
+        checks.require_layout(OP, name, batch, q.counts, q.channels, k.height, k.width)
     heads, head_dims = _split_channels(q.channels, num_heads, 1)
     shape = (q.counts, heads, head_dims, q.height * q.width, k.height * k.width)
     return (q.values, k.values, v.values), shape, TOKENS_FIRST
@@ -178,7 +173,7 @@ def _prepare_stage_batches(q, k, v, num_heads):
 
 def _prepare_dense(q, k, v, num_heads):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _checks.require_floating(OP, name, tensor)
+        checks.require_floating(OP, name, tensor)
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
             raise ValueError(
                 f"{OP}: {name} must be [B, heads, tokens, d], none 0 but B, got {list(tensor.shape)}"
@@ -203,7 +198,7 @@ def _prepare_dense(q, k, v, num_heads):
 
 def _split_channels(channels, num_heads, parts):
     """Heads and head dimensions per stage of tensors with ``parts * heads * d`` channels."""
-    heads = _checks.per_stage(OP, "num_heads", num_heads, len(channels))
+    heads = checks.per_stage(OP, "num_heads", num_heads, len(channels))
     for stage, (c, h) in enumerate(zip(channels, heads, strict=True)):
         if h < 1 or c % (parts * h):
             what = f"channels={c}" if parts == 1 else f"the {parts} parts of channels={c}"
@@ -217,8 +212,8 @@ def _predicate_arguments(q: Tensor, layout: AttentionLayout, backward: bool = Fa
 
 def _require(q, k, v, layout: AttentionLayout) -> None:
     counts, heads, head_dims, tokens, context, order, _ = layout
-    _arguments.require_stages(OP, {"counts": 0}, counts=counts, heads=heads, head_dims=head_dims)
-    _arguments.require_positive(OP, tokens=tokens, context=context)
+    arguments.require_stages(OP, {"counts": 0}, counts=counts, heads=heads, head_dims=head_dims)
+    arguments.require_positive(OP, tokens=tokens, context=context)
     if order not in ORDERS:
         raise ValueError(f"{OP}: order must be one of {', '.join(ORDERS)}, got {order!r}")
     packed = layout.packed
@@ -228,21 +223,21 @@ def _require(q, k, v, layout: AttentionLayout) -> None:
             f"got k={'None' if k is None else 'a tensor'}, v={'None' if v is None else 'a tensor'}, "
             f"tokens={tokens} and context={context}"
         )
-    _checks.require_floating(OP, "q", q)
-    keys = _arguments.total(OP, counts, heads, head_dims, context)
-    queries = _arguments.total(OP, counts, heads, head_dims, tokens, 3 if packed else 1)
-    _arguments.require_flat(OP, q, {"q": (q, queries), "k": (k, keys), "v": (v, keys)})
+    checks.require_floating(OP, "q", q)
+    keys = arguments.total(OP, counts, heads, head_dims, context)
+    queries = arguments.total(OP, counts, heads, head_dims, tokens, 3 if packed else 1)
+    arguments.require_flat(OP, q, {"q": (q, queries), "k": (k, keys), "v": (v, keys)})
 
 
 def _require_backward(dy, q, k, v, y, log_sum, layout: AttentionLayout, wanted) -> None:
     _require(q, k, v, layout)
     rows = (layout.counts, layout.heads, layout.tokens)
-    size = _arguments.total(OP, *rows, layout.head_dims)
-    _arguments.require_flat(OP, q, {"dy": (dy, size), "y": (y, size)})
-    _arguments.require_like(OP, "log_sum", log_sum, q, wide(q.dtype))
-    _arguments.require_shape(OP, "log_sum", log_sum, _arguments.total(OP, *rows))
-    _arguments.require_dense(OP, "log_sum", log_sum)
-    _arguments.require_wanted(OP, wanted, 3)
+    size = arguments.total(OP, *rows, layout.head_dims)
+    arguments.require_flat(OP, q, {"dy": (dy, size), "y": (y, size)})
+    arguments.require_like(OP, "log_sum", log_sum, q, wide(q.dtype))
+    arguments.require_shape(OP, "log_sum", log_sum, arguments.total(OP, *rows))
+    arguments.require_dense(OP, "log_sum", log_sum)
+    arguments.require_wanted(OP, wanted, 3)
 
 
 @operator("attention", _require)

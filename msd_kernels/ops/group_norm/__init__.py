@@ -9,19 +9,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff, stage_weights
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import autocast as _autocast
-from msd_kernels.dispatch import checks as _checks
-from msd_kernels.dispatch import sharding as _sharding
-from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch import (
+    allocate,
+    arguments,
+    autocast,
+    autodiff,
+    checks,
+    sharding,
+    stage_weights,
+    tracing,
+)
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.layouts import Affine, GroupNormLayout
-from msd_kernels.ops.group_norm import cpu as native
-from msd_kernels.ops.group_norm import cuda as cuda_group_norm
-from msd_kernels.ops.group_norm import library, reference, triton
+from msd_kernels.ops.group_norm import cpu, cuda, library, reference, triton
 from msd_kernels.runtime.launch import devices
 from msd_kernels.stage_batch import StageBatch
 
@@ -30,13 +32,13 @@ __all__ = ["group_norm"]
 OP = "group_norm"
 ACTIVATIONS = (None, "silu")
 
-_DENSE_LAYOUTS, _STAGE_LAYOUTS = _checks.Remembered(), _checks.Remembered()
+_DENSE_LAYOUTS, _STAGE_LAYOUTS = checks.LayoutCache(), checks.LayoutCache()
 
 BACKENDS = OpBackends(
     OP,
     [
-        Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
-        Candidate("cuda", cuda_group_norm, ("cuda",), cannot=cuda_group_norm.cannot),
+        Candidate("cpu", cpu, ("cpu",), cannot=cpu.cannot),
+        Candidate("cuda", cuda, ("cuda",), cannot=cuda.cannot),
         Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
         Candidate("library", library),
         Candidate("reference", reference),
@@ -87,16 +89,16 @@ def group_norm(
 
     A dense DTensor that is sharded along its samples stays so: every rank computes its own.
     """
-    if isinstance(x, _tracing.Proxy):
-        return _tracing.symbolic(
+    if isinstance(x, tracing.Proxy):
+        return tracing.symbolic(
             group_norm, x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
         )
-    if _tracing.is_traced(x):
-        return _tracing.group_norm(_prepare, x, num_groups, weight, bias, eps, scale, shift, activation)
-    if _sharding.is_distributed(x):
+    if tracing.is_traced(x):
+        return tracing.group_norm(_prepare, x, num_groups, weight, bias, eps, scale, shift, activation)
+    if sharding.is_distributed(x):
         samples, parameters = {"x": x, "scale": scale, "shift": shift}, {"weight": weight, "bias": bias}
         settings = {"num_groups": num_groups, "eps": eps, "activation": activation}
-        return _sharding.on_shards(group_norm, samples, parameters, **settings)
+        return sharding.on_shards(group_norm, samples, parameters, **settings)
     tensors, layout = _prepare(
         x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
     )
@@ -114,7 +116,7 @@ def explain(*args, **kwargs) -> Explanation:
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
     """Checks a call; returns its tensors, the weights and biases as lists, and the layout."""
-    settings = (_checks.integers(OP, "num_groups", num_groups), eps, activation)
+    settings = (checks.integers(OP, "num_groups", num_groups), eps, activation)
     if isinstance(x, StageBatch):
         tensors, layout = _prepare_stage_batch(x, weight, bias, scale, shift, *settings)
     else:
@@ -123,21 +125,21 @@ def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shi
         tensors = (x, scale, shift, *([] if t is None else [t] for t in (weight, bias)))
     if tensors[0].is_cuda:
         *singles, weight, bias = tensors
-        singles = _autocast.to_float32_on_cuda("cuda", *singles)
-        lists = (list(_autocast.to_float32_on_cuda("cuda", *tensors)) for tensors in (weight, bias))
+        singles = autocast.to_float32_on_cuda("cuda", *singles)
+        lists = (list(autocast.to_float32_on_cuda("cuda", *tensors)) for tensors in (weight, bias))
         tensors = (*singles, *lists)
     return tensors, layout
 
 
 def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
-    _checks.require_floating(OP, "x", x.values)
+    checks.require_floating(OP, "x", x.values)
     (weight, weight_shapes), (bias, bias_shapes) = (
-        ([], None) if tensors is None else _checks.stage_weights(OP, name, tensors)
+        ([], None) if tensors is None else checks.stage_weights(OP, name, tensors)
         for name, tensors in (("weight", weight), ("bias", bias))
     )
     for name, batch in (("scale", scale), ("shift", shift)):
         if batch is not None:
-            _checks.require_stage_batch(OP, name, batch)
+            checks.require_stage_batch(OP, name, batch)
     batches = (x, scale, shift)
     singles = tuple(None if t is None else t.values for t in batches)
     layout = _STAGE_LAYOUTS.find(
@@ -150,20 +152,20 @@ def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
 
 def _stage_layout(singles, weight, bias, batches, weight_shapes, bias_shapes, num_groups, eps, activation):
     x, *modulation = batches
-    _checks.require_size(OP, "x", x)
+    checks.require_size(OP, "x", x)
     for name, tensors, shapes in (("weight", weight, weight_shapes), ("bias", bias, bias_shapes)):
         if shapes is not None:
-            _checks.require_shapes(OP, name, shapes, [(c,) for c in x.channels])
-        _checks.require_dtypes(OP, name, tensors, singles[0])
+            checks.require_shapes(OP, name, shapes, [(c,) for c in x.channels])
+        checks.require_dtypes(OP, name, tensors, singles[0])
     for name, batch in zip(("scale", "shift"), modulation, strict=True):
         if batch is not None:
-            _checks.require_layout(OP, name, batch, x.counts, x.channels, 1, 1)
+            checks.require_layout(OP, name, batch, x.counts, x.channels, 1, 1)
     sizes = (x.counts, x.channels, x.height * x.width, True)
     return _layout({"scale": singles[1], "shift": singles[2]}, singles[0], sizes, num_groups, eps, activation)
 
 
 def _dense_layout(x, weight, bias, scale, shift, num_groups, eps, activation):
-    _checks.require_floating(OP, "x", x)
+    checks.require_floating(OP, "x", x)
     if x.dim() < 2 or x.shape[1] < 1:
         raise ValueError(f"{OP}: x must be [B, C, *spatial] with C >= 1, got shape {tuple(x.shape)}")
     spatial = math.prod(x.shape[2:])
@@ -194,13 +196,13 @@ def _layout(parameters, x, sizes, num_groups, eps, activation) -> GroupNormLayou
     counts, channels, spatial, channels_last = sizes
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be None or 'silu', got {activation!r}")
-    eps = _checks.real(OP, "eps", eps)
+    eps = checks.real(OP, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{OP}: eps must be >= 0, got {eps}")
     for name, tensor in parameters.items():
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, x, also=(torch.float32,))
-    groups = _checks.per_stage(OP, "num_groups", num_groups, len(counts))
+            checks.require_like(OP, name, tensor, x, also=(torch.float32,))
+    groups = checks.per_stage(OP, "num_groups", num_groups, len(counts))
     for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
         if g < 1 or c % g:
             raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
@@ -247,41 +249,41 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _require(x, scale, shift, weight, bias, layout: GroupNormLayout) -> None:
     counts, channels, groups = layout.counts, layout.channels, layout.groups
-    _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels, groups=groups)
-    _arguments.require_positive(OP, spatial=layout.spatial)
+    arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels, groups=groups)
+    arguments.require_positive(OP, spatial=layout.spatial)
     for stage, (c, g) in enumerate(zip(channels, groups, strict=True)):
         if c % g:
             raise ValueError(f"{OP}: num_groups={g} does not divide channels={c} of stage {stage}")
-    _checks.require_floating(OP, "x", x)
-    _arguments.require_elements(OP, "x", x, _arguments.total(OP, counts, channels, layout.spatial))
+    checks.require_floating(OP, "x", x)
+    arguments.require_elements(OP, "x", x, arguments.total(OP, counts, channels, layout.spatial))
     if x.dim() != 1 and (len(counts) > 1 or tuple(x.shape[:2]) != (counts[0], channels[0])):
         raise ValueError(
             f"{OP}: x must be flat, or dense of one stage with counts={list(counts)} and channels={list(channels)}, "
             f"got {list(x.shape)}"
         )
-    per_sample = _arguments.total(OP, counts, channels)
+    per_sample = arguments.total(OP, counts, channels)
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor is not None:
-            _arguments.require_like(OP, name, tensor, x, x.dtype, torch.float32)
+            arguments.require_like(OP, name, tensor, x, x.dtype, torch.float32)
             dense = x.dim() != 1 and tensor.dim() != 1
-            _arguments.require_shape(OP, name, tensor, *(x.shape[:2] if dense else (per_sample,)))
+            arguments.require_shape(OP, name, tensor, *(x.shape[:2] if dense else (per_sample,)))
     for name, tensors in (("weight", weight), ("bias", bias)):
         if tensors:
-            _arguments.require_per_stage(OP, name, tensors, x, layout.weight_shapes)
+            arguments.require_per_stage(OP, name, tensors, x, layout.weight_shapes)
 
 
 def _require_backward(
     dy, x, mean, rstd, scale, shift, weight, bias, layout: GroupNormLayout, wanted: Sequence[bool]
 ) -> None:
     _require(x, scale, shift, weight, bias, layout)
-    _arguments.require_like(OP, "dy", dy, x, x.dtype)
-    _arguments.require_shape(OP, "dy", dy, *x.shape)
-    size = _arguments.total(OP, layout.counts, layout.groups)
+    arguments.require_like(OP, "dy", dy, x, x.dtype)
+    arguments.require_shape(OP, "dy", dy, *x.shape)
+    size = arguments.total(OP, layout.counts, layout.groups)
     for name, tensor in (("mean", mean), ("rstd", rstd)):
-        _arguments.require_like(OP, name, tensor, x, wide(x.dtype))
-        _arguments.require_shape(OP, name, tensor, size)
-        _arguments.require_dense(OP, name, tensor)
-    _arguments.require_wanted(OP, wanted, 3 + 2 * len(layout.channels))
+        arguments.require_like(OP, name, tensor, x, wide(x.dtype))
+        arguments.require_shape(OP, name, tensor, size)
+        arguments.require_dense(OP, name, tensor)
+    arguments.require_wanted(OP, wanted, 3 + 2 * len(layout.channels))
 
 
 @operator("group_norm", _require)

@@ -17,7 +17,7 @@ TAKES_OWN_SHAPES = True
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def cannot_cpu(*, dtype: torch.dtype, **_) -> str | None:
+def cannot(*, dtype: torch.dtype, **_) -> str | None:
     """Why the CPU kernel cannot serve a call with activations of ``dtype``, or None."""
     if dtype not in CPU_DTYPES:
         return f"takes float32, bfloat16 and float16, got {dtype}"

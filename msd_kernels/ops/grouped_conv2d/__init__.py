@@ -6,11 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff, stage_weights
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import autocast as _autocast
-from msd_kernels.dispatch import checks as _checks
-from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch import allocate, arguments, autocast, autodiff, checks, stage_weights, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
@@ -24,7 +20,7 @@ __all__ = ["grouped_conv2d"]
 OP = "grouped_conv2d"
 RESAMPLE = (None, "up", "down")
 
-_LAYOUTS = _checks.Remembered()
+_LAYOUTS = checks.LayoutCache()
 
 BACKENDS = OpBackends(
     OP,
@@ -86,8 +82,8 @@ def grouped_conv2d(
     """
     options = {"skip": skip, "sample_bias": sample_bias, "residual": residual, "scale": scale}
     options["resample"] = resample
-    if isinstance(x, _tracing.Proxy):
-        return _tracing.symbolic(grouped_conv2d, x, weight, bias, **options)
+    if isinstance(x, tracing.Proxy):
+        return tracing.symbolic(grouped_conv2d, x, weight, bias, **options)
     tensors, layout, scale = _prepare(x, weight, bias, **options)
     return StageBatch(_forward(*tensors, layout, scale), x.counts, layout.out_channels, *layout.out_size)
 
@@ -106,50 +102,50 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     """Checks a call; returns its tensors as they lie, the layout and the scale."""
     if not isinstance(x, StageBatch):
         raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
-    _checks.require_floating(OP, "x", x.values)
+    checks.require_floating(OP, "x", x.values)
     skip = _skip_batch(x, skip)
-    weight, weight_shapes = _checks.stage_weights(OP, "weight", weight)
-    bias, bias_shapes = ([], None) if bias is None else _checks.stage_weights(OP, "bias", bias)
+    weight, weight_shapes = checks.stage_weights(OP, "weight", weight)
+    bias, bias_shapes = ([], None) if bias is None else checks.stage_weights(OP, "bias", bias)
     for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
         if batch is not None:
-            _checks.require_stage_batch(OP, name, batch)
+            checks.require_stage_batch(OP, name, batch)
     device, batches = x.device.type, (x, skip, sample_bias, residual)
-    singles = _autocast.to_lower_precision(device, *(None if t is None else t.values for t in batches))
-    weight, bias = _autocast.weights(device, weight), _autocast.weights(device, bias)
+    singles = autocast.to_lower_precision(device, *(None if t is None else t.values for t in batches))
+    weight, bias = autocast.weights(device, weight), autocast.weights(device, bias)
     settings = (*(None if t is None else t.layout for t in batches), len(weight), resample)
     layout = _LAYOUTS.find(
         lambda: _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample),
         (*singles, *weight, *bias),
         settings,
     )
-    return (*singles, weight, bias), layout, _checks.number(OP, "scale", scale)
+    return (*singles, weight, bias), layout, checks.number(OP, "scale", scale)
 
 
 def _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample) -> Conv2dLayout:
     """Checks a call."""
     x, skip, sample_bias, residual = batches
-    _checks.require_size(OP, "x", x)
+    checks.require_size(OP, "x", x)
     _require_resample(x, resample)
     skip_channels = (0,) * x.num_stages
     if skip is not None:
-        _checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
+        checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
         skip_channels = skip.channels
     sources = zip(x.channels, skip_channels, strict=True)
-    _checks.require_shapes(OP, "weight", weight_shapes, [(None, c + d, None, None) for c, d in sources])
+    checks.require_shapes(OP, "weight", weight_shapes, [(None, c + d, None, None) for c, d in sources])
     if bias_shapes is not None:
-        _checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
+        checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
     kernel = _kernel_size(weight_shapes)
     out_channels = tuple(shape[0] for shape in weight_shapes)
     if sample_bias is not None:
-        _checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
+        checks.require_layout(OP, "sample_bias", sample_bias, x.counts, out_channels, 1, 1)
     if residual is not None:
         out_size = resampled_size(x.height, x.width, resample or "none")
-        _checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
+        checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
     for name, tensors in (("weight", weight), ("bias", bias)):
-        _checks.require_dtypes(OP, name, tensors, singles[0])
+        checks.require_dtypes(OP, name, tensors, singles[0])
     for name, tensor in zip(("skip", "sample_bias", "residual"), singles[1:], strict=True):
         if tensor is not None:
-            _checks.require_like(OP, name, tensor, singles[0])
+            checks.require_like(OP, name, tensor, singles[0])
     sizes = (x.height, x.width, kernel)
     return Conv2dLayout(x.counts, x.channels, skip_channels, out_channels, *sizes, resample or "none")
 
@@ -188,8 +184,8 @@ def _require(x, skip, sample_bias, residual, weight, bias, layout: Conv2dLayout,
     counts, channels, skip_channels, out_channels, height, width, kernel, resample = layout
     least = {"counts": 0, "skip_channels": 0}
     lists = {"channels": channels, "skip_channels": skip_channels, "out_channels": out_channels}
-    _arguments.require_stages(OP, least, counts=counts, **lists)
-    _arguments.require_positive(OP, height=height, width=width, kernel=kernel)
+    arguments.require_stages(OP, least, counts=counts, **lists)
+    arguments.require_positive(OP, height=height, width=width, kernel=kernel)
     if kernel % 2 == 0:
         raise ValueError(f"{OP}: kernel must be odd, got {kernel}")
     if resample not in ("none", "up", "down") or (resample == "down" and (height % 2 or width % 2)):
@@ -199,23 +195,23 @@ def _require(x, skip, sample_bias, residual, weight, bias, layout: Conv2dLayout,
         )
     if skip is None and any(skip_channels):
         raise ValueError(f"{OP}: skip must be given for skip_channels={list(skip_channels)}, got None")
-    _checks.require_floating(OP, "x", x)
+    checks.require_floating(OP, "x", x)
     sizes = {
-        "x": (x, _arguments.total(OP, counts, channels, height, width)),
-        "skip": (skip, _arguments.total(OP, counts, skip_channels, height, width)),
-        "sample_bias": (sample_bias, _arguments.total(OP, counts, out_channels)),
-        "residual": (residual, _arguments.total(OP, counts, out_channels, *layout.out_size)),
+        "x": (x, arguments.total(OP, counts, channels, height, width)),
+        "skip": (skip, arguments.total(OP, counts, skip_channels, height, width)),
+        "sample_bias": (sample_bias, arguments.total(OP, counts, out_channels)),
+        "residual": (residual, arguments.total(OP, counts, out_channels, *layout.out_size)),
     }
-    _arguments.require_flat(OP, x, sizes)
-    _arguments.require_per_stage(OP, "weight", weight, x, layout.weight_shapes)
+    arguments.require_flat(OP, x, sizes)
+    arguments.require_per_stage(OP, "weight", weight, x, layout.weight_shapes)
     if bias:
-        _arguments.require_per_stage(OP, "bias", bias, x, layout.bias_shapes)
+        arguments.require_per_stage(OP, "bias", bias, x, layout.bias_shapes)
 
 
 def _require_backward(dy, x, skip, weight, layout: Conv2dLayout, wanted) -> None:
     # The cotangent lies as a residual does.
     _require(x, skip, None, dy, weight, (), layout)
-    _arguments.require_wanted(OP, wanted, 3 + 2 * len(weight))
+    arguments.require_wanted(OP, wanted, 3 + 2 * len(weight))
 
 
 @operator("grouped_conv2d", _require)

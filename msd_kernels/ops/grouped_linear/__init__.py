@@ -6,11 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff, stage_weights
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import autocast as _autocast
-from msd_kernels.dispatch import checks as _checks
-from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch import allocate, arguments, autocast, autodiff, checks, stage_weights, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
@@ -23,7 +19,7 @@ __all__ = ["grouped_linear"]
 
 OP = "grouped_linear"
 
-_LAYOUTS = _checks.Remembered()
+_LAYOUTS = checks.LayoutCache()
 
 BACKENDS = OpBackends(
     OP,
@@ -65,8 +61,8 @@ def grouped_linear(
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.linear``.
     """
-    if isinstance(x, _tracing.Proxy):
-        return _tracing.symbolic(grouped_linear, x, weight, bias, counts=counts)
+    if isinstance(x, tracing.Proxy):
+        return tracing.symbolic(grouped_linear, x, weight, bias, counts=counts)
     batch, tensors, layout = _prepare(x, weight, bias, counts=counts)
     y = _forward(*tensors, layout)
     return StageBatch(y, batch.counts, layout.out_features, batch.height, batch.width)
@@ -84,12 +80,12 @@ def _predicate_arguments(x: Tensor, layout: LinearLayout) -> dict:
 
 def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, LinearLayout]:
     """Checks a call; returns the input as a StageBatch, the tensors as they lie, and the layout."""
-    weight, weight_shapes = _checks.stage_weights(OP, "weight", weight)
-    bias, bias_shapes = ([], None) if bias is None else _checks.stage_weights(OP, "bias", bias)
+    weight, weight_shapes = checks.stage_weights(OP, "weight", weight)
+    bias, bias_shapes = ([], None) if bias is None else checks.stage_weights(OP, "bias", bias)
     batch = _as_stage_batch(x, len(weight), counts)
     device = batch.device.type
-    (values,) = _autocast.to_lower_precision(device, batch.values)
-    weight, bias = _autocast.weights(device, weight), _autocast.weights(device, bias)
+    (values,) = autocast.to_lower_precision(device, batch.values)
+    weight, bias = autocast.weights(device, weight), autocast.weights(device, bias)
     layout = _LAYOUTS.find(
         lambda: _layout(values, weight, bias, batch, weight_shapes, bias_shapes),
         (values, *weight, *bias),
@@ -100,24 +96,24 @@ def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, L
 
 def _layout(values, weight, bias, batch: StageBatch, weight_shapes, bias_shapes) -> LinearLayout:
     """Checks a call."""
-    _checks.require_size(OP, "x", batch)
-    _checks.require_shapes(OP, "weight", weight_shapes, [(None, c) for c in batch.channels])
+    checks.require_size(OP, "x", batch)
+    checks.require_shapes(OP, "weight", weight_shapes, [(None, c) for c in batch.channels])
     if bias_shapes is not None:
-        _checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
+        checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
     for name, tensors in (("weight", weight), ("bias", bias)):
-        _checks.require_dtypes(OP, name, tensors, values)
+        checks.require_dtypes(OP, name, tensors, values)
     rows = tuple(n * batch.height * batch.width for n in batch.counts)
     return LinearLayout(rows, batch.channels, tuple(shape[0] for shape in weight_shapes))
 
 
 def _as_stage_batch(x, num_stages, counts) -> StageBatch:
-    counts = None if counts is None else _checks.stage_counts(OP, counts)
+    counts = None if counts is None else checks.stage_counts(OP, counts)
     if isinstance(x, StageBatch):
-        _checks.require_floating(OP, "x", x.values)
+        checks.require_floating(OP, "x", x.values)
         if counts not in (None, x.counts):
             raise ValueError(f"{OP}: counts={counts} contradict those of the StageBatch, {x.counts}")
         return x
-    _checks.require_floating(OP, "x", x)
+    checks.require_floating(OP, "x", x)
     if x.dim() != 2:
         raise ValueError(f"{OP}: a dense x must be [B, I], got shape {tuple(x.shape)}")
     x, (batch, _) = fixed_shape(x)
@@ -133,22 +129,22 @@ def _as_stage_batch(x, num_stages, counts) -> StageBatch:
 
 
 def _require(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], layout: LinearLayout) -> None:
-    _arguments.require_stages(OP, {"rows": 0}, **layout._asdict())
-    _checks.require_floating(OP, "x", x)
-    _arguments.require_flat(OP, x, {"x": (x, _arguments.total(OP, layout.rows, layout.in_features))})
+    arguments.require_stages(OP, {"rows": 0}, **layout._asdict())
+    checks.require_floating(OP, "x", x)
+    arguments.require_flat(OP, x, {"x": (x, arguments.total(OP, layout.rows, layout.in_features))})
     for sizes in ((layout.out_features, layout.in_features), (layout.rows, layout.out_features)):
-        _arguments.total(OP, *sizes)
-    _arguments.require_per_stage(OP, "weight", weight, x, layout.weight_shapes)
+        arguments.total(OP, *sizes)
+    arguments.require_per_stage(OP, "weight", weight, x, layout.weight_shapes)
     if bias:
-        _arguments.require_per_stage(OP, "bias", bias, x, layout.bias_shapes)
+        arguments.require_per_stage(OP, "bias", bias, x, layout.bias_shapes)
 
 
 def _require_backward(
     dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
 ) -> None:
     _require(x, weight, (), layout)
-    _arguments.require_flat(OP, x, {"dy": (dy, _arguments.total(OP, layout.rows, layout.out_features))})
-    _arguments.require_wanted(OP, wanted, 1 + 2 * len(weight))
+    arguments.require_flat(OP, x, {"dy": (dy, arguments.total(OP, layout.rows, layout.out_features))})
+    arguments.require_wanted(OP, wanted, 1 + 2 * len(weight))
 
 
 @operator("grouped_linear", _require)

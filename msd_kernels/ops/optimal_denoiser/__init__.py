@@ -13,15 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msd_kernels.dispatch import allocate, autodiff
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import checks as _checks
-from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch import allocate, arguments, autodiff, checks, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
-from msd_kernels.ops.optimal_denoiser import cpu as native
-from msd_kernels.ops.optimal_denoiser import library, reference, triton
+from msd_kernels.ops.optimal_denoiser import cpu, library, reference, triton
 
 __all__ = ["DenoiserPosterior", "optimal_denoiser"]
 
@@ -35,7 +31,7 @@ NO_CHUNKS = f"{OP}: data must hold at least one chunk, got an empty iterable"
 BACKENDS = OpBackends(
     OP,
     [
-        Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
+        Candidate("cpu", cpu, ("cpu",), cannot=cpu.cannot),
         Candidate("library", library),
         Candidate("triton", triton, ("cuda",), cannot=triton.cannot_run),
         Candidate("reference", reference),
@@ -110,8 +106,8 @@ def optimal_denoiser(
     the derivative in ``x`` is the posterior covariance over sigma². Data that require a gradient are an
     error.
     """
-    if isinstance(x, _tracing.Proxy):
-        return _tracing.symbolic(
+    if isinstance(x, tracing.Proxy):
+        return tracing.symbolic(
             optimal_denoiser, x, sigma, data, data_range=data_range, statistics=statistics, group=group
         )
     queries, sigma = _prepare_queries(x, sigma)
@@ -147,7 +143,7 @@ def explain(x, sigma, data, *, data_range=(-1.0, 1.0), statistics=False, group=N
 
 def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     """``x`` as ``[B, D]`` and ``sigma`` as ``[B]`` in float64."""
-    _checks.require_floating(OP, "x", x)
+    checks.require_floating(OP, "x", x)
     dim = math.prod(x.shape[1:])
     if x.dim() < 1 or dim == 0:
         raise ValueError(
@@ -155,9 +151,9 @@ def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         )
     batch = x.shape[0]
     if not isinstance(sigma, Tensor):
-        sigma = _checks.number(OP, "sigma", sigma)
+        sigma = checks.number(OP, "sigma", sigma)
         sigma = torch.full((batch,), sigma, dtype=torch.float64, device=x.device)
-    _checks.require_floating(OP, "sigma", sigma)
+    checks.require_floating(OP, "sigma", sigma)
     if sigma.device != x.device:
         raise ValueError(f"{OP}: sigma is on {sigma.device}, but x is on {x.device}")
     if sigma.shape not in ((), (batch,)):
@@ -188,7 +184,7 @@ def _rows(chunk: Tensor | np.ndarray, x: Tensor) -> Tensor:
                 raise type(error)(f"{OP}: data is an array that PyTorch does not take: {error}") from None
     if not isinstance(chunk, Tensor):
         raise TypeError(f"{OP}: data must hold tensors or arrays, got {type(chunk).__name__}")
-    if chunk.dtype not in (*_checks.FLOATING, torch.uint8):
+    if chunk.dtype not in (*checks.FLOATING, torch.uint8):
         raise TypeError(f"{OP}: data must be uint8, float32, bfloat16, float16 or float64, got {chunk.dtype}")
     if chunk.dim() != x.dim() or chunk.shape[1:] != x.shape[1:] or chunk.shape[0] < 1:
         raise ValueError(
@@ -208,7 +204,7 @@ def _scale(data: Tensor, data_range: tuple[float, float]) -> tuple[float, float]
         low, high = data_range
     except (TypeError, ValueError):
         raise TypeError(f"{OP}: data_range must be two numbers, (low, high), got {data_range!r}") from None
-    low, high = (_checks.number(OP, "data_range", end) for end in (low, high))
+    low, high = (checks.number(OP, "data_range", end) for end in (low, high))
     if low >= high:
         raise ValueError(f"{OP}: data_range must be (low, high) with low < high, got {data_range}")
     return low, (high - low) / 255
@@ -272,12 +268,12 @@ def _shared_center(center: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _require(x, sigma, data, center, low=0.0, step=1.0) -> None:
-    _checks.require_floating(OP, "x", x)
-    _arguments.require_shape(OP, "x", x, x.shape[0] if x.dim() else None, None)
+    checks.require_floating(OP, "x", x)
+    arguments.require_shape(OP, "x", x, x.shape[0] if x.dim() else None, None)
     batch, dim = x.shape
-    _arguments.require_like(OP, "data", data, x, torch.uint8, *_checks.FLOATING)
-    _arguments.require_shape(OP, "data", data, None, dim)
-    _arguments.require_dense(OP, "x", x)
+    arguments.require_like(OP, "data", data, x, torch.uint8, *checks.FLOATING)
+    arguments.require_shape(OP, "data", data, None, dim)
+    arguments.require_dense(OP, "x", x)
     _require_float64(x, {"sigma": (sigma, (batch,)), "center": (center, (dim,))})
 
 
@@ -289,9 +285,9 @@ def _require_backward(dmean, dlog_sum, x, sigma, data, center, mean, log_sum, lo
 
 def _require_float64(x: Tensor, shapes: dict[str, tuple[Tensor, Sequence[int]]]) -> None:
     for name, (tensor, shape) in shapes.items():
-        _arguments.require_like(OP, name, tensor, x, torch.float64)
-        _arguments.require_shape(OP, name, tensor, *shape)
-        _arguments.require_dense(OP, name, tensor)
+        arguments.require_like(OP, name, tensor, x, torch.float64)
+        arguments.require_shape(OP, name, tensor, *shape)
+        arguments.require_dense(OP, name, tensor)
 
 
 @operator("optimal_denoiser", _require)

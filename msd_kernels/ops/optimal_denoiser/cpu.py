@@ -12,7 +12,7 @@ from msd_kernels.runtime.extension import load
 CPU_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def cannot_cpu(dtype: torch.dtype) -> str | None:
+def cannot(dtype: torch.dtype) -> str | None:
     """Why the CPU kernel cannot serve a call with data of ``dtype``, or None."""
     if dtype not in CPU_DTYPES:
         return f"takes uint8, float32, bfloat16, float16 and float64 data, got {dtype}"

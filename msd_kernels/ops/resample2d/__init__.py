@@ -7,18 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import arguments as _arguments
-from msd_kernels.dispatch import autocast as _autocast
-from msd_kernels.dispatch import checks as _checks
-from msd_kernels.dispatch import sharding as _sharding
-from msd_kernels.dispatch import tracing as _tracing
+from msd_kernels.dispatch import arguments, autocast, checks, sharding, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Resample2dLayout
-from msd_kernels.ops.resample2d import cpu as native
+from msd_kernels.ops.resample2d import cpu, library, reference, triton
 from msd_kernels.ops.resample2d import cuda as cuda_resample2d
-from msd_kernels.ops.resample2d import library, reference, triton
 from msd_kernels.runtime.launch import devices
 from msd_kernels.stage_batch import StageBatch
 
@@ -30,7 +25,7 @@ MAX_TAPS = 8
 BACKENDS = OpBackends(
     OP,
     [
-        Candidate("cpu", native, ("cpu",), cannot=native.cannot_cpu),
+        Candidate("cpu", cpu, ("cpu",), cannot=cpu.cannot),
         Candidate("cuda", cuda_resample2d, ("cuda",), cannot=cuda_resample2d.cannot),
         Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
         Candidate("library", library),
@@ -78,12 +73,12 @@ def resample2d(
 
     A dense DTensor that is sharded along its samples stays so: every rank computes its own.
     """
-    if isinstance(x, _tracing.Proxy):
-        return _tracing.symbolic(resample2d, x, filter, up, down)
-    if _tracing.is_traced(x):
-        return _tracing.resample2d(_prepare, x, filter, up, down)
-    if _sharding.is_distributed(x):
-        return _sharding.on_shards(resample2d, {"x": x}, {}, filter=filter, up=up, down=down)
+    if isinstance(x, tracing.Proxy):
+        return tracing.symbolic(resample2d, x, filter, up, down)
+    if tracing.is_traced(x):
+        return tracing.resample2d(_prepare, x, filter, up, down)
+    if sharding.is_distributed(x):
+        return sharding.on_shards(resample2d, {"x": x}, {}, filter=filter, up=up, down=down)
     values, layout = _prepare(x, filter, up, down)
     y = _forward(values, layout)
     if isinstance(x, StageBatch):
@@ -103,16 +98,16 @@ def explain(*args, **kwargs) -> Explanation:
 def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
     """Checks a call; returns the elements as they lie, and the layout."""
     taps = _normalised(filter)
-    up, down = _checks.integer(OP, "up", up), _checks.integer(OP, "down", down)
+    up, down = checks.integer(OP, "up", up), checks.integer(OP, "down", down)
     if (up, down) not in ((1, 1), (2, 1), (1, 2)):
         raise ValueError(f"{OP}: up and down must be 1 or 2 and not both 2, got up={up} and down={down}")
     if isinstance(x, StageBatch):
-        _checks.require_floating(OP, "x", x.values)
-        _checks.require_size(OP, "x", x)
+        checks.require_floating(OP, "x", x.values)
+        checks.require_size(OP, "x", x)
         flat, counts, channels, channels_last = x.values, x.counts, x.channels, True
         height, width = x.height, x.width
     else:
-        _checks.require_floating(OP, "x", x)
+        checks.require_floating(OP, "x", x)
         if x.dim() != 4 or 0 in x.shape[1:]:
             raise ValueError(f"{OP}: x must be [B, C, H, W], none 0 but B, got {list(x.shape)}")
         counts, channels = (x.shape[0],), (x.shape[1],)
@@ -125,7 +120,7 @@ def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
             f"{OP}: {len(taps)} taps with up={up} and down={down} leave no pixels of {height}x{width}, "
             f"but {out_height}x{out_width}"
         )
-    (flat,) = _autocast.to_lower_precision(flat.device.type, flat)
+    (flat,) = autocast.to_lower_precision(flat.device.type, flat)
     taps = tuple(up * tap for tap in taps)
     sizes = (height, width, out_height, out_width)
     return flat, Resample2dLayout(taps, up == 2, max(up, down), counts, channels, *sizes, channels_last)
@@ -136,7 +131,7 @@ def _normalised(filter) -> list[float]:
         raise TypeError(f"{OP}: filter must be a sequence of numbers, got {type(filter).__name__}")
     if not 1 <= len(filter) <= MAX_TAPS:
         raise ValueError(f"{OP}: filter must have 1 to {MAX_TAPS} taps, got {len(filter)}")
-    taps = [_checks.real(OP, "filter", tap) for tap in filter]
+    taps = [checks.real(OP, "filter", tap) for tap in filter]
     total = sum(taps)
     if not math.isfinite(total) or total == 0:
         raise ValueError(f"{OP}: filter must have finite taps whose sum is not 0, got {list(filter)}")
@@ -156,8 +151,8 @@ def _predicate_arguments(x: Tensor, layout: Resample2dLayout) -> dict:
 
 def _require(x: Tensor, layout: Resample2dLayout) -> None:
     taps, upward, stride, counts, channels, height, width, out_height, out_width, _ = layout
-    _arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels)
-    _arguments.require_positive(OP, height=height, width=width, out_height=out_height, out_width=out_width)
+    arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels)
+    arguments.require_positive(OP, height=height, width=width, out_height=out_height, out_width=out_width)
     if not 1 <= len(taps) <= MAX_TAPS or stride not in (1, 2):
         raise ValueError(
             f"{OP}: there must be 1 to {MAX_TAPS} taps and a stride of 1 or 2, got {len(taps)} and {stride}"
@@ -169,9 +164,9 @@ def _require(x: Tensor, layout: Resample2dLayout) -> None:
                 f"{OP}: {len(taps)} taps with a stride of {stride} do not lead {'up' if upward else 'down'} "
                 f"from {height}x{width} to {out_height}x{out_width}"
             )
-    _checks.require_floating(OP, "x", x)
-    _arguments.total(OP, counts, channels, out_height, out_width)
-    _arguments.require_flat(OP, x, {"x": (x, _arguments.total(OP, counts, channels, height, width))})
+    checks.require_floating(OP, "x", x)
+    arguments.total(OP, counts, channels, out_height, out_width)
+    arguments.require_flat(OP, x, {"x": (x, arguments.total(OP, counts, channels, height, width))})
 
 
 @operator("resample2d", _require)

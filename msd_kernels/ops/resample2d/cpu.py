@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from msd_kernels.layouts import Resample2dLayout
-from msd_kernels.ops.group_norm.cpu import cannot_cpu
+from msd_kernels.ops.group_norm.cpu import cannot
 
-__all__ = ["cannot_cpu", "resample2d"]
+__all__ = ["cannot", "resample2d"]
 
 
 def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
