@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from multistage_diffusion.layers import StageConv2d, StageLinear
 
 pytestmark = pytest.mark.ecosystem
 peft = pytest.importorskip("peft", reason="needs peft: make test-ecosystem installs it")
-integration = pytest.importorskip("multistage_diffusion.integrations.peft", exc_type=ImportError)
+integration = import_module("multistage_diffusion.integrations.peft")
 
 each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.ecosystem
 quantization = pytest.importorskip(
     "torchao.quantization", reason="needs torchao: make test-ecosystem installs it"
 )
-integration = pytest.importorskip("multistage_diffusion.integrations.torchao", exc_type=ImportError)
+integration = import_module("multistage_diffusion.integrations.torchao")
 
 each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 
