@@ -96,9 +96,7 @@ class Projections:
 
 def _affines(module: nn.Module) -> Iterator[StageLinear]:
     if isinstance(module, ResidualBlock):
-        if (
-            type(module.affine) is StageLinear
-        ):  # no adapter in its place, and not sharded, which changes the class
+        if type(module.affine) is StageLinear:  # no adapter, nor sharded, which changes the class
             yield module.affine
         return
     for child in module.children():
