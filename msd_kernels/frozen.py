@@ -52,7 +52,14 @@ def kept(weights: Sequence[Tensor], use: Any, make: Callable[[], Any]) -> Any:
     scope = _kept.get()
     if scope is None or torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, weights)):
         return make()
-    key = (use, *map(id, weights))
+    stream = 0
+    if weights[0].is_cuda:
+        if (
+            torch.cuda.is_current_stream_capturing()
+        ):  # the graph outlives the scope, and reads the weights as they are
+            return make()
+        stream = torch.cuda.current_stream(weights[0].device).cuda_stream
+    key = (use, stream, *map(id, weights))
     state = (_steps, *[(w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights])
     found = scope.get(key)
     if found is None or found[0] != state:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import msd_kernels
 from helpers import waiting_is_an_error, warm_up
 from multistage_diffusion.cuda_graphs import GraphedNetwork
 from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner
 from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stage_parameters import StageParameters
 from multistage_diffusion.stages import Stages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_cuda")]
@@ -45,28 +45,26 @@ def batch(seed: int) -> list[torch.Tensor]:
     return [x, torch.rand(6, generator=generator, device="cuda"), target]
 
 
-def training_step(model, optimizer, parameters, data, order, precision) -> torch.Tensor:
+def training_step(model, optimizer, data, order, precision) -> torch.Tensor:
     """One step with an optimizer that reads no state on the host."""
     x, noise, target = data
     with torch.autocast("cuda", precision, enabled=precision != torch.float32):
         loss = (model(x, noise, order) - target).square().mean()
     loss.backward()
-    parameters.take_gradients(order.counts)
     optimizer.step()
-    parameters.drop_gradients()
+    optimizer.zero_grad()
     return loss.detach()
 
 
 def trained(precision, graphed: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The losses of steps on ``ORDERS``, and the weights after them."""
     model = network()
-    parameters = StageParameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, capturable=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
     data = batch(0)
     order = StageOrder.of(ORDERS[0], 3, 6, "cuda", explicit=True)
 
     def step() -> torch.Tensor:
-        return training_step(model, optimizer, parameters, data, order, precision)
+        return training_step(model, optimizer, data, order, precision)
 
     warm_up(step)
     if graphed:
@@ -104,6 +102,19 @@ def test_a_graphed_network_equals_the_network(precision):
             x, noise, _ = batch(seed)
             assert torch.equal(graphed(x, noise, stages), model(x, noise, stages))
     assert len(graphed._graphs) == 3
+
+
+@torch.no_grad()
+def test_a_graph_captured_where_weights_are_frozen_reads_them_later():
+    """Nothing of the scope goes into the graph, which outlives it."""
+    model = network().eval()
+    graphed = GraphedNetwork(model)
+    x, noise, _ = batch(0)
+    with msd_kernels.frozen_weights():
+        assert torch.equal(graphed(x, noise, ORDERS[0]), model(x, noise, ORDERS[0]))
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    assert torch.equal(graphed(x, noise, ORDERS[0]), model(x, noise, ORDERS[0]))
 
 
 @torch.no_grad()
