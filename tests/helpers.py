@@ -125,6 +125,31 @@ def parts_of(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def conv_forward(module, tensors: Sequence[Tensor | None], layout, scale: float) -> Tensor:
+    """A backend's convolution of x, skip, weight, bias, sample_bias and residual, those of all stages in one tensor."""
+    x, skip, weight, bias, sample_bias, residual = tensors
+    weights = parts_of(weight, layout.weight_shapes)
+    biases = [] if bias is None else parts_of(bias, layout.bias_shapes)
+    return module.grouped_conv2d(x, skip, sample_bias, residual, weights, biases, layout, scale)
+
+
+def conv_backward(
+    module, tensors: Sequence[Tensor | None], layout, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """A backend's gradients of x, skip, weight, bias and sample_bias, of dy, x, skip and weight as they."""
+    dy, x, skip, weight = tensors
+    want_x, want_skip, want_weight, want_bias, want_sample_bias = wanted
+    stages = len(layout.counts)
+    flags = [want_x, want_skip, want_sample_bias, *[want_weight] * stages, *[want_bias] * stages]
+    parts = parts_of(weight, layout.weight_shapes)
+    dx, dskip, dsample_bias, *others = module.grouped_conv2d_backward(dy, x, skip, parts, layout, flags)
+    dweight, dbias = (
+        torch.cat([g.reshape(-1) for g in gradients]) if flag else None
+        for gradients, flag in ((others[:stages], want_weight), (others[stages:], want_bias))
+    )
+    return [dx, dskip, dweight, dbias, dsample_bias]
+
+
 def backend_names(backends: OpBackends, device_type: str = "cpu") -> list[str]:
     """The op's backends that serve tensors on a device type, the reference last."""
     return [c.name for c in backends.candidates if c.devices is None or device_type in c.devices]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import ROUNDING, assert_elements_close, exact_float32, waiting_is_an_error
+from helpers import (
+    ROUNDING,
+    assert_elements_close,
+    conv_backward,
+    conv_forward,
+    exact_float32,
+    waiting_is_an_error,
+)
 from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.ops.grouped_conv2d import reference
 from msd_kernels.ops.grouped_conv2d import triton as implementation
@@ -51,18 +58,18 @@ def make_inputs(layout, dtype):
 
 def run(tensors, layout):
     """The output and all gradients."""
-    x, skip, weight, bias, sample_bias, residual, dy = tensors
-    y = implementation.grouped_conv2d(x, skip, weight, bias, sample_bias, residual, layout, 0.7)
+    x, skip, weight, *_, dy = tensors
+    y = conv_forward(implementation, tensors[:6], layout, 0.7)
     wanted = [True, skip is not None, True, True, True]
-    return [y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)]
+    return [y, *conv_backward(implementation, (dy, x, skip, weight), layout, wanted)]
 
 
 def run_reference(tensors, layout, function=lambda t: t):
     wide = [None if t is None else function(t.double()) for t in tensors]
     x, skip, weight, *_, dy = wide
-    y = reference.grouped_conv2d(*wide[:6], layout, 0.7)
+    y = conv_forward(reference, wide[:6], layout, 0.7)
     wanted = [True, skip is not None, True, True, True]
-    return [y, *reference.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted)]
+    return [y, *conv_backward(reference, (dy, x, skip, weight), layout, wanted)]
 
 
 @EACH_LAYOUT

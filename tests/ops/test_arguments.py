@@ -45,11 +45,13 @@ def mutations(argument) -> Iterator:
         yield argument.detach()[None]
         yield torch.stack([flat, flat], dim=1)[:, 0]
         yield argument.detach().to("meta")
-    elif isinstance(argument, (list, tuple)):
+    elif isinstance(argument, (list, tuple)) and len(argument):
         values = list(argument)
         yield []
         yield values[:-1]
         yield [*values, values[-1]]
+        if isinstance(values[0], Tensor):
+            yield from ([other, *values[1:]] for other in mutations(values[0]))
         if not isinstance(values[0], int) or isinstance(values[0], bool):
             return
         for number in NUMBERS:
@@ -66,12 +68,39 @@ def mutations(argument) -> Iterator:
         yield torch.zeros(3)
 
 
+def tensors_in(arguments: tuple) -> Iterator[Tensor]:
+    """Single ones and those in lists."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from tensors_in(tuple(argument))
+
+
+def with_tensors(arguments: tuple, function: Callable[[Tensor], Tensor]) -> tuple:
+    """The same arguments with ``function`` of each tensor in its place."""
+    return tuple(
+        function(a)
+        if isinstance(a, Tensor)
+        else list(with_tensors(tuple(a), function))
+        if isinstance(a, list)
+        else a
+        for a in arguments
+    )
+
+
+def shown(argument) -> object:
+    """Tensors by their shapes."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape)
+    return [shown(a) for a in argument] if isinstance(argument, list) else argument
+
+
 def mutated(arguments: tuple) -> Iterator[tuple[str, tuple]]:
     for position, argument in enumerate(arguments):
         for other in mutations(argument):
             changed = (*arguments[:position], other, *arguments[position + 1 :])
-            shown = tuple(other.shape) if isinstance(other, Tensor) else other
-            yield f"argument {position} as {shown}", changed
+            yield f"argument {position} as {shown(other)}", changed
 
 
 def outcome(op: Callable, arguments: tuple):
@@ -95,7 +124,7 @@ def test_arguments_that_lie_are_refused_or_change_nothing(build, generator):
     calls = dispatcher_calls(lambda: forward_and_backward(call, call.leaves(generator)))
     assert len(calls) == 2
     for op, arguments in calls:
-        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        arguments = with_tensors(arguments, Tensor.detach)
         name = op.name().removeprefix("msd_kernels::").removesuffix("_backward")
         op(*arguments)
         for what, changed in mutated(arguments):
@@ -106,7 +135,7 @@ def test_arguments_that_lie_are_refused_or_change_nothing(build, generator):
             with use("reference"):
                 expected = op(*changed)
             for ours, theirs in zip(tensors(result), tensors(expected), strict=True):
-                half = any(isinstance(a, Tensor) and a.dtype == torch.float16 for a in changed)
+                half = any(a.dtype == torch.float16 for a in tensors_in(changed))
                 tolerance = 1e-2 if half else 1e-4
                 torch.testing.assert_close(
                     ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
@@ -120,14 +149,13 @@ def test_arguments_that_lie_are_refused_without_data(build, generator):
     calls = dispatcher_calls(lambda: forward_and_backward(call, call.leaves(generator)))
     mode = FakeTensorMode()
     for op, arguments in calls:
-        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        arguments = with_tensors(arguments, Tensor.detach)
         for what, changed in mutated(arguments):
-            if any(isinstance(a, Tensor) and a.is_meta for a in changed):
+            if any(a.is_meta for a in tensors_in(changed)):
                 continue
             real = outcome(op, changed)
             with mode:
-                pretended = (mode.from_tensor(a) if isinstance(a, Tensor) else a for a in changed)
-                fake = outcome(op, tuple(pretended))
+                fake = outcome(op, with_tensors(changed, mode.from_tensor))
             assert isinstance(fake, Exception) == isinstance(real, Exception), f"{what}: {fake}, but {real}"
 
 
@@ -137,7 +165,7 @@ def test_arguments_that_lie_are_refused_without_data(build, generator):
     [
         (
             "group_norm",
-            ([None] * 4, [2**62] * 4, [1] * 4, [1] * 4, 4, True, 1e-5, False),
+            ([None, None, [], []], [2**62] * 4, [1] * 4, [1] * 4, 4, True, 1e-5, False),
             "group_norm: sizes of stages must fit 64 bits",
         ),
         (
@@ -145,9 +173,13 @@ def test_arguments_that_lie_are_refused_without_data(build, generator):
             ([[0.5, 0.5], False, 2], [2**62] * 4, [1] * 4, 4, 4, 2, 2, True),
             "resample2d: sizes of stages must fit 64 bits",
         ),
-        ("grouped_linear", ([torch.zeros(4), None], [2**62] * 4, [1] * 4, [1] * 4), "must fit 64 bits"),
-        ("grouped_linear", ([torch.zeros(4), None], [-4, 12], [1, 1], [2, 2]), "rows must be >= 0"),
-        ("grouped_linear", ([torch.zeros(4), None], [], [], []), "must have one entry per stage"),
+        (
+            "grouped_linear",
+            ([[torch.zeros(1, 1)] * 4, []], [2**62] * 4, [1] * 4, [1] * 4),
+            "must fit 64 bits",
+        ),
+        ("grouped_linear", ([[torch.zeros(2, 1)] * 2, []], [-4, 12], [1, 1], [2, 2]), "rows must be >= 0"),
+        ("grouped_linear", ([[], []], [], [], []), "must have one entry per stage"),
     ],
 )
 def test_arguments_whose_sums_overflow_are_refused(op, arguments, message, grad):

@@ -155,7 +155,7 @@ def test_derivatives_of_what_an_op_returns_for_its_backward_are_refused(op, gene
     x = torch.randn(2 * 4 * 3, generator=generator, dtype=torch.float64, requires_grad=True)
     if op == "group_norm":
         layout = ([2], [4], [2], 3, False, 1e-5, False)
-        y, *statistics = torch.ops.msd_kernels.group_norm(x, None, None, None, None, *layout)
+        y, *statistics = torch.ops.msd_kernels.group_norm(x, None, None, [], [], *layout)
     else:
         y, *statistics = torch.ops.msd_kernels.attention(x, x, x, [2], [2], [2], 3, 3, "nhtd", None)
     assert y.requires_grad

@@ -11,7 +11,14 @@ from torch import Tensor
 
 require_interpreter()
 
-from helpers import ROUNDING, assert_elements_close, poisoned_memory, stage_batch  # noqa: E402
+from helpers import (  # noqa: E402
+    ROUNDING,
+    assert_elements_close,
+    conv_backward,
+    conv_forward,
+    poisoned_memory,
+    stage_batch,
+)
 from msd_kernels import explain, grouped_conv2d, grouped_linear  # noqa: E402
 from msd_kernels.dispatch.backends import use  # noqa: E402
 from msd_kernels.layouts import Conv2dLayout  # noqa: E402
@@ -126,9 +133,9 @@ def assert_close(case: Case, actual: Tensor, expected: Tensor, magnitude: Tensor
 def test_forward_equals_float64(case, generator):
     *inputs, _ = case.tensors(generator)
     with poisoned_memory():
-        y = implementation.grouped_conv2d(*inputs, case.layout, 0.7)
-    expected = reference.grouped_conv2d(*wide(inputs), case.layout, 0.7)
-    magnitude = reference.grouped_conv2d(*wide(inputs, torch.abs), case.layout, 0.7)
+        y = conv_forward(implementation, inputs, case.layout, 0.7)
+    expected = conv_forward(reference, wide(inputs), case.layout, 0.7)
+    magnitude = conv_forward(reference, wide(inputs, torch.abs), case.layout, 0.7)
     assert_close(case, y, expected, magnitude)
 
 
@@ -137,10 +144,10 @@ def test_backward_equals_float64(case, generator):
     x, skip, weight, *_, dy = case.tensors(generator)
     wanted = [True, skip is not None, True, True, True]
     with poisoned_memory():
-        gradients = implementation.grouped_conv2d_backward(dy, x, skip, weight, case.layout, wanted)
+        gradients = conv_backward(implementation, (dy, x, skip, weight), case.layout, wanted)
     inputs = (dy, x, skip, weight)
-    expected = reference.grouped_conv2d_backward(*wide(inputs), case.layout, wanted)
-    magnitude = reference.grouped_conv2d_backward(*wide(inputs, torch.abs), case.layout, wanted)
+    expected = conv_backward(reference, wide(inputs), case.layout, wanted)
+    magnitude = conv_backward(reference, wide(inputs, torch.abs), case.layout, wanted)
     for name, gradient, *rest in zip(GRADIENTS, gradients, expected, magnitude, strict=True):
         assert (gradient is None) == (name == "skip" and skip is None)
         if gradient is not None:
@@ -186,7 +193,7 @@ def backward():
     x, skip, weight, *_, dy = case.tensors(torch.Generator().manual_seed(0))
 
     def run(wanted: list[bool]) -> list[Tensor | None]:
-        return implementation.grouped_conv2d_backward(dy, x, skip, weight, case.layout, wanted)
+        return conv_backward(implementation, (dy, x, skip, weight), case.layout, wanted)
 
     return run, run([True] * len(GRADIENTS))
 
@@ -228,9 +235,9 @@ def test_results_do_not_depend_on_the_grid(generator, monkeypatch):
     found = []
     for programs in (1, 5, 5):
         monkeypatch.setattr(launch, "INTERPRETED_MULTIPROCESSORS", programs)
-        y = implementation.grouped_conv2d(*tensors[:6], case.layout, 1.0)
+        y = conv_forward(implementation, tensors[:6], case.layout, 1.0)
         wanted = [True, False, True, True, True]
-        found.append([y, *implementation.grouped_conv2d_backward(dy, x, skip, weight, case.layout, wanted)])
+        found.append([y, *conv_backward(implementation, (dy, x, skip, weight), case.layout, wanted)])
     for others in found[1:]:
         for first, other in zip(found[0], others, strict=True):
             assert first is other is None or torch.equal(first, other)
@@ -274,7 +281,7 @@ def test_grouped_linear_equals_reference(counts, generator):
         split = 1 + len(weights)
         with use(f"grouped_linear={backend}"):
             y = grouped_linear(x.with_values(copies[0]), copies[1:split], copies[split:]).values
-            found[backend] = [y, *torch.autograd.grad(y, copies, cotangent.to(dtype))]
+            found[backend] = [y, *torch.autograd.grad(y, copies, cotangent.to(dtype), materialize_grads=True)]
     for actual, expected in zip(*found.values(), strict=True):
         assert_elements_close(actual, expected, rtol=1e-6, atol=2e-5)
 

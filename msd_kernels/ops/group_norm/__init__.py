@@ -283,7 +283,12 @@ def _require_backward(
         arguments.require_like(OP, name, tensor, x, wide(x.dtype))
         arguments.require_shape(OP, name, tensor, size)
         arguments.require_dense(OP, name, tensor)
-    arguments.require_wanted(OP, wanted, 3 + 2 * len(layout.channels))
+    stages = len(layout.channels)
+    arguments.require_wanted(OP, wanted, 3 + 2 * stages)
+    parts = (weight, wanted[3 : 3 + stages]), (bias, wanted[3 + stages :])
+    for name, (tensors, flags) in zip(("weight", "bias"), parts, strict=True):
+        if any(flags) and not tensors:
+            raise ValueError(f"{OP}: wanted asks for gradients of {name}, which is not given")
 
 
 @operator("group_norm", _require)

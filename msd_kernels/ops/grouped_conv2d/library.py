@@ -100,12 +100,19 @@ def grouped_conv2d_backward(
             return None
         return gather(x, layout.counts, lambda s: found[s][position]).to(dtype)
 
-    def parameters(position: int, flags: Sequence[bool]) -> list[Tensor | None]:
+    def parameters(position: int, flags: Sequence[bool], shapes: Sequence) -> list[Tensor | None]:
         return [
-            found[s][position].to(masters[s]).contiguous() if flag else None for s, flag in enumerate(flags)
+            (found[s][position] if s in found else x.new_zeros(shape)).to(masters[s]).contiguous()
+            if flag
+            else None
+            for s, (flag, shape) in enumerate(zip(flags, shapes, strict=True))
         ]
 
-    return [*map(activations, range(3)), *parameters(3, want_weight), *parameters(4, want_bias)]
+    return [
+        *map(activations, range(3)),
+        *parameters(3, want_weight, layout.weight_shapes),
+        *parameters(4, want_bias, layout.bias_shapes),
+    ]
 
 
 def _stage_gradients(dy, sources, weight, resample, wanted):
