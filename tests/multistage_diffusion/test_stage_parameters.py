@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from multistage_diffusion.networks import build
+from msd_kernels.dispatch import stage_weights
+from multistage_diffusion.networks import build, mixed_batch
 from multistage_diffusion.preconditioning import EDMPreconditioner
 from multistage_diffusion.stage_order import StageOrder
 from multistage_diffusion.stage_parameters import FlatGradients, StageParameters, owned_parameters
@@ -281,3 +282,41 @@ def test_attached_to_an_optimizer_it_takes_away_the_gradients_of_absent_stages(g
         network(x, noise, [0, 1])
     with pytest.raises(RuntimeError, match=r"no samples were counted since the step before; call count"):
         optimizer.step()
+
+
+@pytest.fixture
+def several_processes(monkeypatch) -> None:
+    """As if others trained the network, too."""
+    for module in (stage_weights, mixed_batch):
+        monkeypatch.setattr(module, "several_processes", lambda: True)
+
+
+def test_among_several_processes_absent_stages_have_gradients_of_zero(several_processes):
+    network = made(NETWORKS["edm"])
+    FlatGradients(network)
+    network.zero_grad()
+    backward(network, [0, 2])
+    absent = [parameter for stage, parameter in owned_parameters(network) if stage == 1]
+    assert absent
+    for parameter in absent:
+        assert parameter.grad.shape == parameter.shape
+        assert not parameter.grad.any()
+
+
+def test_among_several_processes_a_network_warns_that_nothing_leaves_absent_stages_alone(
+    several_processes, recwarn
+):
+    network = made(NETWORKS["edm"])
+    with pytest.warns(
+        UserWarning, match=r"EDMUNet: several processes .*StageParameters\(network, optimizer\)"
+    ):
+        backward(network, [0, 2])
+    recwarn.clear()
+    backward(network, [0, 2])  # once
+    for attach in (FlatGradients, lambda n: StageParameters(n, torch.optim.SGD(n.parameters()))):
+        other = made(NETWORKS["edm"])
+        attach(other)
+        backward(other, [0, 2])
+    with torch.no_grad():
+        made(NETWORKS["edm"])(torch.zeros(1, 3, 8, 8).double(), torch.zeros(1).double(), [0])
+    assert not [warning for warning in recwarn if "several processes" in str(warning.message)]
