@@ -141,7 +141,7 @@ def grouped_conv2d_race(counts: tuple[int, ...], side: int, device: str) -> Prep
     ways = [way for way in bench_grouped_conv2d.WAYS if sum(counts) <= 8 or way != "as_groups"]
     problem.check(ways)
     x, weight, *_ = problem.arguments(problem.leaves)
-    least = DTYPE.itemsize * (3 * x.values.numel() + weight.values.numel())
+    least = DTYPE.itemsize * (3 * x.values.numel() + sum(w.numel() for w in weight))
     operations = sum(2 * n * side**2 * 9 * c * c for n, c in zip(counts, WIDTHS, strict=True))
     served = explain("grouped_conv2d", x, weight).backend
 
@@ -163,11 +163,13 @@ def grouped_conv2d() -> list[Race]:
 def grouped_linear_race(counts: tuple[int, ...], device: str) -> Prepared:
     problem = bench_grouped_linear.Problem.of(counts, DTYPE, device)
     problem.check()
-    x, weight, bias = problem.leaves
+    x, *weights = problem.leaves
+    weight = weights[: len(bench_grouped_linear.WIDTHS)]
     features = bench_grouped_linear.FEATURES
-    least = DTYPE.itemsize * (x.numel() + weight.numel() + problem.dy.numel())
+    elements = sum(tensor.numel() for tensor in (x, *weight, problem.dy))
+    least = DTYPE.itemsize * elements
     operations = sum(2 * n * features * o for n, o in zip(counts, bench_grouped_linear.WIDTHS, strict=True))
-    served = explain("grouped_linear", x, *problem.weights(weight, bias), counts=counts)
+    served = explain("grouped_linear", x, weight, counts=counts)
     return Prepared(problem.cases, served.backend, (least, 3 * least), operations)
 
 

@@ -216,8 +216,9 @@ def projection(skip: OnStages | StageConv2d | None, stage: int) -> Conv2d | None
 
 def twins(network: EDMUNet) -> list[PlainUNet]:
     """One network per stage with copies of the weights; what the stages share, the twins share, too."""
+    orders = {True: torch.channels_last, False: torch.contiguous_format}  # of convolutions, and of the rest
     weights = {
-        name: nn.Parameter(tensor.detach().clone())  # channels_last, as the network's own
+        name: nn.Parameter(tensor.detach().clone(memory_format=orders[tensor.dim() == 4]))
         for name, tensor in network.state_dict().items()
     }
     found = []

@@ -171,7 +171,7 @@ class StageBatch:
 
     def fits(self) -> bool:
         """Whether the values are as many as the rest says."""
-        return self.values.shape == (_total(_elements_of_batch, *self.layout),)
+        return self.values.shape == (_total(*self.layout),)
 
     @property
     def num_stages(self) -> int:

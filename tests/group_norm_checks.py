@@ -140,7 +140,8 @@ def run(inputs: Inputs, dy: Tensor, groups: int, eps: float, silu: bool, functio
     """``y`` and the gradients by the names of the inputs."""
     y = function(inputs, groups, eps, silu)
     leaves = inputs.present()
-    return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy, materialize_grads=True)
+    return {"y": y, **dict(zip(leaves, gradients, strict=True))}
 
 
 def call(inputs: Inputs, groups: int, eps: float, silu: bool) -> Tensor:

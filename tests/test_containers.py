@@ -189,7 +189,8 @@ def test_containers_are_detached(batch):
 
 def gradients(run, block: Block, x: StageBatch, emb: Tensor) -> list[Tensor]:
     y = run(block, x.map(torch.clone), emb)
-    return list(torch.autograd.grad(y.values.square().sum(), [x.values, emb, *block.parameters()]))
+    leaves = [x.values, emb, *block.parameters()]
+    return list(torch.autograd.grad(y.values.square().sum(), leaves, materialize_grads=True))
 
 
 def test_containers_keep_all_gradients_in_checkpoints(generator):
@@ -228,7 +229,8 @@ def test_containers_inside_of_reentrant_checkpoints_of_tensors_are_right(generat
         block.zero_grad()
         x.grad = None
         run(x).sum().backward()
-        found.append([t.grad for t in (x, *block.parameters())])
+        found.append([t.grad for t in (x, *block.parameters()) if t.grad is not None])
+    assert len(found[0]) > 2
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
 

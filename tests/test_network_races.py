@@ -170,7 +170,7 @@ def test_a_network_with_wrong_results_is_not_timed():
 def test_a_network_with_a_wrong_gradient_is_not_timed():
     """Whose results are right."""
     network = whole_networks.published("cpu", torch.float32).ours
-    network.dec["4x4"].entry[0].norm0.weight.register_hook(lambda gradient: 1.5 * gradient)
+    network.dec["4x4"].entry[0].norm0.weight[0].register_hook(lambda gradient: 1.5 * gradient)
     errors = failures("training_step")
     assert len(errors) == 5
     assert all("ours: dec.4x4.entry.0.norm0.weight.0 is off" in error for error in errors)

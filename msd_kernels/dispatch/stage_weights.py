@@ -28,12 +28,7 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tenso
 
 
 def _joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    if any(w.dim() == 4 and w.shape[2] * w.shape[3] > 1 for w in weights):
-        buffer = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
-        for part, weight in zip(buffer.split([w.numel() for w in weights]), weights, strict=True):
-            _as_shape(part, weight.shape).copy_(weight)
-        return buffer
-    flat = [w.reshape(-1) for w in weights]
+    flat = [w.permute(0, 2, 3, 1).reshape(-1) if w.dim() == 4 else w.reshape(-1) for w in weights]
     buffer = flat[0] if len(flat) == 1 else torch.cat(flat)
     return buffer.to(dtype).contiguous()
 

@@ -285,8 +285,8 @@ class StageGroupNorm(StageModule):
                     f"choose a width that gives a multiple of {max(g, 1)}"
                 )
         self.channels, self.groups, self.eps = tuple(channels), tuple(groups), eps
-        self.hold("weight", [torch.ones(c) for c in channels])
-        self.hold("bias", [torch.zeros(c) for c in channels])
+        self.hold("weight", (torch.ones(c) for c in channels))
+        self.hold("bias", (torch.zeros(c) for c in channels))
 
     def forward(
         self,
@@ -311,8 +311,8 @@ class StageLayerNorm(StageModule):
     def __init__(self, channels: Sequence[int], *, eps: float = 1e-5) -> None:
         super().__init__(len(channels))
         self.channels, self.eps = tuple(channels), eps
-        self.hold("weight", [torch.ones(c) for c in channels])
-        self.hold("bias", [torch.zeros(c) for c in channels])
+        self.hold("weight", (torch.ones(c) for c in channels))
+        self.hold("bias", (torch.zeros(c) for c in channels))
 
     def forward(self, x: StageBatch) -> StageBatch:
         _require_channels("StageLayerNorm", x, self.channels)
@@ -470,14 +470,17 @@ def _require_like(layer: str, name: str, batch: StageBatch, y: StageBatch) -> No
 def _add_weight_and_bias(
     layer: StageModule, ins: Widths, outs: Widths, window: Widths, initialise: Initialiser | None, bias: bool
 ) -> None:
-    initialise, taps, weights = initialise or xavier_uniform(), math.prod(window), []
-    for o, i in zip(outs, ins, strict=True):
-        # Channels last, the order in which random numbers have always been drawn.
-        weight = torch.empty(o, *window, i).movedim(-1, 1)
-        initialise(weight, i * taps, o * taps)
-        weights.append(weight.clone(memory_format=torch.contiguous_format))  # strides of sizes 1, too
-    layer.hold("weight", weights)
+    taps = math.prod(window)
+
+    def drawn() -> Iterator[Tensor]:
+        for o, i in zip(outs, ins, strict=True):
+            # Channels last, the order in which random numbers have always been drawn.
+            weight = torch.empty(o, *window, i).movedim(-1, 1)
+            (initialise or xavier_uniform())(weight, i * taps, o * taps)
+            yield weight.clone(memory_format=torch.contiguous_format)
+
+    layer.hold("weight", drawn())
     if bias:
-        layer.hold("bias", [torch.zeros(o) for o in outs])
+        layer.hold("bias", (torch.zeros(o) for o in outs))
     else:
         layer.register_parameter("bias", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +106,13 @@ class StageModule(nn.Module):
         self.num_stages = num_stages
         self.stage_ids = tuple(range(num_stages))
 
-    def hold(self, name: str, tensors: Sequence[Tensor], *, trained: bool = True) -> None:
-        """Registers one parameter, or buffer, per stage."""
-        count_tensors(len(tensors))
-        setattr(self, name, PerStage(tensors, trained=trained))
+    def hold(self, name: str, tensors: Iterable[Tensor], *, trained: bool = True) -> None:
+        """Registers one parameter, or buffer, per stage; takes no more of them than a network may have."""
+        held = []
+        for tensor in tensors:
+            count_tensors(1)
+            held.append(tensor)
+        setattr(self, name, PerStage(held, trained=trained))
 
     def renumber(self, stage_ids: Sequence[int]) -> None:
         """Makes this a module of other stages of its network, in the same order."""

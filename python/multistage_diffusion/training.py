@@ -293,17 +293,14 @@ class Trainer:
         config = self.config
         if self.processes.size > 1:
             self.processes.sum(self.gradients.values)
+        if self.gradients is not None:
+            self.gradients.leave_absent(counts)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step - 1)
-        if self.gradients is None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        else:
-            self.gradients.leave_absent(counts)
-            self.optimizer.step()
-            self.gradients.clear()
+        self.optimizer.step()
+        (self.optimizer.zero_grad if self.gradients is None else self.gradients.clear)()
         self.ema.update(self.network, (self.step - 1) * config.batch_size, config.batch_size)
 
     # ------------------------------------------------------------------ between steps

@@ -124,3 +124,28 @@ def assert_same_run(a, b, step):
         x, y = weights_of(a, step, name), weights_of(b, step, name)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) for k in x), name
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """As earlier versions kept a stage's part of a weight: a vector, a convolution's channels innermost."""
+    if not tensor.dim():
+        return tensor
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
+
+
+def by_earlier_versions(tensors: dict, names: list[str], *, together: bool) -> tuple[dict, list[str]]:
+    """The state of an optimizer of vectors, one per stage or one for all stages, and its parameters' names."""
+    if not together:
+        return {name: flat(tensor) for name, tensor in tensors.items()}, names
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        prefix, _, stage = name.rpartition(".")
+        groups.setdefault(prefix if stage.isdigit() else name, []).append(name)
+    joined = {}
+    for group, parts in groups.items():
+        if f"{parts[0]}.step" not in tensors:
+            continue  # without a gradient there is no state
+        for entry in ("exp_avg", "exp_avg_sq"):
+            joined[f"{group}.{entry}"] = torch.cat([flat(tensors[f"{part}.{entry}"]) for part in parts])
+        joined[f"{group}.step"] = tensors[f"{parts[0]}.step"]
+    return joined, list(groups)

@@ -19,7 +19,17 @@ from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.training import Trainer
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import SMALL_UNET, TinyNetwork, build, config_of, no_plots, one_thread, tiny_images, trainer_of  # noqa: F401
+from stand_ins import (  # noqa: F401
+    SMALL_UNET,
+    TinyNetwork,
+    build,
+    by_earlier_versions,
+    config_of,
+    no_plots,
+    one_thread,
+    tiny_images,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::multistage_diffusion.checkpoints.CheckpointWarning")
 FILES = ("network", "ema", "optimizer")
@@ -251,29 +261,6 @@ def unet_trainer(directory, steps, **changes):
     network = build_network(SMALL_UNET)
     config = config_of(network=network.config, steps=steps, **changes)
     return Trainer(config, directory, data=tiny_images(), network=network, quiet=True)
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """As earlier versions kept a stage's part of a weight: a vector, a convolution's channels innermost."""
-    if not tensor.dim():
-        return tensor
-    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
-
-
-def by_earlier_versions(tensors: dict, names: list[str], *, together: bool) -> tuple[dict, list[str]]:
-    """The state of an optimizer of vectors, one per stage or one for all stages, and its parameters' names."""
-    if not together:
-        return {name: flat(tensor) for name, tensor in tensors.items()}, names
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        prefix, _, stage = name.rpartition(".")
-        groups.setdefault(prefix if stage.isdigit() else name, []).append(name)
-    joined = {}
-    for group, parts in groups.items():
-        for entry in ("exp_avg", "exp_avg_sq"):
-            joined[f"{group}.{entry}"] = torch.cat([flat(tensors[f"{part}.{entry}"]) for part in parts])
-        joined[f"{group}.step"] = tensors[f"{parts[0]}.step"]
-    return joined, list(groups)
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["per stage", "all stages"])

@@ -13,14 +13,20 @@ import torch
 from multistage_diffusion import checkpoints, cli
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.losses import denoising_loss
-from multistage_diffusion.networks import build
 from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
 from multistage_diffusion.presets import TRAINABLE
 from multistage_diffusion.schedules import vp_sigma
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training import RunError, Trainer
 from multistage_diffusion.training_config import TrainingConfig
-from stand_ins import RecordingNetwork, TinyNetwork, assert_same_run, one_thread, tiny_images  # noqa: F401
+from stand_ins import (  # noqa: F401
+    RecordingNetwork,
+    TinyNetwork,
+    assert_same_run,
+    by_earlier_versions,
+    one_thread,
+    tiny_images,
+)
 
 UNET = {"channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1}
 # The presets' networks with few channels; everything else of a run is the preset's.
@@ -178,15 +184,15 @@ def test_runs_of_before_there_were_schedules_go_on(tmp_path):
     checkpoint = parts / "checkpoints" / "step-00000002"
     content = json.loads((checkpoint / "checkpoint.json").read_text())
     config = without_later_keys(content["config"])
-    network = build(config["network"])
-    state = joined(network, checkpoints.read_tensors(checkpoint, "optimizer"))
+    group = content["optimizer"]["param_groups"][0]
+    tensors = checkpoints.read_tensors(checkpoint, "optimizer")
+    state, group["params"] = by_earlier_versions(tensors, group["params"], together=True)
     checkpoints.write_tensors(checkpoint / "optimizer.safetensors", state)
     data = (checkpoint / "optimizer.safetensors").read_bytes()
     content["files"]["optimizer.safetensors"] = {
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    content["optimizer"]["param_groups"][0]["params"] = [name for name, _ in network.named_parameters()]
     del content["optimizer"]["state"]
     del content["sha256"]
     content["format"] = checkpoints.WITHOUT_OWN_CHECKSUM
@@ -201,21 +207,6 @@ def without_later_keys(config: dict) -> dict:
     for key in ("schedule", "prediction", "values", "augment", "weight_decay"):
         del config[key]
     return config
-
-
-def joined(network, state: dict) -> dict:
-    """The state per stage as state of the layers' flat parameters."""
-    whole = {}
-    for name, parameter in network.named_parameters():
-        parts = [key for key in state if key.rpartition(".")[0].rpartition(".")[0] == name]
-        if not parts:
-            continue  # without a gradient there is no state
-        for entry in ("exp_avg", "exp_avg_sq"):
-            whole[f"{name}.{entry}"] = torch.cat([state[key] for key in parts if key.endswith(f".{entry}")])
-            assert whole[f"{name}.{entry}"].numel() == parameter.numel()
-        whole[f"{name}.step"] = torch.tensor(2.0)
-    assert whole
-    return whole
 
 
 def test_a_resume_that_fails_leaves_the_configuration_alone(tmp_path):

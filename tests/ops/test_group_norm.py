@@ -297,12 +297,12 @@ def test_group_norm_keeps_kind_dtype_and_memory_format(generator):
     assert (batch.counts, batch.channels, batch.height, batch.width) == ((1, 2), (8, 4), 3, 3)
 
 
-def test_group_norm_of_no_samples_is_empty_and_has_zero_weight_gradients():
+def test_group_norm_of_no_samples_is_empty_and_has_no_weight_gradients():
     x, weight = torch.empty(0, 8, 4, 4, requires_grad=True), torch.ones(8, requires_grad=True)
     y = group_norm(x, 4, weight, activation="silu")
     y.sum().backward()
     assert y.shape == x.shape == x.grad.shape
-    assert torch.equal(weight.grad, torch.zeros(8))
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -359,7 +359,7 @@ X = torch.zeros(2, 8, 4, 4)
         (
             (BATCH, 4, [torch.zeros(8), torch.zeros(8).double()]),
             TypeError,
-            "weight of stage 1 is torch.float64 on cpu, stage 0 is torch.float32 on cpu",
+            "weight of stage 1 must be torch.float32 for x of torch.float32, got torch.float64",
         ),
     ],
 )

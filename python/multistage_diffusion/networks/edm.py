@@ -295,8 +295,8 @@ class EDMUNet(StageNetwork):
             features, pyramid = level(skips[-1], projections, pyramid=pyramid)
             skips += features
         projections = Projections(self.to_decoders(counts, emb)).inside(self.dec)
+        h, image = self.to_decoders(counts, skips[-1]), None
         skips = [self.to_decoders(counts, skip) for skip in skips]
-        h, image = skips[-1], None
         for level in self.dec.values():
             h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image)
         return image.dense()
