@@ -44,7 +44,10 @@ def build(config):
     return network
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SLOW = {"edm-wide": pytest.mark.full}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in CONFIGS])
 def test_a_networks_output_is_a_samples_own(name, generator):
     network = build(CONFIGS[name])
     size = CONFIGS[name]["image_size"]

@@ -418,6 +418,7 @@ def test_msd_cluster_checks_its_outputs_before_the_work(tmp_path, capsys, monkey
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_msd_cluster_finds_the_same_cuts_on_one_and_two_processes(tmp_path):
     command = ["cluster", "--data", "digits", "--image-size", "8", "--threads", "1"]
     command += ["--measure", "smooth", "--out"]

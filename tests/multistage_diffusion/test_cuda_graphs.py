@@ -222,7 +222,7 @@ def test_results_hold_no_graph_of_autograd(captures):
     assert len(graphed) == len(captures) == 2
 
 
-@pytest.mark.parametrize("sampling", ["mixed", "systematic"])
+@pytest.mark.parametrize("sampling", ["mixed", pytest.param("systematic", marks=pytest.mark.full)])
 def test_training_from_graphs_gives_the_bits_of_training_without(captures, tmp_path, sampling):
     changes = {
         "network": {**SMALL_UNET, "dropout": 0.2},

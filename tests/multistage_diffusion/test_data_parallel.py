@@ -288,6 +288,7 @@ def torchrun(*arguments) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.full
 def test_the_commands_work_in_the_processes_of_torchrun(tmp_path):
     options = "--data digits --decoder-widths 8,8,4 --encoder-widths 8 --channel-mult 1 --num-blocks 1"
     options += " --attn-resolutions 16 --steps 4 --batch 8"

@@ -299,11 +299,11 @@ def test_networks_copy_and_pickle_with_their_parameters():
     ("family", "changes"),
     [
         ("edm", {"decoder_widths": (8, 4), "channel_mult": (1,), "attn_resolutions": ()}),
-        ("uvit", {"decoder_widths": (16, 8), "depth": 2}),
+        pytest.param("uvit", {"decoder_widths": (16, 8), "depth": 2}, marks=pytest.mark.full),
         pytest.param(
             "ldm",
             {"decoder_widths": (64, 32), "context_dim": 6, "channel_mult": (1,), "attn_resolutions": (8,)},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.full,
         ),
     ],
 )

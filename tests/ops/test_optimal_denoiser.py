@@ -345,6 +345,7 @@ for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
 """
 
 
+@pytest.mark.full
 def test_optimal_denoiser_by_interpreted_triton_kernels_equals_the_library():
     if reason := interpreter.unusable():
         pytest.skip(reason)
