@@ -157,6 +157,13 @@ def stage_weights(
     return [weight for weight, _ in fixed], tuple(shape for _, shape in fixed)
 
 
+def optional_stage_weights(
+    op: str, name: str, weights: Sequence[Tensor] | None
+) -> tuple[list[Tensor], tuple[tuple[int, ...], ...] | None]:
+    """As :func:`stage_weights`; no tensors, and None for their shapes, where there are none."""
+    return ([], None) if weights is None else stage_weights(op, name, weights)
+
+
 def require_shapes(
     op: str, name: str, shapes: Sequence[tuple[int, ...]], expected: Sequence[tuple[int | None, ...]]
 ) -> None:
@@ -180,6 +187,23 @@ def require_dtypes(op: str, name: str, weights: Sequence[Tensor], x: Tensor) -> 
             raise TypeError(
                 f"{op}: {name} of stage {stage} is {tensor.dtype}, stage 0 is {weights[0].dtype}; all stages need one"
             )
+
+
+def require_layer(
+    op: str,
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    weight_shapes: Sequence[tuple[int, ...]],
+    bias_shapes: Sequence[tuple[int, ...]] | None,
+    expected: Sequence[tuple[int | None, ...]],
+) -> None:
+    """The weights of a layer, whose shapes are ``expected``, and its biases of as many elements as those have rows."""
+    require_shapes(op, "weight", weight_shapes, expected)
+    if bias_shapes is not None:
+        require_shapes(op, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
+    for name, tensors in (("weight", weight), ("bias", bias)):
+        require_dtypes(op, name, tensors, x)
 
 
 def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:

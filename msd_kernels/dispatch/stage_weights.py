@@ -94,6 +94,7 @@ def differentiate(
     counts: Sequence[int],
     weight: Sequence[Tensor],
     bias_shapes: Sequence[Shape] | None,
+    like: Tensor,
 ) -> list[Tensor | None]:
     """The gradients of an op's tensors: single ones, then one weight, and one bias where there are any, per stage.
 
@@ -107,6 +108,7 @@ def differentiate(
         counts: of the samples that each stage has.
         weight: may be empty, too.
         bias_shapes: None where there is no bias.
+        like: a tensor on their device.
     """
     stages = len(counts)
     singles = len(needed) - len(weight) - (0 if bias_shapes is None else stages)
@@ -119,7 +121,6 @@ def differentiate(
     gradients = [next(found) if wanted[place] else None for place in places]
     if several_processes():
         shapes = [*(w.shape for w in weight), *(bias_shapes or ())]
-        like = weight[0] if weight else None
         for position, shape in enumerate(shapes, singles):
             if needed[position] and gradients[position] is None:
                 gradients[position] = like.new_zeros(list(shape))

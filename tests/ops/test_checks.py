@@ -164,6 +164,12 @@ def test_what_stands_for_an_integer_is_one():
     assert linear(MATRICES, counts=counts).counts == (1, 1)
 
 
+def test_an_empty_list_of_biases_is_no_absent_one():
+    linear(MATRICES)  # a call that is remembered
+    with pytest.raises(ValueError, match=r"grouped_linear: bias must hold one tensor per stage \(2\), got 0"):
+        linear(MATRICES, [])
+
+
 def test_weights_may_be_a_parameter_list():
     parameters = torch.nn.ParameterList(MATRICES)
     assert torch.equal(linear(parameters).values, linear(MATRICES).values)

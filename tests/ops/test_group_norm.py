@@ -30,6 +30,7 @@ from group_norm_checks import (
 )
 from helpers import ROUNDING, assert_elements_close, each_backend, on_cuda, stage_batch
 from msd_kernels import StageBatch, group_norm
+from msd_kernels.dispatch import stage_weights
 from msd_kernels.ops.group_norm import BACKENDS
 
 SHAPES = [
@@ -295,6 +296,16 @@ def test_group_norm_keeps_kind_dtype_and_memory_format(generator):
     assert group_norm(volume, 4).is_contiguous(memory_format=torch.channels_last_3d)
     batch = group_norm(stage_batch(generator, (1, 2), (8, 4), 3, 3), 4)
     assert (batch.counts, batch.channels, batch.height, batch.width) == ((1, 2), (8, 4), 3, 3)
+
+
+@pytest.mark.parametrize("given", ["weight", "bias"])
+def test_group_norm_among_several_processes_has_gradients_of_zero_for_absent_stages(given, monkeypatch):
+    monkeypatch.setattr(stage_weights, "several_processes", lambda: True)
+    x = StageBatch.from_dense(torch.randn(2, 8, 2, 2), (2, 0))
+    parameters = [torch.ones(8, dtype=torch.float32, requires_grad=True) for _ in range(2)]
+    group_norm(x, 4, **{given: parameters}).values.square().sum().backward()
+    assert parameters[0].grad.any()
+    assert torch.equal(parameters[1].grad, torch.zeros(8))
 
 
 def test_group_norm_of_no_samples_is_empty_and_has_no_weight_gradients():

@@ -134,7 +134,7 @@ def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shi
 def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
     checks.require_floating(OP, "x", x.values)
     (weight, weight_shapes), (bias, bias_shapes) = (
-        ([], None) if tensors is None else checks.stage_weights(OP, name, tensors)
+        checks.optional_stage_weights(OP, name, tensors)
         for name, tensors in (("weight", weight), ("bias", bias))
     )
     for name, batch in (("scale", scale), ("shift", shift)):
@@ -145,7 +145,13 @@ def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
     layout = _STAGE_LAYOUTS.find(
         lambda: _stage_layout(singles, weight, bias, batches, weight_shapes, bias_shapes, *settings),
         (*singles, *weight, *bias),
-        (*(t and t.layout for t in batches), len(weight), settings),
+        (
+            *(t and t.layout for t in batches),
+            len(weight),
+            weight_shapes is None,
+            bias_shapes is None,
+            settings,
+        ),
     )
     return (*singles, weight, bias), layout
 
@@ -394,6 +400,7 @@ def _differentiate(ctx, dy, _dmean, _drstd):
         layout.counts,
         weight,
         layout.weight_shapes if bias else None,
+        dy,
     )
 
 

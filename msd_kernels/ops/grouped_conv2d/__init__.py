@@ -105,14 +105,15 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     checks.require_floating(OP, "x", x.values)
     skip = _skip_batch(x, skip)
     weight, weight_shapes = checks.stage_weights(OP, "weight", weight)
-    bias, bias_shapes = ([], None) if bias is None else checks.stage_weights(OP, "bias", bias)
+    bias, bias_shapes = checks.optional_stage_weights(OP, "bias", bias)
     for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
         if batch is not None:
             checks.require_stage_batch(OP, name, batch)
     device, batches = x.device.type, (x, skip, sample_bias, residual)
     singles = autocast.to_lower_precision(device, *(None if t is None else t.values for t in batches))
     weight, bias = autocast.weights(device, weight), autocast.weights(device, bias)
-    settings = (*(None if t is None else t.layout for t in batches), len(weight), resample)
+    layouts = (None if t is None else t.layout for t in batches)
+    settings = (*layouts, len(weight), bias_shapes is None, resample)
     layout = _LAYOUTS.find(
         lambda: _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample),
         (*singles, *weight, *bias),
@@ -130,10 +131,8 @@ def _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample
     if skip is not None:
         checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
         skip_channels = skip.channels
-    sources = zip(x.channels, skip_channels, strict=True)
-    checks.require_shapes(OP, "weight", weight_shapes, [(None, c + d, None, None) for c, d in sources])
-    if bias_shapes is not None:
-        checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
+    expected = [(None, c + d, None, None) for c, d in zip(x.channels, skip_channels, strict=True)]
+    checks.require_layer(OP, singles[0], weight, bias, weight_shapes, bias_shapes, expected)
     kernel = _kernel_size(weight_shapes)
     out_channels = tuple(shape[0] for shape in weight_shapes)
     if sample_bias is not None:
@@ -141,8 +140,6 @@ def _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample
     if residual is not None:
         out_size = resampled_size(x.height, x.width, resample or "none")
         checks.require_layout(OP, "residual", residual, x.counts, out_channels, *out_size)
-    for name, tensors in (("weight", weight), ("bias", bias)):
-        checks.require_dtypes(OP, name, tensors, singles[0])
     for name, tensor in zip(("skip", "sample_bias", "residual"), singles[1:], strict=True):
         if tensor is not None:
             checks.require_like(OP, name, tensor, singles[0])
@@ -286,6 +283,7 @@ def _differentiate(ctx, dy):
         layout.counts,
         weight,
         layout.bias_shapes if ctx.biased else None,
+        dsum,
     )
     return (*gradients[:3], dsum if residual else None, *gradients[3:])
 

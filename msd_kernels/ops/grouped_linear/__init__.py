@@ -81,7 +81,7 @@ def _predicate_arguments(x: Tensor, layout: LinearLayout) -> dict:
 def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, LinearLayout]:
     """Checks a call; returns the input as a StageBatch, the tensors as they lie, and the layout."""
     weight, weight_shapes = checks.stage_weights(OP, "weight", weight)
-    bias, bias_shapes = ([], None) if bias is None else checks.stage_weights(OP, "bias", bias)
+    bias, bias_shapes = checks.optional_stage_weights(OP, "bias", bias)
     batch = _as_stage_batch(x, len(weight), counts)
     device = batch.device.type
     (values,) = autocast.to_lower_precision(device, batch.values)
@@ -89,7 +89,7 @@ def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, L
     layout = _LAYOUTS.find(
         lambda: _layout(values, weight, bias, batch, weight_shapes, bias_shapes),
         (values, *weight, *bias),
-        (batch.layout, len(weight)),
+        (batch.layout, len(weight), bias_shapes is None),
     )
     return batch, (values, weight, bias), layout
 
@@ -97,11 +97,8 @@ def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, L
 def _layout(values, weight, bias, batch: StageBatch, weight_shapes, bias_shapes) -> LinearLayout:
     """Checks a call."""
     checks.require_size(OP, "x", batch)
-    checks.require_shapes(OP, "weight", weight_shapes, [(None, c) for c in batch.channels])
-    if bias_shapes is not None:
-        checks.require_shapes(OP, "bias", bias_shapes, [shape[:1] for shape in weight_shapes])
-    for name, tensors in (("weight", weight), ("bias", bias)):
-        checks.require_dtypes(OP, name, tensors, values)
+    expected = [(None, c) for c in batch.channels]
+    checks.require_layer(OP, values, weight, bias, weight_shapes, bias_shapes, expected)
     rows = tuple(n * batch.height * batch.width for n in batch.counts)
     return LinearLayout(rows, batch.channels, tuple(shape[0] for shape in weight_shapes))
 
@@ -200,6 +197,7 @@ def _differentiate(ctx, dy):
         layout.rows,
         weight,
         layout.bias_shapes if ctx.biased else None,
+        dy,
     )
 
 
