@@ -37,7 +37,7 @@ from toolchain import (  # noqa: E402
 
 PACKAGE = "msd_kernels"
 REPORT = "_build_report.json"
-TARGETS = {f"{PACKAGE}._cuda": "cuda", f"{PACKAGE}._native": "cpu", f"{PACKAGE}._host": "host"}
+TARGETS = {f"{PACKAGE}._cuda": "cuda", f"{PACKAGE}._native": "cpu"}
 
 CXX_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 CUDA_FLAGS = (
@@ -78,12 +78,13 @@ def cuda_architectures() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return select_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES)
 
 
-def pybind11_include() -> str:
+def python_includes() -> tuple[str, ...]:
+    """What a module for this Python includes."""
     try:
         import pybind11
     except ImportError as error:
         raise BuildError(MISSING.format("pybind11")) from error
-    return pybind11.get_include()
+    return isystem(pybind11.get_include(), sysconfig.get_path("include"))
 
 
 def torch_folder() -> Path:
@@ -94,13 +95,12 @@ def torch_folder() -> Path:
     return Path(found.origin).parent
 
 
-def torch_libraries() -> tuple[str, ...]:
-    """Links the stable ABI, which CPU-only builds of PyTorch have, too."""
-    return f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"
-
-
 def isystem(*folders) -> tuple[str, ...]:
     return tuple(word for folder in folders for word in ("-isystem", str(folder)))
+
+
+def define(**facts: str) -> tuple[str, ...]:
+    return tuple(f'-D{macro}="{value}"' for macro, value in facts.items())
 
 
 class BuildKernels(build_ext):
@@ -157,46 +157,39 @@ class BuildKernels(build_ext):
             self.notes["cuda"] = {"note": note}
             print(f"WARNING: {PACKAGE}'s cuda extension: {note}", file=sys.stderr, flush=True)
         device_command = (nvcc, *CUDA_FLAGS, *gencode(architectures))
-        host_command = self.torch_command()
+        host_command = (*self.cxx(), *self.cxx_flags(), *python_includes())
+        facts = define(MSD_CUDA_ARCHITECTURES=" ".join(architectures))
 
         def command_for(source: str) -> tuple[str, ...]:
-            return device_command if source.endswith(".cu") else host_command
+            if source.endswith(".cu"):
+                return device_command
+            return (*host_command, *(facts if source.endswith("cuda_ops.cpp") else ()))
 
-        self.build(extension, command_for, (nvcc,), torch_libraries())
+        self.build(extension, command_for, (nvcc,))
 
     def build_cpu(self, extension: Extension):
-        command = self.torch_command()
+        """PyTorch gives the threads, by the part of its stable ABI that is C."""
+        torch = torch_folder()
+        includes = (*python_includes(), *isystem(torch / "include"))
+        command = (*self.cxx(), *self.cxx_flags(), *includes, STABLE_ABI)
         isas = cpu_isas()
+        facts = define(
+            MSD_FLAGS=" ".join(self.cxx_flags()),
+            MSD_CPU_ISAS=" ".join(isas),
+            MSD_TORCH_VERSION=metadata.version("torch"),
+        )
 
         def command_for(source: str) -> tuple[str, ...]:
-            return (*command, *isas.get(Path(source).stem.rpartition("_")[2], ()))
+            stem = Path(source).stem
+            return (*command, *(facts if stem == "ops" else isas.get(stem.rpartition("_")[2], ())))
 
-        self.build(extension, command_for, self.cxx(), torch_libraries())
-
-    def build_host(self, extension: Extension):
-        includes = isystem(pybind11_include(), sysconfig.get_path("include"))
-        cpu, cuda = self.report["cpu"]["built"], self.report["cuda"]["built"]
-        facts = {
-            "MSD_FLAGS": " ".join(self.cxx_flags()),
-            "MSD_CPU_ISAS": " ".join(cpu_isas()) if cpu else "",
-            "MSD_TORCH_VERSION": metadata.version("torch") if cpu else "",
-            "MSD_CUDA_ARCHITECTURES": " ".join(cuda_architectures()[0]) if cuda else "",
-        }
-        defines = [f'-D{macro}="{value}"' for macro, value in facts.items()]
-        command = (*self.cxx(), *self.cxx_flags(), *includes, *defines)
-        self.build(extension, lambda source: command, self.cxx())
+        self.build(extension, command_for, self.cxx(), (f"-L{torch / 'lib'}", "-ltorch_cpu"))
 
     def cxx(self) -> tuple[str, ...]:
         return find_cxx(sysconfig.get_config_var("CXX"))
 
     def cxx_flags(self) -> tuple[str, ...]:
         return (*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
-
-    def torch_command(self) -> tuple[str, ...]:
-        """Compiles C++ that uses PyTorch's stable ABI."""
-        include = torch_folder() / "include"
-        includes = isystem(include, include / "torch" / "csrc" / "api" / "include")
-        return (*self.cxx(), *self.cxx_flags(), *includes, f"-ffile-prefix-map={include}=.", STABLE_ABI)
 
     def build(
         self, extension: Extension, command_for: Callable[[str], tuple[str, ...]], linker, libraries=()
@@ -214,20 +207,19 @@ class BuildKernels(build_ext):
         run_ninja(folder, compilations, library, linker, (*libraries, *flags))
 
 
-def extension(name: str, *patterns: str, **options) -> Extension:
+def extension(name: str, *patterns: str) -> Extension:
     """A target of the sources under csrc/ that match."""
     csrc = ROOT / "csrc"
     sources = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in csrc.glob(pattern))
     shared = [ROOT / "build_support" / "toolchain.py", *csrc.rglob("*.h"), *csrc.rglob("*.cuh")]
     depends = sorted(str(path.relative_to(ROOT)) for path in shared)
-    return Extension(f"{PACKAGE}.{name}", sources, depends=depends, optional=True, **options)
+    return Extension(f"{PACKAGE}.{name}", sources, depends=depends, optional=True)
 
 
 setup(
     ext_modules=[
-        extension("_cuda", "cuda_ops.cpp", "cuda/*.cpp", "cuda/*.cu", py_limited_api=True),
-        extension("_native", "ops.cpp", "cpu/*.cpp", py_limited_api=True),
-        extension("_host", "host.cpp"),
+        extension("_cuda", "cuda_ops.cpp", "cuda/*.cpp", "cuda/*.cu"),
+        extension("_native", "ops.cpp", "formulas.cpp", "cpu/*.cpp"),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

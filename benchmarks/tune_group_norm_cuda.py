@@ -64,10 +64,10 @@ def directions(shape: tuple[int, int, int], groups: int) -> Iterator[tuple[str, 
 
 def time_cuts(run: Callable[[], object], groups: int, timer: harness.Timer) -> dict[str, float]:
     """Seconds by cut; those that the device cannot run are left out."""
-    implementation.CUT = None
+    implementation.CUT = implementation.ESTIMATED
     times = {"estimated": harness.median_seconds(run, timer, REPETITIONS)}
     choices = [b for b in (1, 2, 4, 8, 16, 32) if b <= groups]
-    for cut in ([b, parts] for b in choices for parts in PARTS):
+    for cut in ((b, parts) for b in choices for parts in PARTS):
         implementation.CUT = cut
         try:
             times[f"{cut[0]} groups x {cut[1] or 'two passes'}"] = harness.median_seconds(
@@ -76,7 +76,7 @@ def time_cuts(run: Callable[[], object], groups: int, timer: harness.Timer) -> d
         except RuntimeError as error:
             if "impossible" not in str(error):
                 raise
-    implementation.CUT = None
+    implementation.CUT = implementation.ESTIMATED
     return times
 
 

@@ -1,6 +1,8 @@
 // Integers that follow from a call's counts, evaluated anew for each call.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -51,5 +53,8 @@ inline std::int64_t apply(Operation operation, std::int64_t left, std::int64_t r
   if (right == 0) throw std::domain_error("formulas: division by zero");
   return left / right - (left % right != 0 && (left < 0) != (right < 0));
 }
+
+// Adds the class Formulas to a module.
+void bind_formulas(pybind11::module_& m);
 
 }  // namespace msd

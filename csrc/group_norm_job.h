@@ -7,6 +7,7 @@
 
 namespace msd {
 
+// By the codes of msd_kernels/runtime/extension.py.
 enum class ElementType { kFloat, kBFloat16, kHalf };
 
 // Elements of float32, or else of the type of x. No data: the default value everywhere.

@@ -6,7 +6,8 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -64,22 +65,14 @@ def _cpu_model() -> str:
 
 def _built() -> Iterator[str]:
     for name in ("cpu", "cuda"):
-        library = native.load(name)
-        yield f"{name}: {library.path.name}" if library.path else f"{name}: unavailable, {library.reason}"
+        module, reason = native.load(name).module, native.load(name).reason
+        yield f"{name}: {Path(module.__file__).name}" if module else f"{name}: unavailable, {reason}"
         if note := native.build_report().get(name, {}).get("note"):
             yield f"  {note}"
-    if native.load("cpu").path:
-        yield f"cpu instruction set: {torch.ops.msd_kernels_native.cpu_isa()}"
-    for name, value in host_build_info().items():
-        yield f"{name}: {value}"
-
-
-def host_build_info() -> dict[str, object]:
-    """Compiler and flags of the build, from the host module; empty where it was not built."""
-    try:
-        return dict(import_module("msd_kernels._host").build_info())
-    except ImportError:
-        return {}
+        for fact, value in module.build_info().items() if module else ():
+            yield f"  {fact}: {value}"
+    if module := native.load("cpu").module:
+        yield f"cpu instruction set: {module.cpu_isa()}"
 
 
 def _backends() -> Iterator[str]:

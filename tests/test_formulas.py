@@ -25,7 +25,7 @@ def implementation(request, monkeypatch):
     if request.param == "python":
         monkeypatch.setattr(formulas, "implementation", lambda: Formulas)
     elif formulas.implementation() is Formulas:
-        pytest.skip("the host module was not built")
+        pytest.skip("the extension was not built")
 
 
 def draw(random_numbers: random.Random, stages: int, *choices: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -195,10 +196,10 @@ def test_package_says_why_the_extension_was_not_built(unbuilt):
 
 
 def test_package_says_why_the_extension_does_not_load(unbuilt):
-    broken = unbuilt / "msd_kernels" / "_native.abi3.so"
+    broken = unbuilt / "msd_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     broken.write_bytes(b"no library")
     try:
-        assert "not cpu: _native.abi3.so does not load: " in run_unbuilt(WITHOUT_EXTENSION, unbuilt)
+        assert f"not cpu: {broken.name} does not load: " in run_unbuilt(WITHOUT_EXTENSION, unbuilt)
     finally:
         broken.unlink()
 

@@ -6,7 +6,8 @@
 
 namespace msd {
 
-enum class DataType { kUint8, kFloat, kBFloat16, kHalf, kDouble };
+// By the codes of msd_kernels/runtime/extension.py.
+enum class DataType { kFloat, kBFloat16, kHalf, kUint8, kDouble };
 
 // centred [rows, dim] = step data + shift, half_norms [rows] = |centred|^2 / 2.
 struct CentreJob {

@@ -34,10 +34,6 @@ std::shared_ptr<const GroupNormPlan> group_norm_plan(const GroupNormShape& shape
              std::make_shared<GroupNormPlan>(plan_group_norm(shape, backward, facts, forced));
 }
 
-int64_t group_norm_workspace(const GroupNormPlan& plan, const GroupNormForward&) {
-  return 2 * plan.partials;
-}
-
 void group_norm_forward(const GroupNormShape& shape, const GroupNormPlan& plan,
                         const GroupNormForward& job, float* workspace, int device, void* stream) {
   use_device(kOp, device);

@@ -12,10 +12,6 @@ namespace msd::cuda {
 std::shared_ptr<const GroupNormPlan> group_norm_plan(const GroupNormShape& shape, bool backward,
                                                      int device, const ForcedCut& forced);
 
-// Floats of the workspace that a job needs.
-int64_t group_norm_workspace(const GroupNormPlan& plan, const GroupNormForward& job);
-int64_t group_norm_workspace(const GroupNormPlan& plan, const GroupNormBackward& job);
-
 // Starts the kernels on a stream of the device (a cudaStream_t), without waiting for anything. All
 // buffers are on that device and as large as the shape says; the workspace begins at a multiple of
 // 8 bytes. Throws std::runtime_error with CUDA's message.

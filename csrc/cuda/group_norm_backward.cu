@@ -21,12 +21,6 @@ void sum_over_samples(const GroupNormPlan& plan, const GroupNormBackward& job,
 
 }  // namespace
 
-int64_t group_norm_workspace(const GroupNormPlan& plan, const GroupNormBackward& job) {
-  const int64_t lines = plan.partials > 0 ? plan.sample_groups : 0;
-  const int64_t sums = wants_parameters(job) ? plan.sample_channels : 0;
-  return 2 * (plan.partials + lines + sums);
-}
-
 void group_norm_backward(const GroupNormShape& shape, const GroupNormPlan& plan,
                          const GroupNormBackward& job, float* workspace, int device, void* stream) {
   use_device(kOp, device);
@@ -34,7 +28,7 @@ void group_norm_backward(const GroupNormShape& shape, const GroupNormPlan& plan,
   auto* partials = reinterpret_cast<float2*>(workspace);
   float2* lines = partials + plan.partials;
   GroupNormBackward with_sums = job;
-  float* sums = reinterpret_cast<float*>(lines + (plan.partials > 0 ? plan.sample_groups : 0));
+  float* sums = reinterpret_cast<float*>(lines + plan.lines());
   if (job.dbias.data != nullptr) with_sums.dz_sums = sums;
   if (job.dweight.data != nullptr) with_sums.dz_xhat_sums = sums + plan.sample_channels;
   for (const GroupNormLaunch& part : plan.launches) {

@@ -108,6 +108,13 @@ struct GroupNormPlan {
   int64_t sample_channels = 0;  // over all stages
   int64_t sample_groups = 0;
   int64_t partials = 0;  // pairs of floats of the workspace, for two passes
+
+  // Pairs of floats behind those: what the second pass of the backward makes of them.
+  int64_t lines() const { return partials > 0 ? sample_groups : 0; }
+  // Floats of the workspace in all; `parameters`: gradients of weight or bias are wanted.
+  int64_t workspace(bool backward, bool parameters) const {
+    return 2 * (partials + (backward ? lines() : 0) + (parameters ? sample_channels : 0));
+  }
 };
 
 // How one stage is cut.

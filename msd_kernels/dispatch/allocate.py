@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msd_kernels.dispatch.autodiff import present
 from msd_kernels.dispatch.dtypes import wide
-from msd_kernels.layouts import AttentionLayout, GroupNormLayout
+from msd_kernels.layouts import AttentionLayout, GroupNormLayout, Resample2dLayout
 
 
 def gradients_like(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -32,6 +32,11 @@ def group_norm_outputs(x: Tensor, layout: GroupNormLayout) -> tuple[Tensor, Tens
     """``y`` like ``x``, ``mean`` and ``rstd`` with one entry per sample and group."""
     mean = x.new_empty(sum(layout.stat_sizes), dtype=wide(x.dtype))
     return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def resample2d_output(x: Tensor, layout: Resample2dLayout) -> Tensor:
+    """Flat."""
+    return x.new_empty(layout.out_elements)
 
 
 def optimal_denoiser_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,11 +24,17 @@ def cannot_run(dtype: torch.dtype) -> str | None:
     return load("cuda").reason or _cannot_run_on(torch.cuda.current_device())
 
 
-def run(kernel: Callable[..., None], on: Tensor, *arguments) -> None:
-    """Calls a registered function of the library: its last argument is the current stream of the device of ``on``."""
-    elsewhere = on.device.index != torch.cuda.current_device()
-    with torch.cuda.device(on.device) if elsewhere else nullcontext():
-        kernel(*arguments, torch.cuda.current_stream().cuda_stream)
+def kernels() -> ModuleType:
+    """The compiled module, where :func:`cannot_run` has said that there is one."""
+    return load("cuda").module
+
+
+def run(launch: Callable[[int, int], None], on: Tensor) -> None:
+    """Calls ``launch(device, stream)`` with the device of ``on`` as the current one, and its current stream."""
+    device = on.device.index
+    elsewhere = device != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        launch(device, torch.cuda.current_stream().cuda_stream)
 
 
 def serves(architecture: str, capability: tuple[int, int]) -> bool:
@@ -42,21 +48,14 @@ def serves(architecture: str, capability: tuple[int, int]) -> bool:
 
 @cache
 def _cannot_run_on(device: int) -> str | None:
-    return cannot_run_with(torch.cuda.get_device_capability(device), _architectures())
+    architectures = kernels().build_info()["cuda_architectures"]
+    return cannot_run_with(torch.cuda.get_device_capability(device), architectures)
 
 
 def cannot_run_with(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:
-    """Why code for some architectures does not run on a device, or None; also None where they are not known."""
+    """Why code for some architectures does not run on a device, or None."""
     if capability < OLDEST_CAPABILITY:
         return "needs compute capability 8.0, got {}.{}".format(*capability)
-    if architectures and not any(serves(architecture, capability) for architecture in architectures):
+    if not any(serves(architecture, capability) for architecture in architectures):
         return "was built for {}, got compute capability {}.{}".format(" ".join(architectures), *capability)
     return None
-
-
-def _architectures() -> Sequence[str]:
-    """What the extension was built for, or nothing where the host module that knows was not built."""
-    try:
-        return import_module("msd_kernels._host").build_info()["cuda_architectures"]
-    except ImportError:
-        return ()

@@ -1,45 +1,92 @@
-"""The compiled extension: loading it, what was built, and why it is unavailable where it is."""
+"""The compiled modules: loading them, how they are called, what was built, and why one is unavailable where it is."""
 
 from __future__ import annotations
 
 import json
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parent.parent
 REPORT = "_build_report.json"
 
+# As csrc/ numbers them; an absent tensor may have any.
+TYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,
+    torch.float64: 4,
+    None: 0,
+}
+# Training draws new counts at every step, so layouts come and go.
+MOST_LAYOUTS = 4096
+
 
 @dataclass(frozen=True)
 class Library:
-    """One compiled library of the package.
+    """One compiled module of the package.
 
     Attributes:
         name: ``"cpu"`` or ``"cuda"``.
-        path: the file that was loaded, or None.
+        module: with the functions that ``csrc/bindings.h`` describes, or None.
         reason: why it was not loaded, empty where it was.
     """
 
     name: str
-    path: Path | None
+    module: ModuleType | None
     reason: str
 
 
 @cache
 def load(name: str) -> Library:
-    """Loads the library of the CPU or the CUDA kernels once per process; never raises for a missing one."""
+    """Loads the module of the CPU or the CUDA kernels once per process; never raises for a missing one.
+
+    PyTorch, whose threads the CPU kernels run in, is loaded before.
+    """
     stem = {"cpu": "_native", "cuda": "_cuda"}[name]
-    files = sorted(PACKAGE.glob(f"{stem}*.so"))
-    if not files:
+    file = PACKAGE / f"{stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not file.is_file():
         return Library(name, None, build_report().get(name, {}).get("reason") or _not_built())
     try:
-        torch.ops.load_library(str(files[0]))
-    except OSError as error:
-        return Library(name, None, f"{files[0].name} does not load: {error}")
-    return Library(name, files[0], "")
+        return Library(name, import_module(f"{PACKAGE.name}.{stem}"), "")
+    except ImportError as error:
+        return Library(name, None, f"{file.name} does not load: {error}")
+
+
+def compiled_layout(kind: type, layout: Sequence[Any], *tensors: Tensor | None) -> Any:
+    """A layout and its tensors' types as the kernels take them; made once. ``kind`` is its class in their module."""
+    return _compiled_layout(kind, layout, *[t if t is None else t.dtype for t in tensors])
+
+
+@lru_cache(MOST_LAYOUTS)
+def _compiled_layout(kind: type, layout: Sequence[Any], *dtypes: torch.dtype | None) -> Any:
+    return kind(*layout, [TYPE_CODES[dtype] for dtype in dtypes])
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Where the kernels find the tensors, 0 for an absent one. The caller keeps them alive during the call.
+
+    Raises:
+        ValueError: a tensor's memory was given back, as by sharded training.
+    """
+    return [0 if t is None else t.data_ptr() or _no_address(t) for t in tensors]
+
+
+def _no_address(tensor: Tensor) -> int:
+    if tensor.numel():
+        raise ValueError(
+            f"a tensor of shape {list(tensor.shape)} has no memory: it was given back to be gathered anew"
+        )
+    return 0
 
 
 def _not_built() -> str:

@@ -11,7 +11,8 @@ import operator
 from collections.abc import Callable, Sequence
 from ctypes import c_int64
 from functools import cache
-from importlib import import_module
+
+from msd_kernels.runtime.extension import load
 
 # Factors by variable. Variable 0 is 1, the counts follow, and then the result of each step.
 Terms = Sequence[tuple[int, int]]
@@ -127,7 +128,4 @@ def compiled(outputs: Sequence[Linear | int], cells: int = 0) -> Callable[..., t
 @cache
 def implementation() -> type:
     """The compiled class, or :class:`Formulas` where the extension was not built."""
-    try:
-        return import_module("msd_kernels._host").Formulas
-    except ImportError:
-        return Formulas
+    return getattr(load("cpu").module, "Formulas", Formulas)

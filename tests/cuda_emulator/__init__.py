@@ -9,19 +9,20 @@ import ctypes
 import fcntl
 import itertools
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-
-import torch
+from unittest import mock
 
 from msd_kernels.dispatch.backends import OpBackends
+from msd_kernels.runtime import cuda
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 SOURCES = REPOSITORY / "csrc"
-LIBRARY = "msd_kernels_cuda_emulated"  # the build gives the registered library this name
 
 _device_numbers = itertools.count()
 
@@ -48,16 +49,17 @@ def missing() -> str:
         find_cxx(None), find_ninja()
     except BuildError as error:
         return str(error)
-    return ""
+    return "" if find_spec("pybind11") else "no pybind11"
 
 
 class Emulator:
     """The library of emulated kernels."""
 
     def __init__(self, library: Path) -> None:
-        torch.ops.load_library(str(library))
+        spec = spec_from_file_location(f"{__name__}._cuda", library)
+        self.kernels = module_from_spec(spec)
+        spec.loader.exec_module(self.kernels)
         self._library = ctypes.CDLL(str(library))
-        self.kernels = getattr(torch.ops, LIBRARY)
 
     def use(self, device: Device) -> None:
         self._library.emulator_configure(
@@ -88,48 +90,46 @@ def build(folder: Path) -> Path:
 
 
 def _build(folder: Path) -> Path:
+    import pybind11
     from toolchain import Compilation, find_cxx, run_ninja
 
-    torch_folder = Path(torch.__file__).parent
-    includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
     # Addresses that a GPU would refuse.
     checks = ("-fsanitize=alignment", "-fno-sanitize-recover=all")
     compiler = find_cxx(None)
     cxx = (*compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}")
     cxx = (*cxx, "-include", str(HERE / "ptx.cuh"), "-Wno-unknown-pragmas")
-    for_torch = (
-        *(f"-isystem{include}" for include in includes),
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        f"-Dmsd_kernels_cuda={LIBRARY}",
-    )
+    includes = (pybind11.get_include(), sysconfig.get_path("include"))
+    for_python = (*(f"-isystem{include}" for include in includes), '-DMSD_CUDA_ARCHITECTURES=""')
     sources = [path for pattern in ("*.cu", "*.cpp") for path in sorted((SOURCES / "cuda").glob(pattern))]
     commands = dict.fromkeys(sources, (*cxx, *checks, "-x", "c++"))
     commands |= {HERE / name: (*cxx, *checks) for name in ("emulator.cpp", "faults.cpp")}
-    commands[HERE / "ops.cpp"] = (*cxx, *for_torch)
+    commands[SOURCES / "cuda_ops.cpp"] = (*cxx, *for_python)
     compilations = [
         Compilation(path, command, folder / f"{path.name}.o") for path, command in commands.items()
     ]
     library = folder / "libcuda_emulator.so"
-    torch_library = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
-    run_ninja(folder, compilations, library, (*compiler, *checks), torch_library)
+    run_ninja(folder, compilations, library, (*compiler, *checks))
     return library
 
 
-def run(kernel, on, *arguments) -> None:
-    """In the place of :func:`msd_kernels.runtime.cuda.run`: there are no streams."""
-    kernel(*arguments, 0)
-
-
 @contextmanager
-def served_by(backends: OpBackends) -> Iterator[None]:
-    """Lets the candidate ``cuda`` of an op serve CPU tensors, whether or not the extension was built."""
+def served_by(emulator: Emulator, backends: OpBackends) -> Iterator[None]:
+    """Lets the candidate ``cuda`` of an op serve CPU tensors with the emulated kernels, whether or not the extension
+    was built.
+    """
     before = backends.candidates
     backends.candidates = [
         replace(c, devices=("cpu",), cannot=lambda **_: None) if c.name == "cuda" else c for c in before
     ]
     backends._chosen.clear()
+    replaced = mock.patch.object
     try:
-        yield
+        # There are no streams.
+        with (
+            replaced(cuda, "kernels", lambda: emulator.kernels),
+            replaced(cuda, "run", lambda launch, on: launch(0, 0)),
+        ):
+            yield
     finally:
         backends.candidates = before
         backends._chosen.clear()

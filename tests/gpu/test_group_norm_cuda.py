@@ -17,6 +17,9 @@ from group_norm_checks import (
 from helpers import on_cuda, unavailable, waiting_is_an_error
 from msd_kernels import explain, group_norm
 from msd_kernels.dispatch.backends import use
+from msd_kernels.layouts import GroupNormLayout
+from msd_kernels.runtime import cuda
+from msd_kernels.runtime.extension import compiled_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +43,7 @@ def _cuda(exact_cuda):
 
 
 def device_facts() -> list[int]:
-    """As the registered function takes them."""
+    """As ``group_norm_cuts`` takes them."""
     device = torch.cuda.get_device_properties(0)
     per_block = device.shared_memory_per_block_optin
     per_multiprocessor = device.shared_memory_per_multiprocessor
@@ -88,8 +91,9 @@ def test_maps_take_the_ways_they_are_here_for(backward):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the maps were chosen for Hopper")
     for name, ((n, channels, height, width), groups) in MAPS.items():
-        layout = ([n], [channels], [groups], height * width, True, 4, backward)
-        one_pass, _, parts, *_ = torch.ops.msd_kernels_cuda.group_norm_cuts(*layout, device_facts())
+        layout = GroupNormLayout((n,), (channels,), (groups,), height * width, True, 1e-5, False)
+        compiled = compiled_layout(cuda.kernels().GroupNormLayout, layout, torch.empty(0), *[None] * 4)
+        ((one_pass, _, parts, *_),) = cuda.kernels().group_norm_cuts(compiled, backward, device_facts())
         assert bool(one_pass) != name.startswith("two passes")
         if one_pass:
             assert (parts > 1) == name.endswith("cluster")

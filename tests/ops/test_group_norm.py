@@ -32,6 +32,7 @@ from helpers import ROUNDING, assert_elements_close, each_backend, on_cuda, stag
 from msd_kernels import StageBatch, group_norm
 from msd_kernels.dispatch import stage_weights
 from msd_kernels.ops.group_norm import BACKENDS
+from msd_kernels.runtime.extension import load
 
 SHAPES = [
     ((3, 32, 8, 8), 8),
@@ -162,7 +163,7 @@ def test_group_norm_takes_cotangents_of_the_other_layout(channels_last, backend,
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_group_norm_on_every_instruction_set(isa, backend, generator, monkeypatch):
     monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
-    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+    if load("cpu").module.cpu_isa() != isa:
         pytest.skip(f"this processor has no {isa}")
     for (shape, groups), dtype, channels_last in itertools.product(
         SHAPES, (torch.float32, torch.bfloat16, torch.float16), (False, True)
@@ -179,7 +180,7 @@ def test_group_norm_of_means_of_1000_is_as_exact_as_of_centred_inputs(
 ):
     """What rounding takes from such a mean is 3e-5, which the standard deviation does not make small."""
     monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
-    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+    if load("cpu").module.cpu_isa() != isa:
         pytest.skip(f"this processor has no {isa}")
     shapes = [((2, 96, 16, 16), 16), ((1, 4, 9, 9), 2), ((2, 40, 3, 5), 8), ((1, 8, 64, 64), 2), ((3, 48), 4)]
     for (shape, groups), dtype, channels_last in itertools.product(
@@ -202,7 +203,7 @@ def test_group_norm_of_means_of_1000_is_as_exact_as_of_centred_inputs(
 def test_silu_of_huge_numbers_on_every_instruction_set(isa, backend, monkeypatch):
     """As bias: z sigmoid(z) is 0 where exp(-z) overflows, its derivative 0 or 1, and what is no number stays none."""
     monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
-    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+    if load("cpu").module.cpu_isa() != isa:
         pytest.skip(f"this processor has no {isa}")
     values = torch.tensor([-2e38, -1e36, -1e30, -200.0, 0.0, 200.0, 1e36, 2e38, torch.nan, -torch.inf])
     for dtype in (torch.float32, torch.bfloat16):

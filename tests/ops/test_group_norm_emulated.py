@@ -25,7 +25,7 @@ from msd_kernels.dispatch.backends import use
 from msd_kernels.layouts import GroupNormLayout
 from msd_kernels.ops.group_norm import BACKENDS
 from msd_kernels.ops.group_norm import cuda as cuda_group_norm
-from msd_kernels.runtime import cuda
+from msd_kernels.runtime.extension import compiled_layout
 
 # Which way a feature map of SLAB with 4 groups takes.
 SLAB = (1, 64, 24, 24)
@@ -49,18 +49,18 @@ RTX4090 = (128, 99 << 10, 100 << 10, 1 << 10, 0)
 
 
 @pytest.fixture(autouse=True)
-def emulator(emulated_cuda, monkeypatch):
-    monkeypatch.setattr(cuda_group_norm, "KERNELS", emulated_cuda.kernels)
-    monkeypatch.setattr(cuda, "run", cuda_emulator.run)
+def emulator(emulated_cuda):
     emulated_cuda.use(Device())
-    with cuda_emulator.served_by(BACKENDS), use("cuda"):
+    with cuda_emulator.served_by(emulated_cuda, BACKENDS), use("cuda"):
         yield emulated_cuda
 
 
-def cuts(kernels, count, channels, groups, spatial, channels_last, element_bytes, backward, device):
+def cuts(kernels, count, channels, groups, spatial, channels_last, dtype, backward, device):
     """How one stage is cut: (one pass, groups of a unit, parts, pixels of a part, bytes of shared memory)."""
-    layout = ([count], [channels], [groups], spatial, channels_last, element_bytes, backward)
-    return kernels.group_norm_cuts(*layout, list(device))
+    layout = GroupNormLayout((count,), (channels,), (groups,), spatial, channels_last, 1e-5, False)
+    compiled = compiled_layout(kernels.GroupNormLayout, layout, torch.empty(0, dtype=dtype), *[None] * 4)
+    (found,) = kernels.group_norm_cuts(compiled, backward, device)
+    return found
 
 
 @LAYOUTS
@@ -260,7 +260,8 @@ def test_cuts_of_random_shapes_are_possible(device, emulator):
             draw.choice((1, 2, 35, 64, 256, 1024, 4096, 2**18, 2**30)),
             draw.choice((1, 8, 64, 512)),
         )
-        channels_last, element_bytes, backward = draw.random() < 0.5, draw.choice((2, 4)), draw.random() < 0.5
+        channels_last, backward = draw.random() < 0.5, draw.random() < 0.5
+        dtype = draw.choice((torch.float16, torch.float32))
         one_pass, block_groups, parts, part_pixels, shared = cuts(
             emulator.kernels,
             count,
@@ -268,7 +269,7 @@ def test_cuts_of_random_shapes_are_possible(device, emulator):
             groups,
             spatial,
             channels_last,
-            element_bytes,
+            dtype,
             backward,
             device,
         )
@@ -276,7 +277,7 @@ def test_cuts_of_random_shapes_are_possible(device, emulator):
         assert block_groups * group_channels <= 2048
         assert (parts - 1) * part_pixels < spatial <= parts * part_pixels
         assert shared <= device[1]
-        assert channels_last or parts == 1 or part_pixels * element_bytes % 16 == 0
+        assert channels_last or parts == 1 or part_pixels * dtype.itemsize % 16 == 0
         if one_pass:
             assert parts in ((1, 2, 4, 8) if device[4] else (1,))
 
@@ -289,7 +290,7 @@ def test_cuts_of_random_shapes_are_possible(device, emulator):
 )
 def test_hopper_reads_the_networks_feature_maps_once(channels, groups, side, backward, emulator):
     for count, channels_last in itertools.product((1, 8, 64, 512), (False, True)):
-        layout = (channels, groups, side**2, channels_last, 2, backward)
+        layout = (channels, groups, side**2, channels_last, torch.bfloat16, backward)
         assert cuts(emulator.kernels, count, *layout, H200)[0]
 
 

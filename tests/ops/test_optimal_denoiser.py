@@ -17,7 +17,8 @@ from torch import Tensor
 from helpers import dispatcher_calls, each_backend, poisoned_memory
 from msd_kernels import explain, optimal_denoiser
 from msd_kernels.dispatch.backends import use
-from msd_kernels.ops.optimal_denoiser import BACKENDS, library
+from msd_kernels.ops.optimal_denoiser import BACKENDS, cpu, library
+from msd_kernels.runtime.extension import load
 
 SIGMAS = torch.logspace(np.log10(0.002), 3, 24, dtype=torch.float64)
 
@@ -308,18 +309,16 @@ def test_optimal_denoiser_backends_agree_on_exponentials(generator):
 def test_optimal_denoiser_exponential_keeps_what_is_no_number(isa, backend, monkeypatch):
     """Whatever stands in the low bits of a NaN, where the exponential has its integer part."""
     monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
-    if torch.ops.msd_kernels_native.cpu_isa() != isa:
+    if load("cpu").module.cpu_isa() != isa:
         pytest.skip(f"this processor has no {isa}")
     rows = 11
     bits = 0x7FF8000000000000 + torch.tensor([0, 1, 0x7FF, 0x801])
     products = torch.zeros(len(bits), rows, dtype=torch.float64)
     products[:, 4] = bits.view(torch.float64)
-    peak, rescale = products.new_full((2, len(bits)), -torch.inf)
+    peak = products.new_full((len(bits),), -torch.inf)
     sums = products.new_zeros(2, len(bits))
     precision = torch.ones_like(peak)
-    torch.ops.msd_kernels_native.optimal_denoiser_update_softmax(
-        products, products.new_zeros(rows), precision, peak, sums, rescale
-    )
+    cpu._update_softmax(products, products.new_zeros(rows), precision, peak, sums)
     assert products[:, 4].isnan().all()
     assert sums.isnan().all()
 

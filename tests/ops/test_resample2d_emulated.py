@@ -23,8 +23,6 @@ from helpers import stage_batch
 from msd_kernels import resample2d
 from msd_kernels.dispatch.backends import use
 from msd_kernels.ops.resample2d import BACKENDS
-from msd_kernels.ops.resample2d import cuda as cuda_resample2d
-from msd_kernels.runtime import cuda
 
 # Vectors in 16 bits and in 32, several blocks of threads, several strips, strips of several rows.
 LARGE_SHAPES = ((2, 8, 9, 12), (1, 40, 37, 5), (1, 4, 6, 130))
@@ -33,11 +31,9 @@ EACH_DEVICE = pytest.mark.parametrize("device", DEVICES, ids=["long strips", "sh
 
 
 @pytest.fixture(autouse=True)
-def emulator(emulated_cuda, monkeypatch):
-    monkeypatch.setattr(cuda_resample2d, "KERNELS", emulated_cuda.kernels)
-    monkeypatch.setattr(cuda, "run", cuda_emulator.run)
+def emulator(emulated_cuda):
     emulated_cuda.use(Device())
-    with cuda_emulator.served_by(BACKENDS), use("cuda"):
+    with cuda_emulator.served_by(emulated_cuda, BACKENDS), use("cuda"):
         yield emulated_cuda
 
 

@@ -11,9 +11,6 @@ from special_value_checks import CASES, check
 import cuda_emulator
 from cuda_emulator import Device
 from msd_kernels.dispatch.backends import use
-from msd_kernels.ops.group_norm import cuda as cuda_group_norm
-from msd_kernels.ops.resample2d import cuda as cuda_resample2d
-from msd_kernels.runtime import cuda
 
 
 @pytest.mark.parametrize(
@@ -26,10 +23,7 @@ from msd_kernels.runtime import cuda
         ("resample2d of a dense tensor", (math.inf,)),
     ],
 )
-def test_special_values(case, special, emulated_cuda, monkeypatch):
-    for module in (cuda_group_norm, cuda_resample2d):
-        monkeypatch.setattr(module, "KERNELS", emulated_cuda.kernels)
-    monkeypatch.setattr(cuda, "run", cuda_emulator.run)
+def test_special_values(case, special, emulated_cuda):
     emulated_cuda.use(Device())
-    with cuda_emulator.served_by(CASES[case][0]), use("cuda"):
+    with cuda_emulator.served_by(emulated_cuda, CASES[case][0]), use("cuda"):
         check(case, torch.float32, special)

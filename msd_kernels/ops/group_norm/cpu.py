@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch import allocate
 from msd_kernels.layouts import Affine, GroupNormLayout
-from msd_kernels.runtime.extension import load
+from msd_kernels.runtime.extension import addresses, compiled_layout, load
 
 # x and its likes may come and go in their own shapes, and dy in NCHW order although x is NHWC: the kernels look at
 # the order in memory alone.
@@ -24,15 +24,13 @@ def cannot(*, dtype: torch.dtype, **_) -> str | None:
     return load("cpu").reason or None
 
 
-@cache
-def _operator(name: str):
-    """A registered function of the library, which must be loaded."""
-    return getattr(torch.ops.msd_kernels_native, name).default
-
-
 def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm` in the shape of ``x``, and each group's mean and rstd, flat."""
-    return _operator("group_norm_forward")(x, *affine, *layout)
+    outputs = allocate.group_norm_outputs(x, layout)
+    kernels = load("cpu").module
+    compiled = compiled_layout(kernels.GroupNormLayout, layout, x, *affine)
+    kernels.group_norm_forward(compiled, addresses(x, *affine), addresses(*outputs))
+    return outputs
 
 
 def group_norm_backward(
@@ -45,10 +43,10 @@ def group_norm_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
-    counts, channels, groups, spatial, channels_last, _, silu = layout
-    planar = channels_last and dy.dim() > 1 and dy.is_contiguous()
-    bits = sum(flag << i for i, flag in enumerate(wanted))
-    gradients = _operator("group_norm_backward")(
-        dy, planar, x, mean, rstd, *affine, counts, channels, groups, spatial, channels_last, silu, bits
-    )
-    return [gradient if flag else None for gradient, flag in zip(gradients, wanted, strict=True)]
+    gradients = allocate.gradients_like((x, *affine), wanted)
+    kernels = load("cpu").module
+    compiled = compiled_layout(kernels.GroupNormLayout, layout, x, *affine)
+    dy_planar = layout.channels_last and dy.dim() > 1 and dy.is_contiguous()
+    inputs = addresses(dy, mean, rstd, x, *affine)
+    kernels.group_norm_backward(compiled, inputs, addresses(*gradients), dy_planar)
+    return gradients

@@ -10,15 +10,16 @@ from torch import Tensor
 from msd_kernels.dispatch import allocate
 from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.runtime import cuda
+from msd_kernels.runtime.extension import addresses, compiled_layout
 
 # x and its likes may come and go in their own shapes: the kernels look at the order in memory alone.
 TAKES_OWN_SHAPES = True
 # A block holds several arrays of a group's channels in shared memory (csrc/cuda/group_norm_plan.h).
 MAX_GROUP_CHANNELS = 2048
 
-KERNELS = torch.ops.msd_kernels_cuda
-# For benchmarks: [groups of a unit, parts of a unit or 0 for two passes] in the place of the estimates' choice.
-CUT: list[int] | None = None
+# For benchmarks: groups of a unit, and its parts or 0 for two passes, in the place of the estimates' choice.
+ESTIMATED = (0, 0)
+CUT = ESTIMATED
 
 
 def cannot(*, dtype: torch.dtype, layout: GroupNormLayout, **_) -> str | None:
@@ -34,7 +35,7 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
     In one launch if a slab fits the shared memory of a cluster.
     """
     outputs = allocate.group_norm_outputs(x, layout)
-    cuda.run(KERNELS.group_norm_forward.default, x, x, *affine, *layout, *outputs, CUT)
+    _run("group_norm_forward", (x, *affine), outputs, layout, (x, *affine))
     return outputs
 
 
@@ -48,10 +49,30 @@ def group_norm_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
-    counts, channels, groups, spatial, channels_last, _, silu = layout
-    if channels_last and dy.dim() == 4:
+    if layout.channels_last and dy.dim() == 4:
         dy = dy.contiguous(memory_format=torch.channels_last)
     gradients = allocate.gradients_like((x, *affine), wanted)
-    sizes = (counts, channels, groups, spatial, channels_last, silu)
-    cuda.run(KERNELS.group_norm_backward.default, x, dy, x, mean, rstd, *affine, *sizes, *gradients, CUT)
+    _run("group_norm_backward", (dy, mean, rstd, x, *affine), gradients, layout, (x, *affine))
     return gradients
+
+
+def _run(
+    name: str,
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    layout: GroupNormLayout,
+    typed: Sequence[Tensor | None],
+) -> None:
+    """Launches a kernel, with a workspace that lives until the stream is done with it."""
+    kernels = cuda.kernels()
+    compiled = compiled_layout(kernels.GroupNormLayout, layout, *typed)
+    backward = name == "group_norm_backward"
+    parameters = backward and any(gradient is not None for gradient in outputs[1:3])
+
+    def launch(device: int, stream: int) -> None:
+        floats = kernels.group_norm_workspace(compiled, backward, parameters, CUT, device)
+        workspace = typed[0].new_empty(floats, dtype=torch.float32)
+        call = (compiled, addresses(*inputs), addresses(*outputs), workspace.data_ptr(), CUT, device, stream)
+        getattr(kernels, name)(*call)
+
+    cuda.run(launch, typed[0])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels.ops.optimal_denoiser.library import centred_blocks, stream_gradients, stream_posterior
-from msd_kernels.runtime.extension import load
+from msd_kernels.runtime.extension import TYPE_CODES, addresses, load
 
 CPU_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,14 +45,17 @@ def optimal_denoiser_backward(
 
 
 def _centre(data: Tensor, shift: Tensor, step: float, centred: Tensor, half_norms: Tensor) -> None:
-    torch.ops.msd_kernels_native.optimal_denoiser_centre(data.contiguous(), shift, step, centred, half_norms)
+    data = data.contiguous()
+    load("cpu").module.optimal_denoiser_centre(
+        *data.shape, TYPE_CODES[data.dtype], step, addresses(data, shift), addresses(centred, half_norms)
+    )
 
 
 def _update_softmax(
     products: Tensor, half_norms: Tensor, precision: Tensor, peak: Tensor, sums: Tensor
 ) -> Tensor:
     rescale = torch.empty_like(peak)
-    torch.ops.msd_kernels_native.optimal_denoiser_update_softmax(
-        products, half_norms, precision, peak, sums, rescale
+    load("cpu").module.optimal_denoiser_update_softmax(
+        *products.shape, addresses(half_norms, precision), addresses(products, peak, sums, rescale)
     )
     return rescale

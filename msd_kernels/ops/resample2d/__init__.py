@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from msd_kernels.dispatch import arguments, autocast, checks, sharding, tracing
+from msd_kernels.dispatch import allocate, arguments, autocast, checks, sharding, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
@@ -176,7 +176,7 @@ def _forward(x: Tensor, layout: Resample2dLayout) -> Tensor:
 
 @_forward.register_fake
 def _(x, layout):
-    return x.new_empty(layout.out_elements)
+    return allocate.resample2d_output(x, layout)
 
 
 def _save_for_backward(ctx, inputs, output):

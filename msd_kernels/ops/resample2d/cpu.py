@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from msd_kernels.dispatch import allocate
 from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.ops.group_norm.cpu import cannot
+from msd_kernels.runtime.extension import addresses, compiled_layout, load
 
 __all__ = ["cannot", "resample2d"]
 
 
 def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
     """The flat output of :func:`msd_kernels.resample2d`."""
-    y = x.new_empty(layout.out_elements)
-    torch.ops.msd_kernels_native.resample2d(x, *layout, y)
+    y = allocate.resample2d_output(x, layout)
+    kernels = load("cpu").module
+    kernels.resample2d(compiled_layout(kernels.Resample2dLayout, layout, x), addresses(x), addresses(y))
     return y

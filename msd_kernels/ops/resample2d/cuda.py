@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch import allocate
 from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.runtime import cuda
-
-KERNELS = torch.ops.msd_kernels_cuda
+from msd_kernels.runtime.extension import addresses, compiled_layout
 
 
 def cannot(*, dtype: torch.dtype, **_) -> str | None:
@@ -18,6 +18,8 @@ def cannot(*, dtype: torch.dtype, **_) -> str | None:
 
 def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
     """The flat output of :func:`msd_kernels.resample2d`, by one launch, or two where only some stages fill vectors."""
-    y = x.new_empty(layout.out_elements)
-    cuda.run(KERNELS.resample2d.default, x, x, *layout, y)
+    y = allocate.resample2d_output(x, layout)
+    kernels = cuda.kernels()
+    call = (compiled_layout(kernels.Resample2dLayout, layout, x), addresses(x), addresses(y))
+    cuda.run(lambda device, stream: kernels.resample2d(*call, device, stream), x)
     return y

@@ -1,46 +1,16 @@
-// The host-side module: plans for new counts, and what the extension was built with.
-#include <pybind11/pybind11.h>
+// Plans for new counts, from Python.
+#include "formulas.h"
+
 #include <pybind11/stl.h>
 
-#include <cstdint>
 #include <map>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
-
-#include "formulas.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
 
 namespace {
-
-std::string compiler() {
-#if defined(__clang__)
-  return "Clang " __clang_version__;
-#elif defined(__GNUC__)
-  return "GCC " __VERSION__;
-#else
-  return "unknown";
-#endif
-}
-
-py::list words(const std::string& text) {
-  py::list list;
-  std::istringstream stream(text);
-  for (std::string word; stream >> word;) list.append(word);
-  return list;
-}
-
-py::dict build_info() {
-  const py::list architectures = words(MSD_CUDA_ARCHITECTURES);
-  return py::dict("compiler"_a = compiler(), "flags"_a = words(MSD_FLAGS),
-                  "cpu_isas"_a = words(MSD_CPU_ISAS), "torch"_a = MSD_TORCH_VERSION,
-                  "cuda"_a = py::len(architectures) > 0, "cuda_architectures"_a = architectures);
-}
 
 // Formulas of a call's counts whose first values are the cells of a launch's tables.
 class Formulas {
@@ -87,13 +57,10 @@ class Formulas {
 
 }  // namespace
 
-PYBIND11_MODULE(_host, m) {
+void msd::bind_formulas(py::module_& m) {
   py::class_<Formulas>(m, "Formulas", "What msd_kernels.runtime.formulas.Formulas is, compiled.")
       .def(py::init<const std::vector<Formulas::Step>&, const std::vector<msd::Terms>&,
                     std::size_t>(),
            "steps"_a, "outputs"_a, "cells"_a)
       .def("__call__", &Formulas::operator(), "counts"_a, "address"_a = 0);
-  m.def("build_info", &build_info,
-        "What the extension was built with: compiler, flags, cpu_isas (empty without the CPU "
-        "kernels), torch (the version built against), cuda, cuda_architectures.");
 }
