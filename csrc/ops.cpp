@@ -1,5 +1,6 @@
-// The Python module of the CPU kernels, and of what the host plans. An op is one function, with the
-// convention of bindings.h; what it computes it does without Python's lock.
+// The Python module of the CPU kernels, and of what the host plans. An op of the CPU is here in two
+// places: its function, by the convention of bindings.h, and its line in the module. It runs
+// without Python's lock.
 #include "bindings.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"

@@ -26,7 +26,7 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 CXXFLAGS = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS}"
 # Python does not load the C++ library, whose exceptions AddressSanitizer wants to watch from the start.
 PRELOADED = ("libasan.so", "libubsan.so", "libstdc++.so.6")
-TESTS = ("-m", "not slow and not full", "-k", "cpu or compiled", "tests/ops")
+TESTS = ("-m", "not slow and not full", "-k", "cpu or test_arguments", "tests/ops")
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
     In one launch if a slab fits the shared memory of a cluster.
     """
     outputs = allocate.group_norm_outputs(x, layout)
-    _run("group_norm_forward", (x, *affine), outputs, layout, (x, *affine))
+    _run("group_norm_forward", layout, (x, *affine), outputs)
     return outputs
 
 
@@ -52,27 +52,26 @@ def group_norm_backward(
     if layout.channels_last and dy.dim() == 4:
         dy = dy.contiguous(memory_format=torch.channels_last)
     gradients = allocate.gradients_like((x, *affine), wanted)
-    _run("group_norm_backward", (dy, mean, rstd, x, *affine), gradients, layout, (x, *affine))
+    _run("group_norm_backward", layout, (dy, mean, rstd, x, *affine), gradients)
     return gradients
 
 
 def _run(
-    name: str,
-    inputs: Sequence[Tensor | None],
-    outputs: Sequence[Tensor | None],
-    layout: GroupNormLayout,
-    typed: Sequence[Tensor | None],
+    name: str, layout: GroupNormLayout, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
 ) -> None:
-    """Launches a kernel, with a workspace that lives until the stream is done with it."""
-    kernels = cuda.kernels()
-    compiled = compiled_layout(kernels.GroupNormLayout, layout, *typed)
+    """Launches a kernel, with a workspace that the stream keeps until it is done.
+
+    The last five inputs are ``x`` and what is affine.
+    """
+    kernels, x = cuda.kernels(), inputs[-5]
+    compiled = compiled_layout(kernels.GroupNormLayout, layout, *inputs[-5:])
     backward = name == "group_norm_backward"
     parameters = backward and any(gradient is not None for gradient in outputs[1:3])
 
     def launch(device: int, stream: int) -> None:
         floats = kernels.group_norm_workspace(compiled, backward, parameters, CUT, device)
-        workspace = typed[0].new_empty(floats, dtype=torch.float32)
-        call = (compiled, addresses(*inputs), addresses(*outputs), workspace.data_ptr(), CUT, device, stream)
-        getattr(kernels, name)(*call)
+        workspace = x.new_empty(floats, dtype=torch.float32) if floats else None
+        tensors = (addresses(*inputs), addresses(*outputs), *addresses(workspace))
+        getattr(kernels, name)(compiled, *tensors, CUT, device, stream)
 
-    cuda.run(launch, typed[0])
+    cuda.run(launch, x)
