@@ -7,7 +7,6 @@ MSD_KERNELS_CUDA: 0 (no CUDA kernels), 1 (fail without them) or auto (where ther
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -31,8 +30,10 @@ from toolchain import (  # noqa: E402
     find_cxx,
     find_nvcc,
     gencode,
+    python_includes,
     run_ninja,
     select_architectures,
+    torch_folder,
 )
 
 PACKAGE = "msd_kernels"
@@ -49,7 +50,6 @@ CUDA_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 )
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
-MISSING = "no {} at build time: install it and use --no-build-isolation"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # For the sources named *_<set>.cpp. GCC takes the undefined operands of its own AVX-512 intrinsics
@@ -76,27 +76,6 @@ def cpu_isas() -> dict[str, tuple[str, ...]]:
 def cuda_architectures() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The GPU architectures to compile for, and those asked for that are too old."""
     return select_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES)
-
-
-def python_includes() -> tuple[str, ...]:
-    """What a module for this Python includes."""
-    try:
-        import pybind11
-    except ImportError as error:
-        raise BuildError(MISSING.format("pybind11")) from error
-    return isystem(pybind11.get_include(), sysconfig.get_path("include"))
-
-
-def torch_folder() -> Path:
-    """Where PyTorch is, without seconds of importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None:
-        raise BuildError(MISSING.format("torch"))
-    return Path(found.origin).parent
-
-
-def isystem(*folders) -> tuple[str, ...]:
-    return tuple(word for folder in folders for word in ("-isystem", str(folder)))
 
 
 def define(**facts: str) -> tuple[str, ...]:
@@ -170,7 +149,7 @@ class BuildKernels(build_ext):
     def build_cpu(self, extension: Extension):
         """PyTorch gives the threads, by the part of its stable ABI that is C."""
         torch = torch_folder()
-        includes = (*python_includes(), *isystem(torch / "include"))
+        includes = (*python_includes(), "-isystem", str(torch / "include"))
         command = (*self.cxx(), *self.cxx_flags(), *includes, STABLE_ABI)
         isas = cpu_isas()
         facts = define(
@@ -219,7 +198,7 @@ def extension(name: str, *patterns: str) -> Extension:
 setup(
     ext_modules=[
         extension("_cuda", "cuda_ops.cpp", "cuda/*.cpp", "cuda/*.cu"),
-        extension("_native", "ops.cpp", "formulas.cpp", "cpu/*.cpp"),
+        extension("_native", "ops.cpp", "cpu/*.cpp"),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

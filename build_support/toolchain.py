@@ -7,7 +7,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +132,25 @@ def find_cxx(configured: str | None) -> tuple[str, ...]:
         if shutil.which(candidate):
             return (candidate,)
     raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+
+
+def torch_folder() -> Path:
+    """Where PyTorch is, without seconds of importing it."""
+    found = find_spec("torch")
+    if found is None:
+        raise BuildError("no torch at build time: install it and use --no-build-isolation")
+    return Path(found.origin).parent
+
+
+def python_includes() -> tuple[str, ...]:
+    """What a module for this Python includes: Python, and pybind11 of its wheel, else PyTorch's copy."""
+    try:
+        from pybind11 import get_include
+    except ImportError:
+        pybind11 = str(torch_folder() / "include")
+    else:
+        pybind11 = get_include()
+    return "-isystem", pybind11, "-isystem", sysconfig.get_path("include")
 
 
 def find_nvcc() -> str | None:

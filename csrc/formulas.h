@@ -2,10 +2,14 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -54,7 +58,57 @@ inline std::int64_t apply(Operation operation, std::int64_t left, std::int64_t r
   return left / right - (left % right != 0 && (left < 0) != (right < 0));
 }
 
+// Formulas of a call's counts whose first values are the cells of a launch's tables.
+class Formulas {
+ public:
+  using Step = std::tuple<std::string, Terms, Terms>;
+
+  Formulas(const std::vector<Step>& steps, const std::vector<Terms>& outputs, std::size_t cells)
+      : cells_(cells) {
+    if (cells > outputs.size()) throw std::invalid_argument("formulas: more cells than outputs");
+    const std::map<std::string, Operation> operations{{"+", Operation::add},
+                                                      {"//", Operation::floor_divide},
+                                                      {"max", Operation::maximum},
+                                                      {"min", Operation::minimum}};
+    for (const auto& [name, left, right] : steps) {
+      operations_.push_back(operations.at(name));
+      operands_.add(left);
+      operands_.add(right);
+    }
+    for (const Terms& output : outputs) outputs_.add(output);
+  }
+
+  // Writes the cells where there is room for them; returns the values of the other outputs.
+  pybind11::tuple operator()(const pybind11::tuple& counts, std::uintptr_t address) {
+    variables_.assign(1, 1);
+    for (const pybind11::handle count : counts) variables_.push_back(count.cast<std::int64_t>());
+    for (std::size_t i = 0; i < operations_.size(); ++i)
+      variables_.push_back(apply(operations_[i], operands_.value(2 * i, variables_),
+                                 operands_.value(2 * i + 1, variables_)));
+    auto* cells = reinterpret_cast<std::int64_t*>(address);
+    for (std::size_t i = 0; i < cells_; ++i) cells[i] = outputs_.value(i, variables_);
+    pybind11::tuple others(outputs_.size() - cells_);
+    for (std::size_t i = 0; i < others.size(); ++i)
+      others[i] = outputs_.value(cells_ + i, variables_);
+    return others;
+  }
+
+ private:
+  std::vector<Operation> operations_;
+  Sums operands_, outputs_;
+  std::size_t cells_;
+  std::vector<std::int64_t> variables_;  // of the call that holds the interpreter's lock
+};
+
 // Adds the class Formulas to a module.
-void bind_formulas(pybind11::module_& m);
+inline void bind_formulas(pybind11::module_& m) {
+  pybind11::class_<Formulas>(m, "Formulas",
+                             "What msd_kernels.runtime.formulas.Formulas is, compiled.")
+      .def(pybind11::init<const std::vector<Formulas::Step>&, const std::vector<Terms>&,
+                          std::size_t>(),
+           pybind11::arg("steps"), pybind11::arg("outputs"), pybind11::arg("cells"))
+      .def("__call__", &Formulas::operator(), pybind11::arg("counts"),
+           pybind11::arg("address") = 0);
+}
 
 }  // namespace msd

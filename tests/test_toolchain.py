@@ -91,6 +91,19 @@ def test_an_empty_compiler_is_no_compiler(text, monkeypatch):
     assert toolchain.find_cxx("sh") == ("ccache", "g++")
 
 
+def test_pybind11_is_that_of_its_wheel_else_of_pytorch(monkeypatch):
+    pybind11 = pytest.importorskip("pybind11")
+    _, first, *_ = toolchain.python_includes()
+    assert first == pybind11.get_include()
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    _, second, *_ = toolchain.python_includes()
+    assert second == str(toolchain.torch_folder() / "include")
+    assert (Path(second) / "pybind11" / "pybind11.h").is_file()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BuildError, match="no torch at build time: install it"):
+        toolchain.python_includes()
+
+
 def write_compiler(path: Path, log: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(COMPILER.format(log=log))

@@ -9,11 +9,10 @@ import ctypes
 import fcntl
 import itertools
 import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from unittest import mock
 
@@ -49,7 +48,7 @@ def missing() -> str:
         find_cxx(None), find_ninja()
     except BuildError as error:
         return str(error)
-    return "" if find_spec("pybind11") else "no pybind11"
+    return ""
 
 
 class Emulator:
@@ -90,20 +89,17 @@ def build(folder: Path) -> Path:
 
 
 def _build(folder: Path) -> Path:
-    import pybind11
-    from toolchain import Compilation, find_cxx, run_ninja
+    from toolchain import Compilation, find_cxx, python_includes, run_ninja
 
     # Addresses that a GPU would refuse.
     checks = ("-fsanitize=alignment", "-fno-sanitize-recover=all")
     compiler = find_cxx(None)
     cxx = (*compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}")
     cxx = (*cxx, "-include", str(HERE / "ptx.cuh"), "-Wno-unknown-pragmas")
-    includes = (pybind11.get_include(), sysconfig.get_path("include"))
-    for_python = (*(f"-isystem{include}" for include in includes), '-DMSD_CUDA_ARCHITECTURES=""')
     sources = [path for pattern in ("*.cu", "*.cpp") for path in sorted((SOURCES / "cuda").glob(pattern))]
     commands = dict.fromkeys(sources, (*cxx, *checks, "-x", "c++"))
     commands |= {HERE / name: (*cxx, *checks) for name in ("emulator.cpp", "faults.cpp")}
-    commands[SOURCES / "cuda_ops.cpp"] = (*cxx, *for_python)
+    commands[SOURCES / "cuda_ops.cpp"] = (*cxx, *python_includes(), '-DMSD_CUDA_ARCHITECTURES=""')
     compilations = [
         Compilation(path, command, folder / f"{path.name}.o") for path, command in commands.items()
     ]
