@@ -5,6 +5,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,12 +19,24 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FAST, SLOW, PLAIN = (SimpleNamespace(name=name) for name in ("fast", "slow", "plain"))
 
 
-def cannot_large(size: int, **call) -> str | None:
+class Size(NamedTuple):
+    """The layout of the op that is tested here."""
+
+    size: int
+
+
+def on(device: torch.device):
+    """Stands for a tensor there."""
+    return SimpleNamespace(device=device, dtype=torch.float32)
+
+
+def cannot_large(call) -> str | None:
+    size = call.layout.size
     return f"takes at most 10, got {size}" if size > 10 else None
 
 
-def slower_when_small(size: int, **call) -> str | None:
-    return "library is faster below 3" if size < 3 else None
+def slower_when_small(call) -> str | None:
+    return "library is faster below 3" if call.layout.size < 3 else None
 
 
 @pytest.fixture
@@ -41,8 +54,8 @@ def backends(monkeypatch):
 
 
 def test_backends_auto_takes_the_first_that_can(backends):
-    assert backends.choose(CPU, {"size": 5}) is FAST
-    assert backends.choose(CUDA, {"size": 5}) is SLOW
+    assert backends.choose(on(CPU), Size(5)) is FAST
+    assert backends.choose(on(CUDA), Size(5)) is SLOW
 
 
 def test_backends_every_gpu_has_a_choice_of_its_own(monkeypatch):
@@ -58,13 +71,13 @@ def test_backends_every_gpu_has_a_choice_of_its_own(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", device)
-    old = Candidate("cuda", FAST, ("cuda",), cannot=lambda: "is too old" if current == [1] else None)
+    old = Candidate("cuda", FAST, ("cuda",), cannot=lambda call: "is too old" if current == [1] else None)
     backends = OpBackends("toy", [old, Candidate("library", PLAIN)])
-    assert backends.choose(torch.device("cuda", 0), {}) is FAST
+    assert backends.choose(on(torch.device("cuda", 0)), Size(0)) is FAST
     with pytest.warns(FallbackWarning, match="is too old"):
-        assert backends.choose(torch.device("cuda", 1), {}) is PLAIN
-    assert backends.choose(torch.device("cuda", 0), {}) is FAST
-    assert backends.explain(torch.device("cuda", 1), {}).why_not["cuda"] == "is too old"
+        assert backends.choose(on(torch.device("cuda", 1)), Size(0)) is PLAIN
+    assert backends.choose(on(torch.device("cuda", 0)), Size(0)) is FAST
+    assert backends.explain(on(torch.device("cuda", 1)), Size(0)).why_not["cuda"] == "is too old"
     assert not current
 
 
@@ -72,42 +85,42 @@ def test_backends_auto_prefers_the_faster_in_silence(backends):
     """What is slower is a choice and not a fallback."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(CPU, {"size": 2}) is PLAIN
+        assert backends.choose(on(CPU), Size(2)) is PLAIN
 
 
 def test_backends_fallback_warns_once_per_reason(backends):
     with pytest.warns(
         FallbackWarning, match="toy: served by 'library' because 'cpu' cannot: takes at most 10, got 11"
     ):
-        assert backends.choose(CPU, {"size": 11}) is PLAIN
+        assert backends.choose(on(CPU), Size(11)) is PLAIN
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(CPU, {"size": 11}) is PLAIN
+        assert backends.choose(on(CPU), Size(11)) is PLAIN
     with pytest.warns(FallbackWarning, match="got 12"):
-        backends.choose(CPU, {"size": 12})
+        backends.choose(on(CPU), Size(12))
 
 
 def test_backends_of_another_device_are_no_fallback(backends):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backends.choose(CPU, {"size": 5})
-        backends.choose(CUDA, {"size": 50})
+        backends.choose(on(CPU), Size(5))
+        backends.choose(on(CUDA), Size(50))
 
 
 def test_backends_without_a_candidate_say_why():
     only = OpBackends("toy", [Candidate("cpu", FAST, ("cpu",), cannot=cannot_large)])
     with pytest.raises(BackendError, match=r"toy: no backend serves this call: .*takes at most 10, got 11"):
-        only.choose(CPU, {"size": 11})
+        only.choose(on(CPU), Size(11))
 
 
 def test_backends_forced_by_use_wins_over_speed_and_environment(backends, monkeypatch):
     monkeypatch.setenv(VARIABLE, "library")
-    assert backends.choose(CPU, {"size": 5}) is PLAIN
+    assert backends.choose(on(CPU), Size(5)) is PLAIN
     with use("cpu"):
-        assert backends.choose(CPU, {"size": 2}) is FAST
+        assert backends.choose(on(CPU), Size(2)) is FAST
         with use("auto"):
-            assert backends.choose(CPU, {"size": 2}) is PLAIN
-    assert backends.choose(CPU, {"size": 5}) is PLAIN
+            assert backends.choose(on(CPU), Size(2)) is PLAIN
+    assert backends.choose(on(CPU), Size(5)) is PLAIN
 
 
 def test_backends_forced_but_unable_raises(backends):
@@ -115,14 +128,14 @@ def test_backends_forced_but_unable_raises(backends):
         use("cpu"),
         pytest.raises(BackendError, match="'cpu' is forced but cannot serve this call: takes at most 10"),
     ):
-        backends.choose(CPU, {"size": 11})
+        backends.choose(on(CPU), Size(11))
     with use("cuda"), pytest.raises(BackendError, match="serves cuda tensors, got a cpu tensor"):
-        backends.choose(CPU, {"size": 1})
+        backends.choose(on(CPU), Size(1))
     with (
         use("triton"),
         pytest.raises(BackendError, match="has no implementation of this op; there are cuda, cpu, library"),
     ):
-        backends.choose(CPU, {"size": 1})
+        backends.choose(on(CPU), Size(1))
 
 
 @pytest.mark.parametrize(
@@ -260,38 +273,38 @@ def test_backends_use_restores_after_an_error():
 
 
 def test_explain_names_every_backend(backends):
-    automatic = backends.explain(CPU, {"size": 11})
+    automatic = backends.explain(on(CPU), Size(11))
     assert automatic.backend == "library"
     assert automatic.why_not["cpu"] == "takes at most 10, got 11"
     assert automatic.why_not["cuda"] == "serves cuda tensors, got a cpu tensor"
     assert automatic.why_not["triton"] == "has no implementation of toy"
     assert {automatic.backend, *automatic.why_not} == set(NAMES)
-    assert backends.explain(CPU, {"size": 2}).why_not["cpu"] == "library is faster below 3"
-    assert backends.explain(CPU, {"size": 5}).why_not["library"] == "cpu comes first"
+    assert backends.explain(on(CPU), Size(2)).why_not["cpu"] == "library is faster below 3"
+    assert backends.explain(on(CPU), Size(5)).why_not["library"] == "cpu comes first"
 
 
 def test_explain_agrees_with_the_choice(backends):
     modules = {"cpu": FAST, "cuda": SLOW, "library": PLAIN}
     for device in (CPU, CUDA):
         for size in (1, 5):
-            call = {"size": size}
-            assert modules[backends.explain(device, call).backend] is backends.choose(device, call)
+            call = Size(size)
+            assert modules[backends.explain(on(device), call).backend] is backends.choose(on(device), call)
 
 
 def test_explain_of_a_forced_backend(backends):
     with use("library"):
-        forced = backends.explain(CPU, {"size": 5})
+        forced = backends.explain(on(CPU), Size(5))
     assert (forced.backend, forced.why) == ("library", "forced")
     assert forced.why_not["cpu"] == "MSD_KERNELS_BACKEND or use() forces library"
     with use("cpu"):
-        impossible = backends.explain(CPU, {"size": 11})
+        impossible = backends.explain(on(CPU), Size(11))
     assert impossible.backend is None
     assert impossible.why == "cpu is forced and cannot serve it"
     assert impossible.why_not["cpu"] == "takes at most 10, got 11"
 
 
 def test_explain_reads_well(backends):
-    assert str(backends.explain(CPU, {"size": 11})).splitlines() == [
+    assert str(backends.explain(on(CPU), Size(11))).splitlines() == [
         "toy: library (the first of its order that serves this call)",
         "  not cuda: serves cuda tensors, got a cpu tensor",
         "  not cpu: takes at most 10, got 11",

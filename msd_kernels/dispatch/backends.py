@@ -1,7 +1,7 @@
 """Which backend serves a call, and why the others do not.
 
 Every op owns one :class:`OpBackends` that lists its candidates in order of preference. A candidate answers two
-questions about a call, each with ``None`` or a reason: *can it serve* (``cannot``), and *should it, given that
+questions about a :class:`Call`, each with ``None`` or a reason: *can it serve* (``cannot``), and *should it, given that
 another one is faster* (``slower``). ``auto`` takes the first candidate without a reason; ``MSD_KERNELS_BACKEND`` or
 :func:`use` force one, which is then asked only whether it can.
 """
@@ -15,9 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = ["NAMES", "BackendError", "Explanation", "FallbackWarning", "use"]
 
@@ -61,7 +62,25 @@ class Explanation:
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.why_not.items()])
 
 
-def _never(**call: Any) -> str | None:
+class Call(NamedTuple):
+    """What a choice of backend depends on.
+
+    Attributes:
+        op: name of the op.
+        device: of its tensors.
+        dtype: of its features; of the optimal denoiser's data.
+        layout: the op's, None where it has none.
+        backward: whether gradients are asked for.
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    layout: Any = None
+    backward: bool = False
+
+
+def _never(call: Call) -> str | None:
     return None
 
 
@@ -73,20 +92,21 @@ class Candidate:
         name: one of :data:`NAMES`.
         implementation: the module with the op's functions, which all take the same arguments as the dispatcher op.
         devices: device types that it serves, or None for all.
-        cannot: ``cannot(**call)`` says why it cannot serve the call, or None.
-        slower: ``slower(**call)`` says why another candidate is preferred although it can, or None.
+        cannot: ``cannot(call)`` says why it cannot serve the call, or None.
+        slower: ``slower(call)`` says why another candidate is preferred although it can, or None.
     """
 
     name: str
     implementation: ModuleType
     devices: tuple[str, ...] | None = None
-    cannot: Callable[..., str | None] = _never
-    slower: Callable[..., str | None] = _never
+    cannot: Callable[[Call], str | None] = _never
+    slower: Callable[[Call], str | None] = _never
 
-    def reason_against(self, device_type: str, call: dict[str, Any]) -> str | None:
-        if self.devices is not None and device_type not in self.devices:
-            return f"serves {' and '.join(self.devices)} tensors, got a {device_type} tensor"
-        return self.cannot(**call)
+    def reason_against(self, call: Call) -> str | None:
+        kind = call.device.type
+        if self.devices is not None and kind not in self.devices:
+            return f"serves {' and '.join(self.devices)} tensors, got a {kind} tensor"
+        return self.cannot(call)
 
 
 @dataclass
@@ -101,55 +121,51 @@ class OpBackends:
     def __post_init__(self) -> None:
         _ops.add(self.op)
 
-    def choose(self, device: torch.device, call: dict[str, Any]) -> ModuleType:
-        """The implementation that serves a call; ``call`` holds what the candidates' predicates look at.
+    def choose(self, x: Tensor, layout: Any = None, *, backward: bool = False) -> ModuleType:
+        """The implementation that serves a call on ``x``.
 
         Raises:
             BackendError: the forced backend cannot serve it.
         """
-        key = (_setting(), device, *call.values())
-        try:
-            implementation = self._chosen.get(key)
-        except TypeError:  # the dispatcher hands over lists, which cannot be hashed
-            key = implementation = None
+        key = (_setting(), x.device, x.dtype, layout, backward)
+        implementation = self._chosen.get(key)
         if implementation is None:
-            with _current(device):
-                implementation = self._choose(device.type, call)
+            with _current(x.device):
+                implementation = self._choose(Call(self.op, *key[1:]))
             if len(self._chosen) >= MOST_CHOSEN:
                 self._chosen.clear()
-            if key is not None:
-                self._chosen[key] = implementation
+            self._chosen[key] = implementation
         return implementation
 
-    def _choose(self, device_type: str, call: dict[str, Any]) -> ModuleType:
+    def _choose(self, call: Call) -> ModuleType:
         forced = forced_backend(self.op)
         if forced is not None:
-            return self._forced_candidate(forced, device_type, call).implementation
+            return self._forced_candidate(forced, call).implementation
         skipped: list[tuple[str, str]] = []
         for candidate in self.candidates:
-            reason = candidate.reason_against(device_type, call)
-            if reason is None and candidate.slower(**call) is None:
+            reason = candidate.reason_against(call)
+            if reason is None and candidate.slower(call) is None:
                 self._warn_of_fallback(candidate, skipped)
                 return candidate.implementation
-            if reason is not None and (candidate.devices is None or device_type in candidate.devices):
+            if reason is not None and (candidate.devices is None or call.device.type in candidate.devices):
                 skipped.append((candidate.name, reason))
         raise BackendError(f"{self.op}: no backend serves this call: {dict(skipped)}")
 
-    def explain(self, device: torch.device, call: dict[str, Any]) -> Explanation:
-        """Names the backend that serves a call and the reason why each other one does not."""
-        with _current(device):
-            return self._explain(device.type, call)
+    def explain(self, x: Tensor, layout: Any = None) -> Explanation:
+        """Names the backend that serves a call on ``x`` and the reason why each other one does not."""
+        with _current(x.device):
+            return self._explain(Call(self.op, x.device, x.dtype, layout))
 
-    def _explain(self, device_type: str, call: dict[str, Any]) -> Explanation:
+    def _explain(self, call: Call) -> Explanation:
         forced = forced_backend(self.op)
         why_not: dict[str, str] = {}
         chosen: tuple[str, str] | None = None
         for candidate in self.candidates:
-            reason = candidate.reason_against(device_type, call)
+            reason = candidate.reason_against(call)
             if forced is not None and candidate.name != forced:
                 reason = f"{VARIABLE} or use() forces {forced}"
             elif forced is None:
-                reason = reason or candidate.slower(**call)
+                reason = reason or candidate.slower(call)
                 if reason is None and chosen is not None:
                     reason = f"{chosen[0]} comes first"
             if reason is None:
@@ -166,10 +182,10 @@ class OpBackends:
             return Explanation(self.op, None, f"{forced} is forced and cannot serve it", why_not)
         return Explanation(self.op, *chosen, why_not)
 
-    def _forced_candidate(self, forced: str, device_type: str, call: dict[str, Any]) -> Candidate:
+    def _forced_candidate(self, forced: str, call: Call) -> Candidate:
         for candidate in self.candidates:
             if candidate.name == forced:
-                reason = candidate.reason_against(device_type, call)
+                reason = candidate.reason_against(call)
                 if reason is None:
                     return candidate
                 raise BackendError(

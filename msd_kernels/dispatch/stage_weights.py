@@ -8,6 +8,8 @@ is one contiguous load. That buffer is made from them per call and never shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor, distributed
@@ -21,9 +23,10 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tenso
     """The buffer that a launch reads, in ``dtype``; None for no weights. One weight may be its own buffer."""
     if not weights:
         return None
-    dtype = dtype or weights[0].dtype
-    if len(weights) == 1 and weights[0].dim() < 4 and weights[0].dtype == dtype:
-        return weights[0].reshape(-1).contiguous()
+    first = weights[0]
+    dtype = dtype or first.dtype
+    if len(weights) == 1 and first.dim() < 4 and first.dtype == dtype:
+        return first if first.dim() == 1 and first.is_contiguous() else first.reshape(-1).contiguous()
     return kept(weights, dtype, lambda: _joined(weights, dtype))
 
 
@@ -39,28 +42,21 @@ def wanted_parts(
     """The wanted stages' parts of such a buffer: tensors of their own, in PyTorch's shape, without gaps."""
     if buffer is None:
         return [None] * len(shapes)
-    parts = zip(buffer.split([_elements(shape) for shape in shapes]), shapes, wanted, strict=True)
-    return [_own(part, shape, alone=len(shapes) == 1) if flag else None for part, shape, flag in parts]
-
-
-def _own(part: Tensor, shape: Shape, alone: bool) -> Tensor:
-    view = _as_shape(part, shape)
-    return view if alone and view.is_contiguous() else view.clone(memory_format=torch.contiguous_format)
+    if len(shapes) == 1:
+        return [_as_shape(buffer, shapes[0]).contiguous() if wanted[0] else None]
+    parts = buffer.split_with_sizes([prod(shape) for shape in shapes])
+    return [
+        _as_shape(part, shape).clone(memory_format=torch.contiguous_format) if flag else None
+        for part, shape, flag in zip(parts, shapes, wanted, strict=True)
+    ]
 
 
 def _as_shape(part: Tensor, shape: Shape) -> Tensor:
     """A view of one stage's part of the buffer, in PyTorch's shape."""
     if len(shape) < 4:
-        return part.view(shape)
+        return part if len(shape) == 1 else part.view(shape)
     out_channels, in_channels, height, width = shape
     return part.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
-
-
-def _elements(shape: Shape) -> int:
-    elements = 1
-    for size in shape:
-        elements *= size
-    return elements
 
 
 def converted(
@@ -89,7 +85,7 @@ def _converted(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tenso
 
 
 def differentiate(
-    backward: Callable[[list[bool]], Sequence[Tensor]],
+    backward: Callable[[Sequence[bool]], Sequence[Tensor]],
     needed: Sequence[bool],
     counts: Sequence[int],
     weight: Sequence[Tensor],
@@ -110,21 +106,31 @@ def differentiate(
         bias_shapes: None where there is no bias.
         like: a tensor on their device.
     """
-    stages = len(counts)
-    singles = len(needed) - len(weight) - (0 if bias_shapes is None else stages)
-    places = [*range(singles), *(range(singles, singles + stages) if weight else ())]
-    places += [] if bias_shapes is None else range(singles + stages, singles + 2 * stages)
-    wanted = [False] * (singles + 2 * stages)
-    for place, flag in zip(places, needed, strict=True):
-        wanted[place] = flag and (place < singles or counts[(place - singles) % stages] > 0)
+    present = tuple(map(bool, counts))
+    wanted, places = _wanted(tuple(needed), present, bool(weight), bias_shapes is not None)
     found = iter(backward(wanted) if any(wanted) else ())
     gradients = [next(found) if wanted[place] else None for place in places]
     if several_processes():
         shapes = [*(w.shape for w in weight), *(bias_shapes or ())]
-        for position, shape in enumerate(shapes, singles):
+        for position, shape in enumerate(shapes, len(needed) - len(shapes)):
             if needed[position] and gradients[position] is None:
                 gradients[position] = like.new_zeros(list(shape))
     return gradients
+
+
+@lru_cache(maxsize=4096)
+def _wanted(
+    needed: tuple[bool, ...], present: tuple[bool, ...], weighted: bool, biased: bool
+) -> tuple[tuple[bool, ...], list[int]]:
+    """Flags for the single tensors, every weight and every bias, and the places of an op's own tensors among them."""
+    stages = len(present)
+    singles = len(needed) - (weighted + biased) * stages
+    places = [*range(singles), *(range(singles, singles + stages) if weighted else ())]
+    places += range(singles + stages, singles + 2 * stages) if biased else ()
+    wanted = [False] * (singles + 2 * stages)
+    for place, flag in zip(places, needed, strict=True):
+        wanted[place] = flag and (place < singles or present[(place - singles) % stages])
+    return tuple(wanted), places
 
 
 def several_processes() -> bool:

@@ -49,6 +49,11 @@ def devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if interpreted() else ("cuda",)
 
 
+def slower_than_others(device_type: str) -> str | None:
+    """Why any other backend is preferred on a device, or None."""
+    return None if device_type == "cuda" else "Triton's interpreter is for tests; force the backend to use it"
+
+
 def cannot_run(device_type: str, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel of this package can serve tensors of a device type and dtype, or None."""
     if unavailable():

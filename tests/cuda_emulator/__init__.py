@@ -115,7 +115,7 @@ def served_by(emulator: Emulator, backends: OpBackends) -> Iterator[None]:
     """
     before = backends.candidates
     backends.candidates = [
-        replace(c, devices=("cpu",), cannot=lambda **_: None) if c.name == "cuda" else c for c in before
+        replace(c, devices=("cpu",), cannot=lambda call: None) if c.name == "cuda" else c for c in before
     ]
     backends._chosen.clear()
     replaced = mock.patch.object

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import AttentionLayout, view_heads
 from msd_kernels.ops.attention import PACKED_ORDERS, triton
 from msd_kernels.ops.attention import plan as plans
@@ -169,7 +170,7 @@ def test_tables_hold_powers_of_two_for_all_heads(which, arithmetic, architecture
 def slower(
     layout: AttentionLayout, dtype: torch.dtype = torch.bfloat16, backward: bool = False
 ) -> str | None:
-    return triton.slower(device=GPU, dtype=dtype, layout=layout, backward=backward)
+    return triton.slower(Call("attention", GPU, dtype, layout, backward))
 
 
 LONG = AttentionLayout((4,), (8,), (64,), 1024, 1024, "nthd", None)
@@ -201,7 +202,7 @@ def test_auto_takes_triton_elsewhere(layout):
 
 def test_too_large_heads_and_samples_are_refused():
     def reason(layout: AttentionLayout) -> str:
-        return triton.cannot(device=GPU, dtype=torch.bfloat16, layout=layout, backward=False)
+        return triton.cannot(Call("attention", GPU, torch.bfloat16, layout))
 
     assert "up to 512, got 513" in reason(LONG._replace(head_dims=(513,)))
     assert re.search(r"one sample may span \d+ elements", reason(LONG._replace(tokens=2**23)))

@@ -21,7 +21,7 @@ from group_norm_checks import (
     random_calls,
 )
 from msd_kernels import group_norm
-from msd_kernels.dispatch.backends import use
+from msd_kernels.dispatch.backends import Call, use
 from msd_kernels.layouts import GroupNormLayout
 from msd_kernels.ops.group_norm import BACKENDS
 from msd_kernels.ops.group_norm import cuda as cuda_group_norm
@@ -244,7 +244,7 @@ def test_group_norm_refuses_wide_groups(emulator):
     ):
         group_norm(torch.zeros(1, 4096, 1, 2), 1)
     layout = GroupNormLayout((1,), (4096,), (1,), 2, True, 1e-5, False)
-    said = cuda_group_norm.cannot(dtype=torch.float32, layout=layout)
+    said = cuda_group_norm.cannot(Call("group_norm", torch.device("cuda"), torch.float32, layout))
     assert said == "takes up to 2048 channels per group, got 4096"
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from helpers import import_benchmarks
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.ops.grouped_conv2d import plan as problems
 from msd_kernels.ops.grouped_conv2d import triton
@@ -231,36 +232,36 @@ def on_a_gpu(monkeypatch) -> torch.device:
 
 def test_auto_takes_one_launch_where_stages_are_small(on_a_gpu):
     small = EDM._replace(counts=(1, 1, 1), skip_channels=(0, 0, 0))
-    assert triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, small) is None
+    assert triton.slower(Call("grouped_conv2d", on_a_gpu, torch.bfloat16, small)) is None
 
 
 def test_auto_takes_the_library_where_stages_are_large(on_a_gpu):
-    reason = triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, EDM)
+    reason = triton.slower(Call("grouped_conv2d", on_a_gpu, torch.bfloat16, EDM))
     assert re.search(r"\d GFLOP per non-empty stage are more than", reason)
 
 
 def test_auto_takes_the_library_for_one_stage(on_a_gpu):
     alone = EDM._replace(counts=(1, 0, 0))
-    assert "one library call" in triton.slower("grouped_conv2d", on_a_gpu, torch.bfloat16, alone)
+    assert "one library call" in triton.slower(Call("grouped_conv2d", on_a_gpu, torch.bfloat16, alone))
 
 
 def test_too_large_an_image_is_refused():
     layout = Conv2dLayout((1,), (2048,), (0,), (4,), 1024, 1024, 1, "none")
-    assert "2147483648" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
+    assert "2147483648" in triton.cannot(Call("grouped_conv2d", CPU, torch.float32, layout))
 
 
 def test_too_many_pixels_are_refused():
     layout = Conv2dLayout((2**21, 1), (4, 4), (0, 0), (4, 4), 32, 32, 1, "none")
-    assert f"got {2**31}" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
+    assert f"got {2**31}" in triton.cannot(Call("grouped_conv2d", CPU, torch.float32, layout))
     fewer = layout._replace(counts=(2**21 - 2**15, 2**20))
-    assert "pixels" not in (triton.cannot("grouped_conv2d", CPU, torch.float32, fewer) or "")
+    assert "pixels" not in (triton.cannot(Call("grouped_conv2d", CPU, torch.float32, fewer)) or "")
 
 
 def test_too_large_a_kernel_is_refused():
     layout = Conv2dLayout((1,), (4,), (0,), (4,), 32, 32, 17, "none")
-    assert "up to 15, got 17" in triton.cannot("grouped_conv2d", CPU, torch.float32, layout)
+    assert "up to 15, got 17" in triton.cannot(Call("grouped_conv2d", CPU, torch.float32, layout))
     fits = layout._replace(kernel=15)
-    assert "kernel" not in (triton.cannot("grouped_conv2d", CPU, torch.float32, fits) or "")
+    assert "kernel" not in (triton.cannot(Call("grouped_conv2d", CPU, torch.float32, fits)) or "")
 
 
 def test_hot_path_never_waits_for_the_device():

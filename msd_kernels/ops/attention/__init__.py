@@ -109,7 +109,7 @@ def attention(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``attention(*args, **kwargs)``, and why the others do not."""
     (q, *_), layout = _prepare(*args, **kwargs)
-    return BACKENDS.explain(q.device, _predicate_arguments(q, layout))
+    return BACKENDS.explain(q, layout)
 
 
 def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
@@ -206,10 +206,6 @@ def _split_channels(channels, num_heads, parts):
     return heads, tuple(c // (parts * h) for c, h in zip(channels, heads, strict=True))
 
 
-def _predicate_arguments(q: Tensor, layout: AttentionLayout, backward: bool = False) -> dict:
-    return {"device": q.device, "dtype": q.dtype, "layout": layout, "backward": backward}
-
-
 def _require(q, k, v, layout: AttentionLayout) -> None:
     counts, heads, head_dims, tokens, context, order, _ = layout
     arguments.require_stages(OP, {"counts": 0}, counts=counts, heads=heads, head_dims=head_dims)
@@ -242,7 +238,7 @@ def _require_backward(dy, q, k, v, y, log_sum, layout: AttentionLayout, wanted) 
 
 @operator("attention", _require)
 def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
-    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, layout))
+    implementation = BACKENDS.choose(q, layout)
     return implementation.attention(q, k, v, layout)
 
 
@@ -269,7 +265,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Those gradients of ``(q, k, v)`` that are wanted."""
-    implementation = BACKENDS.choose(q.device, _predicate_arguments(q, layout, backward=True))
+    implementation = BACKENDS.choose(q, layout, backward=True)
     gradients = implementation.attention_backward(dy, q, k, v, y, log_sum, layout, wanted)
     return autodiff.present(gradients)
 

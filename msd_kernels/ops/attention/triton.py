@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import AttentionLayout
 from msd_kernels.ops.attention.plan import (
     INTERPRETED,
@@ -25,36 +26,34 @@ from msd_kernels.ops.attention.plan import (
     plan,
 )
 from msd_kernels.runtime import tuned
-from msd_kernels.runtime.launch import cannot_run, launch
+from msd_kernels.runtime.launch import cannot_run, launch, slower_than_others
 
 # SDPA's FlashAttention takes no larger head dimension.
 LARGEST_FLASH = 256
 
 
-def cannot(
-    *, device: torch.device, dtype: torch.dtype, layout: AttentionLayout, backward: bool
-) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why the kernels cannot serve a call, or None."""
+    layout = call.layout
     if max(layout.head_dims) > LARGEST_HEAD:
         return f"takes head dimensions up to {LARGEST_HEAD}, got {max(layout.head_dims)}"
     if largest_local_offset(layout) > MAX_LOCAL:
         return f"one sample may span {MAX_LOCAL} elements, got {largest_local_offset(layout)}"
-    return cannot_run(device.type, dtype)
+    return cannot_run(call.device.type, call.dtype)
 
 
-def slower(
-    *, device: torch.device, dtype: torch.dtype, layout: AttentionLayout, backward: bool
-) -> str | None:
+def slower(call: Call) -> str | None:
     """Why the library is preferred, or None.
 
     Never for a gradient: SDPA's own backward on CUDA adds with atomics, so the library's is made of matrix products.
     """
-    if device.type != "cuda":
-        return "Triton's interpreter is for tests; force the backend to use it"
-    if backward or len(layout.stages) != 1:
+    layout = call.layout
+    if call.device.type != "cuda":
+        return slower_than_others(call.device.type)
+    if call.backward or len(layout.stages) != 1:
         return None
     head_dim = layout.head_dims[layout.stages[0]]
-    if layout.context <= ROW or head_dim > LARGEST_FLASH or head_dim * dtype.itemsize % VECTOR_BYTES:
+    if layout.context <= ROW or head_dim > LARGEST_FLASH or head_dim * call.dtype.itemsize % VECTOR_BYTES:
         return None
     return (
         f"one stage with {layout.context} context tokens and head dimension {head_dim}: beyond {ROW} tokens and up to "

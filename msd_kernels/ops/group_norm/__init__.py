@@ -111,7 +111,7 @@ def group_norm(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``group_norm(*args, **kwargs)``, and why the others do not."""
     (x, *_), layout = _prepare(*args, **kwargs)
-    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
+    return BACKENDS.explain(x, layout)
 
 
 def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shift=None, activation=None):
@@ -215,10 +215,6 @@ def _layout(parameters, x, sizes, num_groups, eps, activation) -> GroupNormLayou
     return GroupNormLayout(counts, channels, groups, spatial, channels_last, eps, activation == "silu")
 
 
-def _predicate_arguments(x: Tensor, layout: GroupNormLayout) -> dict:
-    return {"device_type": x.device.type, "dtype": x.dtype, "layout": layout}
-
-
 def _order(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -307,7 +303,7 @@ def _forward(
     layout: GroupNormLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` is dense or the flat buffer of a stage batch; the statistics are flat. Absent parameters are empty."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    implementation = BACKENDS.choose(x, layout)
     if _fits_as_it_is(implementation, x, layout.channels_last):
         affine = Affine(*map(stage_weights.joined, (weight, bias)), _dense(scale), _dense(shift))
         return implementation.group_norm(x, affine, layout)
@@ -341,7 +337,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Those gradients of ``(x, scale, shift, *weight, *bias)`` that are wanted."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    implementation = BACKENDS.choose(x, layout)
     last, stages = layout.channels_last, len(layout.channels)
     want_weight, want_bias = wanted[3 : 3 + stages], wanted[3 + stages :]
     flags = [wanted[0], any(want_weight), any(want_bias), wanted[1], wanted[2]]

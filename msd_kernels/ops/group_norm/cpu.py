@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.runtime.extension import addresses, compiled_layout, load
 
@@ -17,10 +18,10 @@ TAKES_OWN_SHAPES = True
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def cannot(*, dtype: torch.dtype, **_) -> str | None:
-    """Why the CPU kernel cannot serve a call with activations of ``dtype``, or None."""
-    if dtype not in CPU_DTYPES:
-        return f"takes float32, bfloat16 and float16, got {dtype}"
+def cannot(call: Call) -> str | None:
+    """Why the CPU kernel cannot serve a call, or None."""
+    if call.dtype not in CPU_DTYPES:
+        return f"takes float32, bfloat16 and float16, got {call.dtype}"
     return load("cpu").reason or None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.runtime import cuda
 from msd_kernels.runtime.extension import addresses, compiled_layout
@@ -22,11 +23,12 @@ ESTIMATED = (0, 0)
 CUT = ESTIMATED
 
 
-def cannot(*, dtype: torch.dtype, layout: GroupNormLayout, **_) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if layout.widest_group > MAX_GROUP_CHANNELS:
-        return f"takes up to {MAX_GROUP_CHANNELS} channels per group, got {layout.widest_group}"
-    return cuda.cannot_run(dtype)
+    widest = call.layout.widest_group
+    if widest > MAX_GROUP_CHANNELS:
+        return f"takes up to {MAX_GROUP_CHANNELS} channels per group, got {widest}"
+    return cuda.cannot_run(call.dtype)
 
 
 def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:

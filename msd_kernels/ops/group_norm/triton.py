@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
-from msd_kernels.runtime.launch import cannot_run, launch
+from msd_kernels.runtime.launch import cannot_run, launch, slower_than_others
 from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
 FIELDS = (
@@ -53,16 +54,17 @@ class Plan(NamedTuple):
     constants: dict[str, int]
 
 
-def cannot(*, device_type: str, dtype: torch.dtype, layout: GroupNormLayout) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if layout.widest_group > MAX_COLUMNS:
-        return f"takes up to {MAX_COLUMNS} channels per group, got {layout.widest_group}"
-    return cannot_run(device_type, dtype)
+    widest = call.layout.widest_group
+    if widest > MAX_COLUMNS:
+        return f"takes up to {MAX_COLUMNS} channels per group, got {widest}"
+    return cannot_run(call.device.type, call.dtype)
 
 
-def slower(*, device_type: str, **_) -> str | None:
+def slower(call: Call) -> str | None:
     """Why another backend is preferred, or None."""
-    return None if device_type == "cuda" else "Triton's interpreter is for tests; force the backend to use it"
+    return slower_than_others(call.device.type)
 
 
 @cached_plan

@@ -91,11 +91,7 @@ def grouped_conv2d(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_conv2d(*args, **kwargs)``, and why the others do not."""
     (x, *_), layout, _ = _prepare(*args, **kwargs)
-    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
-
-
-def _predicate_arguments(x: Tensor, layout: Conv2dLayout) -> dict:
-    return {"op": OP, "device": x.device, "dtype": x.dtype, "layout": layout}
+    return BACKENDS.explain(x, layout)
 
 
 def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None, scale=1.0, resample=None):
@@ -223,7 +219,7 @@ def _forward(
     scale: float,
 ) -> Tensor:
     """``bias`` is empty where there is none."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    implementation = BACKENDS.choose(x, layout)
     return implementation.grouped_conv2d(x, skip, sample_bias, residual, weight, bias, layout, scale)
 
 
@@ -247,7 +243,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Those gradients of ``(x, skip, sample_bias, *weight, *bias)`` that are wanted."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    implementation = BACKENDS.choose(x, layout)
     return autodiff.present(implementation.grouped_conv2d_backward(dy, x, skip, weight, layout, wanted))
 
 

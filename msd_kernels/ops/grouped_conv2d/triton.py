@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate, stage_weights
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.ops.grouped_conv2d.plan import (
     MAX_KERNEL,
@@ -64,8 +65,9 @@ class PlannedLaunch(NamedTuple):
             triton_launch.launch(self.kernel, grid, on, *arguments, **self.options)
 
 
-def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayout) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why the kernels cannot serve a call, or None."""
+    layout = call.layout
     if layout.largest_local_offset > MAX_LOCAL // 2:
         return (
             f"one stage's weight and one sample's feature map may have {MAX_LOCAL // 2} elements, "
@@ -75,23 +77,18 @@ def cannot(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayo
         return f"one stage's samples may have {MAX_LOCAL} pixels together, got {layout.most_pixels}"
     if layout.kernel > MAX_KERNEL:
         return f"takes kernels up to {MAX_KERNEL}, got {layout.kernel}"
-    return triton_launch.cannot_run(device.type, dtype)
+    return triton_launch.cannot_run(call.device.type, call.dtype)
 
 
-def slower(op: str, device: torch.device, dtype: torch.dtype, layout: Conv2dLayout) -> str | None:
+def slower(call: Call) -> str | None:
     """Why the library's loop over the stages is preferred to one launch, or None."""
-    if device.type != "cuda":
-        return "Triton's interpreter is for tests; force the backend to use it"
-    return _prefers_library(op, tuned.architecture_of(device), layout)
-
-
-@lru_cache(maxsize=4096)
-def _prefers_library(op: str, architecture: int, layout: Conv2dLayout) -> str | None:
-    stages = len(list(layout.stages))
+    if call.device.type != "cuda":
+        return triton_launch.slower_than_others(call.device.type)
+    stages = len(list(call.layout.stages))
     if stages < 2:
         return f"{stages} non-empty stage: one library call is one launch too"
-    rule = tuned.crossover(architecture, op)
-    gflop = layout.flops / stages / 1e9
+    rule = tuned.crossover(tuned.architecture_of(call.device), call.op)
+    gflop = call.layout.flops / stages / 1e9
     if gflop <= rule.gflop_per_stage:
         return None
     origin = (

@@ -71,11 +71,7 @@ def grouped_linear(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``grouped_linear(*args, **kwargs)``, and why the others do not."""
     _, (x, *_), layout = _prepare(*args, **kwargs)
-    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
-
-
-def _predicate_arguments(x: Tensor, layout: LinearLayout) -> dict:
-    return {"op": OP, "device": x.device, "dtype": x.dtype, "layout": layout}
+    return BACKENDS.explain(x, layout)
 
 
 def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, LinearLayout]:
@@ -147,7 +143,7 @@ def _require_backward(
 @operator("grouped_linear", _require)
 def _forward(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], layout: LinearLayout) -> Tensor:
     """``bias`` is empty where there is none."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    implementation = BACKENDS.choose(x, layout)
     return implementation.grouped_linear(x, weight, bias, layout)
 
 
@@ -166,7 +162,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Sequence[Tensor], layout: LinearLayout, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Those gradients of ``(x, *weight, *bias)`` that are wanted."""
-    implementation = BACKENDS.choose(x.device, _predicate_arguments(x, layout))
+    implementation = BACKENDS.choose(x, layout)
     return autodiff.present(implementation.grouped_linear_backward(dy, x, weight, layout, wanted))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import LinearLayout
 from msd_kernels.ops.grouped_conv2d import triton as conv
 from msd_kernels.ops.grouped_conv2d.triton import run_backward, run_forward
@@ -15,14 +16,14 @@ from msd_kernels.runtime import tuned
 __all__ = ["cannot", "grouped_linear", "grouped_linear_backward", "slower"]
 
 
-def cannot(*, layout: LinearLayout, **call) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why the kernels cannot serve a call, or None."""
-    return conv.cannot(layout=layout.conv2d, **call)
+    return conv.cannot(call._replace(layout=call.layout.conv2d))
 
 
-def slower(*, layout: LinearLayout, **call) -> str | None:
+def slower(call: Call) -> str | None:
     """Why the library's loop over the stages is preferred to one launch, or None."""
-    return conv.slower(layout=layout.conv2d, **call)
+    return conv.slower(call._replace(layout=call.layout.conv2d))
 
 
 def grouped_linear(

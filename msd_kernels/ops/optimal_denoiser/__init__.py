@@ -33,7 +33,7 @@ BACKENDS = OpBackends(
     [
         Candidate("cpu", cpu, ("cpu",), cannot=cpu.cannot),
         Candidate("library", library),
-        Candidate("triton", triton, ("cuda",), cannot=triton.cannot_run),
+        Candidate("triton", triton, ("cuda",), cannot=triton.cannot),
         Candidate("reference", reference),
     ],
 )
@@ -130,7 +130,7 @@ def explain(x, sigma, data, *, data_range=(-1.0, 1.0), statistics=False, group=N
 
     An iterator, of which the call would then miss that chunk, is an error.
     """
-    queries, _ = _prepare_queries(x, sigma)
+    _prepare_queries(x, sigma)
     if isinstance(data, Iterator):
         raise TypeError(f"{OP}: explain would use up the first chunk of an iterator, pass that chunk alone")
     chunk = next(_chunks(data), None)
@@ -138,7 +138,7 @@ def explain(x, sigma, data, *, data_range=(-1.0, 1.0), statistics=False, group=N
         raise ValueError(NO_CHUNKS)
     rows = _rows(chunk, x)
     _scale(rows, data_range)
-    return BACKENDS.explain(queries.device, {"dtype": rows.dtype})
+    return BACKENDS.explain(rows)
 
 
 def _prepare_queries(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +300,7 @@ def _forward(
     score_i = (|x - center|² - |x - y_i|²) / (2 sigma²).
     """
     _require_values(x, sigma)
-    implementation = BACKENDS.choose(x.device, {"dtype": data.dtype})
+    implementation = BACKENDS.choose(data)
     outputs = implementation.optimal_denoiser(x, sigma, data, center, low, step)
     # A row infinitely far away has no weight in the log sum, but NaN times its values in the mean.
     mean, log_sum, _ = outputs
@@ -333,7 +333,7 @@ def _backward(
     low: float,
     step: float,
 ) -> tuple[Tensor, Tensor]:
-    implementation = BACKENDS.choose(x.device, {"dtype": data.dtype})
+    implementation = BACKENDS.choose(data)
     return implementation.optimal_denoiser_backward(
         dmean, dlog_sum, x, sigma, data, center, mean, log_sum, low, step
     )

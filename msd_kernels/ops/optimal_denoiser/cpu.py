@@ -6,16 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.ops.optimal_denoiser.library import centred_blocks, stream_gradients, stream_posterior
 from msd_kernels.runtime.extension import TYPE_CODES, addresses, load
 
 CPU_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def cannot(dtype: torch.dtype) -> str | None:
-    """Why the CPU kernel cannot serve a call with data of ``dtype``, or None."""
-    if dtype not in CPU_DTYPES:
-        return f"takes uint8, float32, bfloat16, float16 and float64 data, got {dtype}"
+def cannot(call: Call) -> str | None:
+    """Why the CPU kernel cannot serve a call, or None."""
+    if call.dtype not in CPU_DTYPES:
+        return f"takes uint8, float32, bfloat16, float16 and float64 data, got {call.dtype}"
     return load("cpu").reason or None
 
 

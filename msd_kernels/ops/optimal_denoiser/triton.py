@@ -14,6 +14,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.ops.optimal_denoiser.library import (
     optimal_denoiser_backward,
     stream_posterior,
@@ -22,7 +23,7 @@ from msd_kernels.ops.optimal_denoiser.library import (
 from msd_kernels.runtime import tuned
 from msd_kernels.runtime.launch import OLDEST_ARCHITECTURE, interpreted, launch, unavailable
 
-__all__ = ["cannot_run", "optimal_denoiser", "optimal_denoiser_backward"]
+__all__ = ["cannot", "optimal_denoiser", "optimal_denoiser_backward"]
 
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The scores of a block of the data may take this much.
@@ -66,12 +67,12 @@ def tiles(architecture: int) -> Tiles:
     return TENSOR_CORE_TILES if has_tensor_cores(architecture) else SCALAR_TILES
 
 
-def cannot_run(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve a call with data of ``dtype``, or None."""
+def cannot(call: Call) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
     if unavailable():
         return unavailable()
-    if dtype not in DTYPES:
-        return f"takes uint8, float32, bfloat16, float16 and float64 data, got {dtype}"
+    if call.dtype not in DTYPES:
+        return f"takes uint8, float32, bfloat16, float16 and float64 data, got {call.dtype}"
     if not interpreted() and torch.cuda.get_device_capability() < divmod(OLDEST_ARCHITECTURE, 10):
         return f"needs compute capability 8.0, got {torch.cuda.get_device_capability()}"
     return None

@@ -92,7 +92,7 @@ def resample2d(
 def explain(*args, **kwargs) -> Explanation:
     """Which backend serves ``resample2d(*args, **kwargs)``, and why the others do not."""
     x, layout = _prepare(*args, **kwargs)
-    return BACKENDS.explain(x.device, _predicate_arguments(x, layout))
+    return BACKENDS.explain(x, layout)
 
 
 def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
@@ -145,10 +145,6 @@ def _out_size(size: int, taps: int, up: int, down: int) -> int:
     return (size + 2 * padding - taps) // down + 1
 
 
-def _predicate_arguments(x: Tensor, layout: Resample2dLayout) -> dict:
-    return {"device_type": x.device.type, "dtype": x.dtype, "layout": layout}
-
-
 def _require(x: Tensor, layout: Resample2dLayout) -> None:
     taps, upward, stride, counts, channels, height, width, out_height, out_width, _ = layout
     arguments.require_stages(OP, {"counts": 0}, counts=counts, channels=channels)
@@ -171,7 +167,7 @@ def _require(x: Tensor, layout: Resample2dLayout) -> None:
 
 @operator("resample2d", _require)
 def _forward(x: Tensor, layout: Resample2dLayout) -> Tensor:
-    return BACKENDS.choose(x.device, _predicate_arguments(x, layout)).resample2d(x, layout)
+    return BACKENDS.choose(x, layout).resample2d(x, layout)
 
 
 @_forward.register_fake

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.runtime import cuda
 from msd_kernels.runtime.extension import addresses, compiled_layout
 
 
-def cannot(*, dtype: torch.dtype, **_) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return cuda.cannot_run(dtype)
+    return cuda.cannot_run(call.dtype)
 
 
 def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:

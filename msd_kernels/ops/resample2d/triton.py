@@ -15,13 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Resample2dLayout
-from msd_kernels.ops.group_norm.triton import slower
 from msd_kernels.runtime.formulas import compiled
-from msd_kernels.runtime.launch import cannot_run, launch, multiprocessors
+from msd_kernels.runtime.launch import cannot_run, launch, multiprocessors, slower_than_others
 from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
-
-__all__ = ["cannot", "resample2d", "slower"]
 
 FIELDS = (
     "first_tile",  # programs of the stages before this one
@@ -55,9 +53,14 @@ class Plan(NamedTuple):
     constants: dict[str, int]
 
 
-def cannot(*, device_type: str, dtype: torch.dtype, **_) -> str | None:
+def cannot(call: Call) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return cannot_run(device_type, dtype)
+    return cannot_run(call.device.type, call.dtype)
+
+
+def slower(call: Call) -> str | None:
+    """Why another backend is preferred, or None."""
+    return slower_than_others(call.device.type)
 
 
 def tile_constants(layout: Resample2dLayout) -> dict[str, int]:
