@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from inspect import Parameter as Argument
 from inspect import signature
 from itertools import chain, islice
@@ -163,7 +162,10 @@ class Operator(_Counted):
         tensors = self._form.tensors(args)
         if _observed(tensors):
             return self._overload(*self._form.flat(args))
-        return self._differentiable(None, args, tensors)
+        if _private.forward_mode() or (torch.is_grad_enabled() and _private.any_requires_grad(*tensors)):
+            return self._differentiable(None, args, tensors)
+        with _private.below_autograd():
+            return self._kernel(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: ``fake`` allocates what the kernel returns, without computing it."""
@@ -213,7 +215,7 @@ class Operator(_Counted):
             return tuple(output) if self._form.returns_list else output
 
         def backward_with_keyset(ctx: Context, *cotangents: Any) -> tuple:
-            _, _, _, *ctx.needed = ctx.needs_input_grad
+            ctx.needed = ctx.needs_input_grad[3:]
             gradients = _by_choice_of_forward(backward, ctx, cotangents)
             return (None, None, None, *gradients, *(None,) * (len(ctx.needed) - len(gradients)))
 
@@ -304,7 +306,7 @@ class PublicOperator(_Counted):
             ctx.backend, ctx.lengths = own_choice(), self._form.lengths(args)
 
         def backward_by_choice(ctx: Context, *cotangents: Any) -> tuple:
-            ctx.needed = list(self._form.tensors(ctx.needs_input_grad))
+            ctx.needed = tuple(self._form.tensors(ctx.needs_input_grad))
             if self._form.returns_list:  # whose cotangents come in one list
                 (cotangents,) = cotangents
             gradients = _by_choice_of_forward(backward, ctx, cotangents)
@@ -316,7 +318,9 @@ class PublicOperator(_Counted):
 
 def _by_choice_of_forward(backward: Callable[..., Sequence], ctx: Context, cotangents: Sequence) -> Sequence:
     """``backward`` with the backend that :func:`use` forced for its forward."""
-    with nullcontext() if ctx.backend is None else use(ctx.backend):
+    if ctx.backend is None:
+        return backward(ctx, *cotangents)
+    with use(ctx.backend):
         return backward(ctx, *cotangents)
 
 

@@ -100,14 +100,14 @@ def differentiate(
 
     Args:
         backward: computes the wanted ones, told by flags for the single tensors, every weight and every bias.
-        needed: which of the tensors need one.
+        needed: which of the tensors need one, a tuple.
         counts: of the samples that each stage has.
         weight: may be empty, too.
         bias_shapes: None where there is no bias.
         like: a tensor on their device.
     """
     present = tuple(map(bool, counts))
-    wanted, places = _wanted(tuple(needed), present, bool(weight), bias_shapes is not None)
+    wanted, places = _wanted(needed, present, bool(weight), bias_shapes is not None)
     found = iter(backward(wanted) if any(wanted) else ())
     gradients = [next(found) if wanted[place] else None for place in places]
     if several_processes():

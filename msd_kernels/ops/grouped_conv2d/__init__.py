@@ -272,16 +272,15 @@ def _differentiate(ctx, dy):
     """The residual's gradient is the cotangent of the unscaled sum; all the others follow from it."""
     (x, skip, *weight), layout = ctx.saved_tensors, ctx.layout
     dsum = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
-    *sources, residual = ctx.needed[:4]
     gradients = stage_weights.differentiate(
         lambda wanted: _backward(dsum, x, skip, weight, layout, wanted),
-        [*sources, *ctx.needed[4:]],
+        (*ctx.needed[:3], *ctx.needed[4:]),
         layout.counts,
         weight,
         layout.bias_shapes if ctx.biased else None,
         dsum,
     )
-    return (*gradients[:3], dsum if residual else None, *gradients[3:])
+    return (*gradients[:3], dsum if ctx.needed[3] else None, *gradients[3:])
 
 
 def _save_for_double_backward(ctx, inputs, output):
