@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from ctypes import addressof, c_int64
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -29,13 +28,11 @@ from msd_kernels.dispatch import autocast as _autocast
 from msd_kernels.dispatch.backends import OpBackends
 from msd_kernels.dispatch.operator import NAMESPACE, Operator
 from msd_kernels.runtime import cuda as compiled_cuda
-from msd_kernels.runtime import launch, plan_cache
+from msd_kernels.runtime import launch
 
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132
 WARP_SIZE = 32
-# Where plans write their tables, which nobody reads.
-_TABLE = (c_int64 * 2**16)()
 _OPTIMAL_DENOISER = import_module("msd_kernels.ops.optimal_denoiser")
 
 
@@ -67,7 +64,10 @@ class Launch:
 
     @staticmethod
     def of(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Launch:
-        found = (_as_passed(argument) for argument in arguments)
+        found = (
+            0 if parameter.do_not_specialize else _as_passed(argument)
+            for parameter, argument in zip(kernel.params, arguments, strict=False)
+        )
         return Launch(kernel.module, kernel.__name__, tuple(found), tuple(options.items()))
 
     @property
@@ -138,8 +138,8 @@ class _LaunchesNothing(Exception):
 
 
 def _only_triton(choose: Callable[..., Any]) -> Callable[..., Any]:
-    def chosen(*arguments):
-        implementation = choose(*arguments)
+    def chosen(*arguments, **options):
+        implementation = choose(*arguments, **options)
         if not implementation.__name__.endswith(".triton"):
             raise _LaunchesNothing
         return implementation
@@ -199,11 +199,6 @@ def recorded(found: dict[Launch, None], architecture: int = ARCHITECTURE) -> Ite
         replaced(torch.cuda, "current_device", return_value=0),
         # Which keeps plans from asking for streams.
         replaced(torch.cuda, "is_current_stream_capturing", return_value=True),
-        replaced(
-            plan_cache,
-            "memory",
-            lambda cells, pinned: (torch.empty(cells, dtype=torch.int64), addressof(_TABLE)),
-        ),
         # Group norm asks its tensors whether autocast is CUDA's.
         replaced(FakeTensor, "is_cuda", property(lambda tensor: True), create=True),
     ]

@@ -53,8 +53,9 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
     case = gpu_cases.Case(call, "triton", "bf16")
     with launches.recorded(found):
         case.run("cpu")
-    forward, backward, parameters = found
+    _, forward, backward, parameters = found
     assert [launch.kernel for launch in found] == [
+        "_write_cells_kernel",
         "_group_norm_forward_kernel",
         "_group_norm_backward_kernel",
         "_group_norm_parameters_kernel",
@@ -70,11 +71,13 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
 
 
 def test_launches_name_each_kind_of_arguments_once():
-    def launch(number, offset):
-        kernel = SimpleNamespace(module="m", __name__="k")
-        return Launch.of(kernel, (torch.zeros(64)[offset:], number, None, 0.25), {"BLOCK": 4})
+    def launch(number, offset, by_value=5):
+        specialized = [SimpleNamespace(do_not_specialize=by_value) for by_value in (False,) * 4 + (True,)]
+        kernel = SimpleNamespace(module="m", __name__="k", params=specialized)
+        return Launch.of(kernel, (torch.zeros(64)[offset:], number, None, 0.25, by_value), {"BLOCK": 4})
 
     assert launch(32, 4) == launch(48, 0)
+    assert launch(32, 0) == launch(32, 0, by_value=2**40)
     assert launch(32, 0) != launch(33, 0) != launch(1, 0)
     assert launch(32, 0) != launch(32, 1)
     assert launch(2**31, 0) != launch(16, 0)
@@ -90,7 +93,8 @@ def test_launches_of_forced_backends_and_autocast():
     norm = gpu_cases.dense_norm("small", (2, 32, 4, 4), 8, torch.channels_last)
     with launches.recorded(found), torch.autocast("cpu", torch.bfloat16):
         gpu_cases.Case(norm, "triton", "bf16").run("cpu")
-    assert next(iter(found)).arguments[0] == FLOAT
+    tables, forward, *_ = found
+    assert (tables.kernel, forward.arguments[0]) == ("_write_cells_kernel", FLOAT)
 
 
 def test_launches_of_a_race_are_found_by_its_own_functions(monkeypatch):
@@ -98,6 +102,7 @@ def test_launches_of_a_race_are_found_by_its_own_functions(monkeypatch):
     ((label, found, results),) = gpu_races.rehearse("grouped_linear")
     assert label == "few"
     assert {launch.kernel for launch in found} == {
+        "_write_cells_kernel",
         "_grouped_conv2d_forward_kernel",
         "_grouped_conv2d_dgrad_kernel",
         "_grouped_conv2d_wgrad_kernel",

@@ -90,10 +90,11 @@ def programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
     return min(tiles, multiprocessors(device) * per_multiprocessor)
 
 
-def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
+def launch(kernel, grid: int, on: Tensor, *arguments, by_value: Sequence[int] = (), **options) -> None:
     """Runs ``grid`` programs of a kernel on the device of ``on``.
 
-    ``arguments`` are the kernel's first parameters, ``options`` its constants and the compiler's. Triton's own dispatch
+    ``arguments`` are the kernel's first parameters, then come numbers ``by_value``, on which its code does not depend;
+    ``options`` are its constants and the compiler's. Triton's own dispatch
     binds and looks up all of them in every call, which takes the host longer than many of the kernels take the GPU.
     Here it does so once for each kind of arguments; after that, what it compiled is launched directly, without the
     hooks that run before Triton's dispatch and without regard to settings of its compiler that change later.
@@ -103,6 +104,7 @@ def launch(kernel, grid: int, on: Tensor, *arguments, **options) -> None:
         kinds = _kinds(arguments)
         key = (id(kernel), on.device, kinds, tuple(options), tuple(options.values()))
         found = _compiled.get(key) if kinds else None
+        arguments = (*arguments, *by_value)
         if found is not None:
             compiled, constants = found
             compiled[grid, 1, 1](*arguments, *constants)

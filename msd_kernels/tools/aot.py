@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import walk_packages
 
-from msd_kernels import ops
+from msd_kernels import ops, runtime
 from msd_kernels.runtime import launch, tuned
 from msd_kernels.runtime.compilation import OPTIONS, Compilation
 from msd_kernels.tools import machine_code
@@ -65,7 +65,9 @@ class Report:
 
 def kernel_modules() -> list[str]:
     """The modules of the package that hold Triton kernels."""
-    modules = walk_packages(ops.__path__, f"{ops.__name__}.")
+    modules = (
+        m for package in (ops, runtime) for m in walk_packages(package.__path__, f"{package.__name__}.")
+    )
     return sorted(module.name for module in modules if module.name.endswith(SUFFIX))
 
 

@@ -41,7 +41,7 @@ def with_formulas(layout: Conv2dLayout) -> Conv2dLayout:
 def product_plan(plans: problems.ProductPlans, layout: Conv2dLayout) -> SimpleNamespace:
     """The plan that serves a layout's counts, with its table."""
     plan = plans.plan(plans.choose(layout.counts))
-    (table,), _ = plan.tables.at(layout.counts)
+    (table,), _ = plan.tables.at(layout.counts, CPU)
     return SimpleNamespace(table=table, wide=plan.wide, narrow=plan.narrow, warps=plan.warps)
 
 
@@ -55,7 +55,7 @@ def dgrad_plan(layout: Conv2dLayout, wanted: tuple[bool, bool]) -> SimpleNamespa
 
 def wgrad_plan(layout: Conv2dLayout, wanted: tuple[bool, bool, bool]) -> SimpleNamespace:
     plan = problems.wgrad_plan(with_formulas(layout), wanted, WGRAD, CPU)
-    (partials, sums), (workspace,) = plan.tables.at(layout.counts)
+    (partials, sums), (workspace,) = plan.tables.at(layout.counts, CPU)
     return SimpleNamespace(partials=partials, sums=sums, workspace=workspace)
 
 

@@ -24,7 +24,7 @@ from msd_kernels.dispatch.backends import use  # noqa: E402
 from msd_kernels.layouts import Conv2dLayout  # noqa: E402
 from msd_kernels.ops.grouped_conv2d import reference  # noqa: E402
 from msd_kernels.ops.grouped_conv2d import triton as implementation  # noqa: E402
-from msd_kernels.runtime import launch, tuned  # noqa: E402
+from msd_kernels.runtime import launch, table_kernels, tuned  # noqa: E402
 
 TRITON = "grouped_conv2d=triton,grouped_linear=triton"
 GRADIENTS = ("x", "skip", "weight", "bias", "sample_bias")
@@ -294,3 +294,10 @@ def test_auto_never_takes_the_interpreter(generator):
     assert "interpreter" in answer.why_not["triton"]
     with use(TRITON):
         assert explain("grouped_conv2d", x, weights).backend == "triton"
+
+
+def test_tables_are_written_by_value(generator):
+    cells = torch.randint(-(2**63), 2**63 - 1, (64,), generator=generator).tolist()
+    table = torch.full((192,), 7)
+    launch.launch(table_kernels._write_cells_kernel, 1, table, table, by_value=(64, *cells), num_warps=1)
+    assert table.tolist() == [7] * 64 + cells + [7] * 64

@@ -171,9 +171,9 @@ def plan(
         row["blocks"] = _ceil(own, row.pop("own"))
         problems.append({**row, "tiles": layout.counts[stage] * row["heads"] * row["blocks"]})
     problems.sort(key=lambda p: -p["head_dim"])
-    tables = Tables(device, (problems, FIELDS))
+    tables = Tables((problems, FIELDS))
     constants |= order_constants(layout, arithmetic, itemsize) | {"PROBLEMS": tables.problems[0]}
-    return lambda counts: Plan(tables.at(counts)[0][0], streams, constants, warps)
+    return lambda counts: Plan(tables.at(counts, device)[0][0], streams, constants, warps)
 
 
 def order_constants(layout: AttentionLayout, arithmetic: str, itemsize: int) -> dict[str, object]:

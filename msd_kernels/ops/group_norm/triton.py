@@ -75,8 +75,8 @@ def plan(layout: GroupNormLayout, device: torch.device) -> Callable[[Sequence[in
     columns = constants["BC"]
     per_sample = [{**s, "tiles": s["samples"] * -(-s["groups"] // s["groups_per_block"])} for s in stages]
     per_channel = [{**s, "tiles": -(-s["channels"] // columns)} for s in stages]
-    tables = Tables(device, (per_sample, FIELDS), (per_channel, FIELDS))
-    return lambda counts: Plan(*tables.at(counts)[0], constants)
+    tables = Tables((per_sample, FIELDS), (per_channel, FIELDS))
+    return lambda counts: Plan(*tables.at(counts, device)[0], constants)
 
 
 def tile_constants(layout: GroupNormLayout) -> dict[str, int]:

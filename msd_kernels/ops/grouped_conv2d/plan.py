@@ -2,8 +2,8 @@
 
 One launch walks a list of tiles that is never written down: every row (a *problem*) owns a run of consecutive tile
 numbers, rows with the longest tiles come first, and a program finds the row of its tile by comparing the tile with all
-first tiles at once. So a plan holds one row per stage, whatever the batch size, and reaches the device in one
-asynchronous copy from pinned memory. Stages without samples have no row. Everything here is arithmetic on shapes, which
+first tiles at once. So a plan holds one row per stage, whatever the batch size, and a small launch writes it on the
+device. Stages without samples have no row. Everything here is arithmetic on shapes, which
 needs no Triton and is done once for all counts (:mod:`msd_kernels.runtime.plan_cache`): those of the layouts here are
 formulas.
 """
@@ -144,7 +144,7 @@ class ProductPlans:
             problems.append({**problem, "narrow": int(narrow), "column_tiles": columns, "tiles": tiles})
         problems.sort(key=lambda p: (p["narrow"], -p["channels"] - p.get("skip_channels", 0)))
         return ProductPlan(
-            Tables(self._device, (problems, PRODUCT_FIELDS)),
+            Tables((problems, PRODUCT_FIELDS)),
             launch.wide if any(not p["narrow"] for p in problems) else None,
             launch.narrow if any(p["narrow"] for p in problems) else None,
             launch.warps,
@@ -306,7 +306,6 @@ def wgrad_plan(
     kinds = {p["kind"] for p in partials}
     return WgradPlan(
         Tables(
-            device,
             (sorted(partials, key=lambda p: p["kind"]), WGRAD_FIELDS),
             (sums, SUM_FIELDS),
             numbers=[workspace],

@@ -203,11 +203,16 @@ def _plan_forward(
         parameters = replace(parameters, large=None)
     plans = forward_plans(layout, parameters, device)
     kernel = _product_kernels()._grouped_conv2d_forward_kernel
-    return _planned_products(kernel, plans, layout, layout.grid, forward_modes(layout) | constants)
+    return _planned_products(kernel, plans, layout, layout.grid, forward_modes(layout) | constants, device)
 
 
 def _planned_products(
-    kernel, plans: ProductPlans, layout: Conv2dLayout, grid: tuple[int, int], constants: dict
+    kernel,
+    plans: ProductPlans,
+    layout: Conv2dLayout,
+    grid: tuple[int, int],
+    constants: dict,
+    device: torch.device,
 ) -> Callable[[Sequence[int]], PlannedLaunch]:
     """The launch of the counts."""
 
@@ -226,7 +231,7 @@ def _planned_products(
 
     def launch(counts: Sequence[int]) -> PlannedLaunch:
         tables, walk, options = planned(plans.choose(counts))
-        (table,), _ = tables.at(counts)
+        (table,), _ = tables.at(counts, device)
         return PlannedLaunch(kernel, table, (table.tiles, *grid), walk, options)
 
     return launch
@@ -250,7 +255,9 @@ def _plan_dgrad(
     parameters = parameters.for_vectors(constants["VECTOR_IN"], constants["VECTOR_OUT"])
     plans = dgrad_plans(layout, wanted, parameters, device)
     kernel = _product_kernels()._grouped_conv2d_dgrad_kernel
-    return _planned_products(kernel, plans, layout, layout.source_grid, dgrad_modes(layout) | constants)
+    return _planned_products(
+        kernel, plans, layout, layout.source_grid, dgrad_modes(layout) | constants, device
+    )
 
 
 def grouped_conv2d_wgrad(
@@ -302,7 +309,7 @@ def _plan_wgrad(
     kernels = import_module("msd_kernels.ops.grouped_conv2d.wgrad_kernels")
 
     def launches(counts: Sequence[int]) -> tuple[int, PlannedLaunch, PlannedLaunch]:
-        (partials, sums), (workspace,) = plan.tables.at(counts)
+        (partials, sums), (workspace,) = plan.tables.at(counts, device)
         return (
             workspace,
             PlannedLaunch(

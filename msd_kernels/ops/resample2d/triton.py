@@ -107,12 +107,12 @@ def plan(layout: Resample2dLayout, device: torch.device) -> Callable[[Sequence[i
     def tables(rows: int) -> Tables:
         bands = _ceil_div(layout.out_height, rows)
         return Tables(
-            device, ([{**p, "tiles": slab * bands} for p, slab in zip(problems, slabs, strict=True)], FIELDS)
+            ([{**p, "tiles": slab * bands} for p, slab in zip(problems, slabs, strict=True)], FIELDS)
         )
 
     def planned(counts: Sequence[int]) -> Plan:
         rows = _rows_of_tile(all_slabs(counts)[0], layout.out_height, device)
-        return Plan(tables(rows).at(counts)[0][0], rows, constants)
+        return Plan(tables(rows).at(counts, device)[0][0], rows, constants)
 
     return planned
 
