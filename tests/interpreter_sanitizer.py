@@ -18,7 +18,7 @@ import functools
 import numpy as np
 import torch
 
-from msd_kernels.runtime import plan_cache
+from msd_kernels.runtime import plan_cache, weight_buffers
 
 NOBODY, SEVERAL = -1, -2
 
@@ -45,18 +45,20 @@ class Sanitizer:
     """The storages of the launch that is being interpreted."""
 
     def __init__(self) -> None:
+        self.addressed: list[torch.Tensor] = []  # those of the next launch whose addresses it takes by value
         self._storages: list[_Storage] = []
         self._bases = np.empty(0, np.uint64)
 
     def launch(self, arguments) -> None:
         """Forgets the last launch; these are the arguments of the next."""
         found = {}
-        for argument in arguments:
+        for argument in (*arguments, *self.addressed):
             if isinstance(argument, torch.Tensor):
                 storage = argument.untyped_storage()
                 found[storage.data_ptr()] = storage
         self._storages = [_Storage(found[base]) for base in sorted(found)]
         self._bases = np.array(sorted(found), np.uint64)
+        self.addressed.clear()
 
     def load(self, addresses: np.ndarray, mask: np.ndarray, item: int, program: int) -> None:
         for storage, offsets in self._located(addresses[mask], item, "load"):
@@ -152,6 +154,8 @@ def install() -> Sanitizer:
     # Tables share allocations; a copy of its own shows what reads behind the end of one.
     table = plan_cache.Table
     plan_cache.Table = lambda values, *others: table(values.clone(), *others)
+    address = weight_buffers.address
+    weight_buffers.address = lambda tensor: sanitizer.addressed.append(tensor) or address(tensor)
     interpreter._interpreter = CheckedMemory()
     interpreter.GridExecutor._init_args_hst = prepare_and_watch
     interpreter.TensorHandle.set_attr = check_and_set_attr

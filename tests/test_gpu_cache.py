@@ -53,13 +53,14 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
     case = gpu_cases.Case(call, "triton", "bf16")
     with launches.recorded(found):
         case.run("cpu")
-    _, forward, backward, parameters = found
-    assert [launch.kernel for launch in found] == [
+    assert list(dict.fromkeys(launch.kernel for launch in found)) == [
+        "_weights_kernel",
         "_write_cells_kernel",
         "_group_norm_forward_kernel",
         "_group_norm_backward_kernel",
         "_group_norm_parameters_kernel",
     ]
+    forward, backward, parameters = [launch for launch in found if "group_norm" in launch.kernel]
     assert forward.arguments == (HALF,) * 6 + (FLOAT, FLOAT, TABLE, 17, 0.5)  # 81 pixels, and eps
     from msd_kernels.ops.group_norm import triton as group_norm
 
@@ -102,6 +103,7 @@ def test_launches_of_a_race_are_found_by_its_own_functions(monkeypatch):
     ((label, found, results),) = gpu_races.rehearse("grouped_linear")
     assert label == "few"
     assert {launch.kernel for launch in found} == {
+        "_weights_kernel",
         "_write_cells_kernel",
         "_grouped_conv2d_forward_kernel",
         "_grouped_conv2d_dgrad_kernel",

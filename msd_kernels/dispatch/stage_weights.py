@@ -2,7 +2,7 @@
 
 A layer's weights are ordinary tensors, in PyTorch's own shapes. A launch over all stages reads ONE buffer that holds
 stage after stage, a convolution's weight ``[O, I, kh, kw]`` as ``[O, kh, kw, I]``, so that every slice of a reduction
-is one contiguous load. That buffer is made from them per call and never shown.
+is one contiguous load. That buffer is made from them per call, on a GPU by one launch, and never shown.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, distributed
 
 from msd_kernels.frozen import kept
+from msd_kernels.runtime import weight_buffers
+from msd_kernels.runtime.launch import cannot_run
 
 Shape = Sequence[int]
 
@@ -31,6 +33,8 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tenso
 
 
 def _joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if _by_kernel(weights[0]):
+        return weight_buffers.pack(weights, dtype)
     flat = [w.permute(0, 2, 3, 1).reshape(-1) if w.dim() == 4 else w.reshape(-1) for w in weights]
     buffer = flat[0] if len(flat) == 1 else torch.cat(flat)
     return buffer.to(dtype).contiguous()
@@ -44,11 +48,17 @@ def wanted_parts(
         return [None] * len(shapes)
     if len(shapes) == 1:
         return [_as_shape(buffer, shapes[0]).contiguous() if wanted[0] else None]
+    if _by_kernel(buffer):
+        return weight_buffers.unpack(buffer, shapes, wanted)
     parts = buffer.split_with_sizes([prod(shape) for shape in shapes])
     return [
         _as_shape(part, shape).clone(memory_format=torch.contiguous_format) if flag else None
         for part, shape, flag in zip(parts, shapes, wanted, strict=True)
     ]
+
+
+def _by_kernel(tensor: Tensor) -> bool:
+    return tensor.is_cuda and cannot_run("cuda", tensor.dtype) is None
 
 
 def _as_shape(part: Tensor, shape: Shape) -> Tensor:
