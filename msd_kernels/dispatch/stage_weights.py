@@ -46,8 +46,8 @@ def wanted_parts(
     """The wanted stages' parts of such a buffer: tensors of their own, in PyTorch's shape, without gaps."""
     if buffer is None:
         return [None] * len(shapes)
-    if len(shapes) == 1:
-        return [_as_shape(buffer, shapes[0]).contiguous() if wanted[0] else None]
+    if len(shapes) == 1 and _as_shape(buffer, shapes[0]).is_contiguous():
+        return [_as_shape(buffer, shapes[0]) if wanted[0] else None]
     if _by_kernel(buffer):
         return weight_buffers.unpack(buffer, shapes, wanted)
     parts = buffer.split_with_sizes([prod(shape) for shape in shapes])
