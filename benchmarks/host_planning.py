@@ -4,7 +4,8 @@
 
 The plans are those that a step of the EDM CIFAR-10 network in bfloat16 asks for beyond those of another mix, forward
 and backward, every op served by Triton; they are found on fake tensors. Timed is planning alone, on one thread, once
-the shapes are known: no launches, those that write the tables among them. Times are medians over mixes that were not there before.
+the shapes are known: no launches, those that write the tables among them. Times are medians over mixes that
+were not there before.
 """
 
 from __future__ import annotations
