@@ -58,14 +58,12 @@ inline std::int64_t apply(Operation operation, std::int64_t left, std::int64_t r
   return left / right - (left % right != 0 && (left < 0) != (right < 0));
 }
 
-// Formulas of a call's counts whose first values are the cells of a launch's tables.
+// Formulas of a call's counts.
 class Formulas {
  public:
   using Step = std::tuple<std::string, Terms, Terms>;
 
-  Formulas(const std::vector<Step>& steps, const std::vector<Terms>& outputs, std::size_t cells)
-      : cells_(cells) {
-    if (cells > outputs.size()) throw std::invalid_argument("formulas: more cells than outputs");
+  Formulas(const std::vector<Step>& steps, const std::vector<Terms>& outputs) {
     const std::map<std::string, Operation> operations{{"+", Operation::add},
                                                       {"//", Operation::floor_divide},
                                                       {"max", Operation::maximum},
@@ -75,40 +73,42 @@ class Formulas {
       operands_.add(left);
       operands_.add(right);
     }
-    for (const Terms& output : outputs) outputs_.add(output);
+    for (const Terms& output : outputs) {
+      outputs_.add(output);
+      // Most cells of a table do not depend on the counts: their numbers are made once.
+      const bool varies = std::any_of(output.begin(), output.end(),
+                                      [](const auto& term) { return term.first != 0; });
+      constants_.push_back(varies ? pybind11::object()
+                                  : pybind11::int_(outputs_.value(outputs_.size() - 1, {1})));
+    }
   }
 
-  // Writes the cells where there is room for them; returns the values of the other outputs.
-  pybind11::tuple operator()(const pybind11::tuple& counts, std::uintptr_t address) {
+  pybind11::tuple operator()(const pybind11::tuple& counts) {
     variables_.assign(1, 1);
     for (const pybind11::handle count : counts) variables_.push_back(count.cast<std::int64_t>());
     for (std::size_t i = 0; i < operations_.size(); ++i)
       variables_.push_back(apply(operations_[i], operands_.value(2 * i, variables_),
                                  operands_.value(2 * i + 1, variables_)));
-    auto* cells = reinterpret_cast<std::int64_t*>(address);
-    for (std::size_t i = 0; i < cells_; ++i) cells[i] = outputs_.value(i, variables_);
-    pybind11::tuple others(outputs_.size() - cells_);
-    for (std::size_t i = 0; i < others.size(); ++i)
-      others[i] = outputs_.value(cells_ + i, variables_);
-    return others;
+    pybind11::tuple values(outputs_.size());
+    for (std::size_t i = 0; i < values.size(); ++i)
+      values[i] = constants_[i] ? constants_[i] : pybind11::int_(outputs_.value(i, variables_));
+    return values;
   }
 
  private:
   std::vector<Operation> operations_;
   Sums operands_, outputs_;
-  std::size_t cells_;
-  std::vector<std::int64_t> variables_;  // of the call that holds the interpreter's lock
+  std::vector<pybind11::object> constants_;  // of the outputs; none where one varies
+  std::vector<std::int64_t> variables_;      // of the call that holds the interpreter's lock
 };
 
 // Adds the class Formulas to a module.
 inline void bind_formulas(pybind11::module_& m) {
   pybind11::class_<Formulas>(m, "Formulas",
                              "What msd_kernels.runtime.formulas.Formulas is, compiled.")
-      .def(pybind11::init<const std::vector<Formulas::Step>&, const std::vector<Terms>&,
-                          std::size_t>(),
-           pybind11::arg("steps"), pybind11::arg("outputs"), pybind11::arg("cells"))
-      .def("__call__", &Formulas::operator(), pybind11::arg("counts"),
-           pybind11::arg("address") = 0);
+      .def(pybind11::init<const std::vector<Formulas::Step>&, const std::vector<Terms>&>(),
+           pybind11::arg("steps"), pybind11::arg("outputs"))
+      .def("__call__", &Formulas::operator(), pybind11::arg("counts"));
 }
 
 }  // namespace msd

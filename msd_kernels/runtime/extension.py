@@ -78,15 +78,17 @@ def addresses(*tensors: Tensor | None) -> list[int]:
     Raises:
         ValueError: a tensor's memory was given back, as by sharded training.
     """
-    return [0 if t is None else t.data_ptr() or _no_address(t) for t in tensors]
+    return [0 if t is None else t.data_ptr() or address(t) for t in tensors]
 
 
-def _no_address(tensor: Tensor) -> int:
-    if tensor.numel():
+def address(tensor: Tensor) -> int:
+    """Where kernels find a tensor; errors as of :func:`addresses`."""
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
         raise ValueError(
             f"a tensor of shape {list(tensor.shape)} has no memory: it was given back to be gathered anew"
         )
-    return 0
+    return found
 
 
 def _not_built() -> str:

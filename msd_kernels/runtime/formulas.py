@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from ctypes import c_int64
 from functools import cache
 
 from msd_kernels.runtime.extension import load
@@ -28,14 +27,12 @@ class Formulas:
     Args:
         steps: operation and both operands of each variable that is not linear in those before it.
         outputs: what is evaluated.
-        cells: how many of the outputs are cells of tables.
     """
 
-    def __init__(self, steps: Sequence[tuple[str, Terms, Terms]], outputs: Sequence[Terms], cells: int):
-        self._steps, self._outputs, self._cells = steps, outputs, cells
+    def __init__(self, steps: Sequence[tuple[str, Terms, Terms]], outputs: Sequence[Terms]) -> None:
+        self._steps, self._outputs = steps, outputs
 
-    def __call__(self, counts: tuple[int, ...], address: int = 0) -> tuple[int, ...]:
-        """Writes the cells as int64 to an address; returns the other outputs."""
+    def __call__(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         variables = [1, *counts]
 
         def value(terms: Terms) -> int:
@@ -43,10 +40,7 @@ class Formulas:
 
         for operation, left, right in self._steps:
             variables.append(_OPERATIONS[operation](value(left), value(right)))
-        values = [value(terms) for terms in self._outputs]
-        if self._cells:
-            (c_int64 * self._cells).from_address(address)[:] = values[: self._cells]
-        return tuple(values[self._cells :])
+        return tuple(value(terms) for terms in self._outputs)
 
 
 class Linear:
@@ -116,13 +110,11 @@ def _either(operation: str, a: Linear | int, b: Linear | int) -> Linear | int:
     return found.recording.step(operation, a, b) if found else _OPERATIONS[operation](a, b)
 
 
-def compiled(outputs: Sequence[Linear | int], cells: int = 0) -> Callable[..., tuple[int, ...]]:
-    """A function of the counts, which writes the first ``cells`` outputs as int64 to an address that it is given, and
-    returns the others.
-    """
+def compiled(outputs: Sequence[Linear | int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    """The outputs as a function of the counts."""
     recordings = (output.recording for output in outputs if isinstance(output, Linear))
     steps = next((recording.steps for recording in recordings), [])
-    return implementation()(list(steps), [terms_of(output) for output in outputs], cells)
+    return implementation()(list(steps), [terms_of(output) for output in outputs])
 
 
 @cache

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from msd_kernels.runtime.extension import address
 from msd_kernels.runtime.launch import launch
 
 BLOCK = 1024
@@ -54,21 +55,6 @@ def _move(buffer: Tensor, weights: Sequence[Tensor | None], shapes: Sequence[Sha
             _kernels()._weights_kernel, tiles, buffer, buffer, example, by_value=numbers,
             TAPS=prod(shapes[0][2:]), UNPACK=unpack, BLOCK=BLOCK,
         )  # fmt: skip
-
-
-def address(tensor: Tensor) -> int:
-    """Where its memory begins.
-
-    Raises:
-        RuntimeError: it has none: sharded parameters lose theirs between the forwards of their module.
-    """
-    found = tensor.data_ptr()
-    if not found and tensor.numel():
-        raise RuntimeError(
-            f"a weight of shape {list(tensor.shape)} has no memory: it is sharded, and used outside of the forward of "
-            "the module that gathers it"
-        )
-    return found
 
 
 @cache
