@@ -12,8 +12,10 @@
 #include "cpu/isa.h"
 #include "cpu/optimal_denoiser.h"
 #include "cpu/resample2d.h"
+#include "cpu/winograd.h"
 #include "group_norm_arguments.h"
 #include "resample2d_arguments.h"
+#include "winograd_arguments.h"
 
 namespace {
 
@@ -167,6 +169,42 @@ void resample2d(Tensor x, std::vector<double> taps, bool upward, int64_t stride,
   msd::resample2d(shape, filter, x.const_data_ptr(), y.mutable_data_ptr());
 }
 
+void winograd_forward(Tensor x, OptionalTensor skip, OptionalTensor sample_bias,
+                      OptionalTensor residual, std::vector<Tensor> weight, std::vector<Tensor> bias,
+                      std::vector<int64_t> counts, std::vector<int64_t> channels,
+                      std::vector<int64_t> skip_channels, std::vector<int64_t> out_channels,
+                      int64_t height, int64_t width, int64_t kernel, std::string resample,
+                      double scale, std::vector<int64_t> stages, Tensor y, Tensor outliers) {
+  const msd::WinogradLayout layout = {counts, channels, skip_channels, out_channels,
+                                      height, width,    kernel,        resample};
+  const msd::WinogradCall call(layout, stages, x);
+  msd::winograd_conv(msd::winograd_forward_job(call, x, skip, sample_bias, residual, weight, bias,
+                                               scale, y, outliers));
+}
+
+void winograd_input_gradient(Tensor dy, std::vector<Tensor> weight, std::vector<int64_t> counts,
+                             std::vector<int64_t> channels, std::vector<int64_t> skip_channels,
+                             std::vector<int64_t> out_channels, int64_t height, int64_t width,
+                             int64_t kernel, std::string resample, std::vector<int64_t> stages,
+                             OptionalTensor dx, OptionalTensor dskip, Tensor outliers) {
+  const msd::WinogradLayout layout = {counts, channels, skip_channels, out_channels,
+                                      height, width,    kernel,        resample};
+  const msd::WinogradCall call(layout, stages, dy);
+  msd::winograd_conv(msd::winograd_input_gradient_job(call, dy, weight, dx, dskip, outliers));
+}
+
+void winograd_weight_gradient(Tensor dy, Tensor x, OptionalTensor skip, std::vector<int64_t> counts,
+                              std::vector<int64_t> channels, std::vector<int64_t> skip_channels,
+                              std::vector<int64_t> out_channels, int64_t height, int64_t width,
+                              int64_t kernel, std::string resample, std::vector<int64_t> stages,
+                              std::vector<Tensor> dweight, Tensor outliers) {
+  const msd::WinogradLayout layout = {counts, channels, skip_channels, out_channels,
+                                      height, width,    kernel,        resample};
+  const msd::WinogradCall call(layout, stages, x);
+  msd::winograd_weight_gradient(
+      msd::winograd_weight_gradient_job(call, dy, x, skip, dweight, outliers));
+}
+
 std::string cpu_isa() { return msd::name(msd::cpu_isa()); }
 
 }  // namespace
@@ -192,6 +230,19 @@ STABLE_TORCH_LIBRARY(msd_kernels_native, m) {
       "resample2d(Tensor x, float[] taps, bool upward, int stride, int[] counts, int[] channels, "
       "int height, int width, int out_height, int out_width, bool channels_last, Tensor(a!) y) -> "
       "()");
+  m.def(
+      "winograd_forward(Tensor x, Tensor? skip, Tensor? sample_bias, Tensor? residual, "
+      "Tensor[] weight, Tensor[] bias, int[] counts, int[] channels, int[] skip_channels, "
+      "int[] out_channels, int height, int width, int kernel, str resample, float scale, "
+      "int[] stages, Tensor(a!) y, Tensor(b!) outliers) -> ()");
+  m.def(
+      "winograd_input_gradient(Tensor dy, Tensor[] weight, int[] counts, int[] channels, "
+      "int[] skip_channels, int[] out_channels, int height, int width, int kernel, str resample, "
+      "int[] stages, Tensor(a!)? dx, Tensor(b!)? dskip, Tensor(c!) outliers) -> ()");
+  m.def(
+      "winograd_weight_gradient(Tensor dy, Tensor x, Tensor? skip, int[] counts, int[] channels, "
+      "int[] skip_channels, int[] out_channels, int height, int width, int kernel, str resample, "
+      "int[] stages, Tensor(a!)[] dweight, Tensor(b!) outliers) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CompositeExplicitAutograd, m) {
@@ -204,4 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(msd_kernels_native, CPU, m) {
   m.impl("optimal_denoiser_centre", TORCH_BOX(&optimal_denoiser_centre));
   m.impl("optimal_denoiser_update_softmax", TORCH_BOX(&optimal_denoiser_update_softmax));
   m.impl("resample2d", TORCH_BOX(&resample2d));
+  m.impl("winograd_forward", TORCH_BOX(&winograd_forward));
+  m.impl("winograd_input_gradient", TORCH_BOX(&winograd_input_gradient));
+  m.impl("winograd_weight_gradient", TORCH_BOX(&winograd_weight_gradient));
 }
