@@ -15,6 +15,8 @@ constexpr int64_t kTaps = 9;
 template <class T>
 void conv_inputs(const ConvContext& context, const ConvPiece& piece, int64_t first, int64_t tiles) {
   const ConvStage& stage = *piece.stage;
+  // A cotangent lies as the grid does.
+  const Sampling sampling = context.job->input_gradient ? Sampling::kSame : context.grid.sampling;
   for (int64_t tile = first; tile < first + tiles; ++tile) {
     bool outlier = false;
     for (int64_t start = 0, index = 0; start < piece.depth; start += piece.chunk, ++index) {
@@ -24,8 +26,9 @@ void conv_inputs(const ConvContext& context, const ConvPiece& piece, int64_t fir
       for (const SourceMap& map : stage.in) {
         const int64_t from = max_of(start, joint), until = min_of(end, joint + map.channels);
         if (from < until) {
-          outlier |= transform_source<T>(context.grid, map, piece.first + tile, from - joint,
-                                         until - from, to + from - start, piece.point_stride);
+          outlier |=
+              transform_source<T>(context.grid, sampling, map, piece.first + tile, from - joint,
+                                  until - from, to + from - start, piece.point_stride);
         }
         joint += map.channels;
       }

@@ -13,8 +13,8 @@ void gradient_sources(const GradientContext& context, const GradientPiece& piece
   const WeightGradientStage& stage = *piece.stage;
   const auto& [map, channel, joint, count] = panel.channels;
   for (int64_t tile = first; tile < first + tiles; ++tile) {
-    if (transform_source<T>(context.grid, stage.in[map], piece.first + tile, channel, count,
-                            panel.matrices.row(tile), panel.matrices.stride)) {
+    if (transform_source<T>(context.grid, context.grid.sampling, stage.in[map], piece.first + tile,
+                            channel, count, panel.matrices.row(tile), panel.matrices.stride)) {
       report(stage.outliers, (piece.first + tile) / context.grid.tiles());
     }
   }

@@ -101,9 +101,10 @@ MSD_INLINE void store_floats(float* to, Pair v, PartialPair access) {
 // The transformed 6x6 inputs of a tile: `count` channels from `channel` on, to 36 rows `stride`
 // floats apart. The 4x4 pixels in the middle are this tile's own to look at.
 template <class T>
-MSD_INLINE bool transform_source(const TileGrid& grid, SourceMap map, int64_t tile, int64_t channel,
-                                 int64_t count, float* to, int64_t stride) {
-  const Window<T, 6> window(grid, grid.sampling, map, tile, 1, channel);
+MSD_INLINE bool transform_source(const TileGrid& grid, Sampling sampling, SourceMap map,
+                                 int64_t tile, int64_t channel, int64_t count, float* to,
+                                 int64_t stride) {
+  const Window<T, 6> window(grid, sampling, map, tile, 1, channel);
   Outliers outliers;
   const auto transform = [&](const auto& load) {
     for_column_tiles<1>(count, [&](int64_t column, auto, auto access) {
@@ -119,7 +120,7 @@ MSD_INLINE bool transform_source(const TileGrid& grid, SourceMap map, int64_t ti
           });
     });
   };
-  if (grid.sampling == Sampling::kMean) {
+  if (sampling == Sampling::kMean) {
     transform([&](int i, int j, int64_t c, auto access) { return window.mean(i, j, c, access); });
   } else {
     transform([&](int i, int j, int64_t c, auto access) { return window.load(i, j, c, access); });

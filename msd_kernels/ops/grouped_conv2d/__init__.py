@@ -11,7 +11,7 @@ from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Conv2dLayout, resampled_size
-from msd_kernels.ops.grouped_conv2d import library, reference, triton
+from msd_kernels.ops.grouped_conv2d import cpu, library, reference, triton
 from msd_kernels.runtime.launch import devices
 from msd_kernels.stage_batch import StageBatch, fixed_shape
 
@@ -26,6 +26,7 @@ BACKENDS = OpBackends(
     OP,
     [
         Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("cpu", cpu, ("cpu",), cannot=cpu.cannot, slower=cpu.slower),
         Candidate("library", library),
         Candidate("reference", reference),
     ],
