@@ -12,6 +12,8 @@ namespace {
 
 // Of the transformed maps that all threads share: they are to stay in the last level's cache.
 constexpr int64_t kConvBytes = int64_t{12} << 20;
+// Pieces are worked on together up to this size.
+constexpr int64_t kConvBlockBytes = int64_t{4} << 20;
 constexpr int64_t kGradientBytes = int64_t{24} << 20;
 // Tiles of a stage that are worked on at a time. More would not make the weights' transforms, which
 // are done for each such piece anew, much cheaper.
@@ -139,7 +141,7 @@ class Conv {
 
   // Into the last block, if there is room.
   void place(const ConvPiece& piece, int64_t floats) {
-    const int64_t most = kConvBytes / static_cast<int64_t>(sizeof(float));
+    const int64_t most = kConvBlockBytes / static_cast<int64_t>(sizeof(float));
     if (blocks_.empty() || blocks_.back().floats + floats > most) blocks_.emplace_back();
     ConvBlock& block = blocks_.back();
     block.pieces.push_back(piece);
@@ -238,17 +240,17 @@ class WeightGradient {
     const int64_t fitting = kGradientBytes / (kPoints * channels * sizeof(float));
     const int64_t share = even_share(tiles, std::clamp(fitting, kLeastTiles, kGradientTiles), 1);
     int64_t width = std::min(kSourceChannels, round_up(channels_of(stage.in), kernels_.pair));
-    int64_t height = std::min(kCotangentChannels, stage.cotangent.channels);
+    int64_t height =
+        std::min(kCotangentChannels, round_up(stage.cotangent.channels, kernels_.pair));
     const auto pairs = [&] {
       return ceil_div(channels_of(stage.in), width) * ceil_div(stage.cotangent.channels, height);
     };
-    while (threads_ > 1 && pairs() < 3 * threads_ && height > 4 * kernels_.rows) {
-      height = round_up(height / 2, kernels_.rows);
+    while (threads_ > 1 && pairs() < 3 * threads_ && height > kernels_.pair) {
+      height = round_up(height / 2, kernels_.pair);
     }
     while (threads_ > 1 && pairs() < 3 * threads_ && width > kernels_.pair) {
       width = round_up(width / 2, kernels_.pair);
     }
-    height = even_share(stage.cotangent.channels, height, kernels_.rows);
     const int64_t stride = height * width + kPointPadding;
     scratch_floats_ = std::max(scratch_floats_, kPoints * stride);
     for (int64_t first = 0; first < tiles; first += share) {
@@ -268,8 +270,9 @@ class WeightGradient {
     }
   }
 
-  static GradientPanel panel(ChannelRange range, int64_t width, int64_t tiles) {
-    return {range, {nullptr, width, round_up(tiles * width, kPointPadding) + kPointPadding}};
+  GradientPanel panel(ChannelRange range, int64_t width, int64_t tiles) const {
+    const int64_t stride = tiles * width + kPointPadding;
+    return {range, width, {nullptr, kernels_.pair, tiles, stride}};
   }
 
   void place(PanelledPiece piece) {

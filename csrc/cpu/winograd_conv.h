@@ -21,14 +21,14 @@ void conv_inputs(const ConvContext& context, const ConvPiece& piece, int64_t fir
     bool outlier = false;
     for (int64_t start = 0, index = 0; start < piece.depth; start += piece.chunk, ++index) {
       const int64_t end = min_of(start + piece.chunk, piece.depth);
-      float* to = piece.matrices(index).row(tile);
+      const PointMatrices matrices = piece.matrices(index);
       int64_t joint = 0;
       for (const SourceMap& map : stage.in) {
         const int64_t from = max_of(start, joint), until = min_of(end, joint + map.channels);
         if (from < until) {
           outlier |=
               transform_source<T>(context.grid, sampling, map, piece.first + tile, from - joint,
-                                  until - from, to + from - start, piece.point_stride);
+                                  until - from, matrices, matrices.row(tile) + from - start);
         }
         joint += map.channels;
       }
@@ -81,10 +81,10 @@ MSD_INLINE bool transform_weights(const ConvContext& context, const ConvTask& ta
         const T* own = taps + c * kTaps * kPair;
         float* row = panel + (block + c) * kPair;
         transform_square<3, 6>(
-            [&](int i, int j) {
+            [&](int i, int j, bool again) {
               const int tap = 3 * i + j;
               const Pair v = load_pair(own + (mirrored ? 8 - tap : tap) * kPair);
-              outliers.see(v);
+              if (!again) outliers.see(v);
               return v;
             },
             transform_taps,
@@ -122,7 +122,7 @@ MSD_INLINE void store_outputs(const ConvContext& context, const ConvStage& stage
       const int64_t offset = (row + j) * out.channels;
       Pair v = y[i][j] + channel_bias + own_bias;
       if (residual != nullptr) v = v + access.load(residual + offset);
-      access.store(target + offset, times(context.job->scale, v));
+      access.store(target + offset, broadcast_pair(context.job->scale) * v);
     }
   }
 }
@@ -145,7 +145,7 @@ MSD_INLINE void store_gradients(const TileGrid& grid, TargetMap out, TilePlace p
       if (shrunk) {
         access.store(p, (y[i][j] + y[i][j + 1]) + (y[i + 1][j] + y[i + 1][j + 1]));
       } else if (grown) {
-        const Pair quarter = times(0.25f, y[i][j]);
+        const Pair quarter = broadcast_pair(0.25f) * y[i][j];
         for (T* each : {p, p + right, p + below, p + below + right}) access.store(each, quarter);
       } else {
         access.store(p, y[i][j]);
@@ -165,7 +165,7 @@ MSD_INLINE void transform_outputs(const ConvContext& context, const ConvTask& ta
     for_column_tiles<1>(task.outputs.count, [&](int64_t column, auto, auto access) {
       Pair y[kTileSide][kTileSide];
       transform_square<6, 4>(
-          [&](int i, int j) { return load_lanes<T>(own + (6 * i + j) * stride + column); },
+          [&](int i, int j, bool) { return load_lanes<T>(own + (6 * i + j) * stride + column); },
           transform_products, [&](int i, int j, Pair v) { y[i][j] = v; });
       const int64_t channel = task.outputs.channel + column;
       if (context.job->input_gradient) {

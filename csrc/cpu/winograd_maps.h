@@ -82,7 +82,8 @@ struct Window {
     if (pixels[i][j] == kZeros<T>) return broadcast_pair(0.0f);
     const T* p = pixels[i][j] + channel;
     const Pair above = access.load(p) + access.load(p + right);
-    return times(0.25f, above + (access.load(p + below) + access.load(p + below + right)));
+    return broadcast_pair(0.25f) *
+           (above + (access.load(p + below) + access.load(p + below + right)));
   }
 };
 
@@ -98,26 +99,36 @@ MSD_INLINE void store_floats(float* to, Pair v, PartialPair access) {
   __builtin_memcpy(to, elements, access.count * sizeof(float));
 }
 
-// The transformed 6x6 inputs of a tile: `count` channels from `channel` on, to 36 rows `stride`
-// floats apart. The 4x4 pixels in the middle are this tile's own to look at.
+// Stores the 36 points of some channels of a tile, from `column` on.
+template <class T, class Access>
+MSD_INLINE auto point_store(const PointMatrices& matrices, float* row, int64_t column,
+                            Access access) {
+  float* to = row + column * matrices.pair_step;
+  const int64_t stride = matrices.stride, next = kPair * matrices.pair_step;
+  return [=](int i, int j, Pair v) {
+    float* point = to + (6 * i + j) * stride;
+    store_floats<T>(point, v, access);
+    __builtin_prefetch(point + next, 1);  // of the next pair of vectors; the lines are far away
+  };
+}
+
+// The transformed 6x6 inputs of a tile, `count` channels from `channel` on, to a row of matrices.
+// The 4x4 pixels in the middle are this tile's own to look at: whether one is an outlier.
 template <class T>
 MSD_INLINE bool transform_source(const TileGrid& grid, Sampling sampling, SourceMap map,
-                                 int64_t tile, int64_t channel, int64_t count, float* to,
-                                 int64_t stride) {
+                                 int64_t tile, int64_t channel, int64_t count,
+                                 const PointMatrices& matrices, float* row) {
   const Window<T, 6> window(grid, sampling, map, tile, 1, channel);
   Outliers outliers;
   const auto transform = [&](const auto& load) {
     for_column_tiles<1>(count, [&](int64_t column, auto, auto access) {
       transform_square<6, 6>(
-          [&](int i, int j) {
+          [&](int i, int j, bool again) {
             const Pair v = load(i, j, column, access);
-            if (i >= 1 && i <= kTileSide && j >= 1 && j <= kTileSide) outliers.see(v);
+            if (!again && i >= 1 && i <= kTileSide && j >= 1 && j <= kTileSide) outliers.see(v);
             return v;
           },
-          transform_inputs,
-          [&](int i, int j, Pair v) {
-            store_floats<T>(to + (6 * i + j) * stride + column, v, access);
-          });
+          transform_inputs, point_store<T>(matrices, row, column, access));
     });
   };
   if (sampling == Sampling::kMean) {

@@ -36,8 +36,9 @@ void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_s
   MSD_UNROLL_ROWS
   for (int i = 0; i < rows; ++i) sum[i] = broadcast_pair(0.0f);
   for (int64_t r = 0; r < depth; ++r) {
-    // The rows of the next tile, which come from a cache that all cores share.
-    if (order == Order::kRows) __builtin_prefetch(a + rows * a_stride + r * rows);
+    // What the next tile reads, which comes from a cache that all cores share.
+    __builtin_prefetch(order == Order::kRows ? a + rows * a_stride + r * rows
+                                             : b + (depth + r) * b_stride);
     const Pair factor = load_pair(b + r * b_stride);
     MSD_UNROLL_ROWS
     for (int i = 0; i < rows; ++i) {

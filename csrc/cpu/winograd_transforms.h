@@ -23,28 +23,26 @@ constexpr float kGA = static_cast<float>(1.0 / kSlopeA), kGB = static_cast<float
 constexpr float kGA1 = static_cast<float>(kA / kSlopeA), kGB1 = static_cast<float>(kB / kSlopeB);
 constexpr float kGA2 = static_cast<float>(kA2 / kSlopeA), kGB2 = static_cast<float>(kB2 / kSlopeB);
 
-MSD_INLINE Pair times(float factor, Pair v) { return broadcast_pair(factor) * v; }
+MSD_INLINE Vec times(float factor, Vec v) { return broadcast(factor) * v; }
 // factor v + more
-MSD_INLINE Pair add_times(float factor, Pair v, Pair more) {
-  return fma(broadcast_pair(factor), v, more);
-}
+MSD_INLINE Vec add_times(float factor, Vec v, Vec more) { return fma(broadcast(factor), v, more); }
 
 // B^T x
-MSD_INLINE void transform_inputs(const Pair (&x)[6], Pair (&to)[6]) {
+MSD_INLINE void transform_inputs(const Vec (&x)[6], Vec (&to)[6]) {
   to[0] = add_times(kProduct2, x[0], add_times(-kSum2, x[2], x[4]));
-  const Pair even_a = add_times(-kB2, x[2], x[4]), odd_a = add_times(-kB2, x[1], x[3]);
+  const Vec even_a = add_times(-kB2, x[2], x[4]), odd_a = add_times(-kB2, x[1], x[3]);
   to[1] = add_times(kA, odd_a, even_a);
   to[2] = add_times(-kA, odd_a, even_a);
-  const Pair even_b = add_times(-kA2, x[2], x[4]), odd_b = add_times(-kA2, x[1], x[3]);
+  const Vec even_b = add_times(-kA2, x[2], x[4]), odd_b = add_times(-kA2, x[1], x[3]);
   to[3] = add_times(kB, odd_b, even_b);
   to[4] = add_times(-kB, odd_b, even_b);
   to[5] = add_times(kProduct2, x[1], add_times(-kSum2, x[3], x[5]));
 }
 
 // A^T m
-MSD_INLINE void transform_products(const Pair (&m)[6], Pair (&to)[4]) {
-  const Pair even_a = m[1] + m[2], odd_a = m[1] - m[2];
-  const Pair even_b = m[3] + m[4], odd_b = m[3] - m[4];
+MSD_INLINE void transform_products(const Vec (&m)[6], Vec (&to)[4]) {
+  const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2];
+  const Vec even_b = m[3] + m[4], odd_b = m[3] - m[4];
   to[0] = m[0] + even_a + even_b;
   to[1] = add_times(kA, odd_a, times(kB, odd_b));
   to[2] = add_times(kA2, even_a, times(kB2, even_b));
@@ -52,58 +50,65 @@ MSD_INLINE void transform_products(const Pair (&m)[6], Pair (&to)[4]) {
 }
 
 // G w
-MSD_INLINE void transform_taps(const Pair (&w)[3], Pair (&to)[6]) {
+MSD_INLINE void transform_taps(const Vec (&w)[3], Vec (&to)[6]) {
   to[0] = times(kG0, w[0]);
-  const Pair even_a = add_times(kGA2, w[2], times(kGA, w[0])), odd_a = times(kGA1, w[1]);
+  const Vec even_a = add_times(kGA2, w[2], times(kGA, w[0])), odd_a = times(kGA1, w[1]);
   to[1] = even_a + odd_a;
   to[2] = even_a - odd_a;
-  const Pair even_b = add_times(kGB2, w[2], times(kGB, w[0])), odd_b = times(kGB1, w[1]);
+  const Vec even_b = add_times(kGB2, w[2], times(kGB, w[0])), odd_b = times(kGB1, w[1]);
   to[3] = even_b + odd_b;
   to[4] = even_b - odd_b;
   to[5] = w[2];
 }
 
 // A dy
-MSD_INLINE void transform_cotangents(const Pair (&dy)[4], Pair (&to)[6]) {
+MSD_INLINE void transform_cotangents(const Vec (&dy)[4], Vec (&to)[6]) {
   to[0] = dy[0];
-  const Pair even_a = add_times(kA2, dy[2], dy[0]);
-  const Pair odd_a = add_times(kA3, dy[3], times(kA, dy[1]));
+  const Vec even_a = add_times(kA2, dy[2], dy[0]);
+  const Vec odd_a = add_times(kA3, dy[3], times(kA, dy[1]));
   to[1] = even_a + odd_a;
   to[2] = even_a - odd_a;
-  const Pair even_b = add_times(kB2, dy[2], dy[0]);
-  const Pair odd_b = add_times(kB3, dy[3], times(kB, dy[1]));
+  const Vec even_b = add_times(kB2, dy[2], dy[0]);
+  const Vec odd_b = add_times(kB3, dy[3], times(kB, dy[1]));
   to[3] = even_b + odd_b;
   to[4] = even_b - odd_b;
   to[5] = dy[3];
 }
 
 // G^T u
-MSD_INLINE void transform_gradients(const Pair (&u)[6], Pair (&to)[3]) {
-  const Pair even_a = u[1] + u[2], odd_a = u[1] - u[2];
-  const Pair even_b = u[3] + u[4], odd_b = u[3] - u[4];
+MSD_INLINE void transform_gradients(const Vec (&u)[6], Vec (&to)[3]) {
+  const Vec even_a = u[1] + u[2], odd_a = u[1] - u[2];
+  const Vec even_b = u[3] + u[4], odd_b = u[3] - u[4];
   to[0] = add_times(kG0, u[0], add_times(kGA, even_a, times(kGB, even_b)));
   to[1] = add_times(kGA1, odd_a, times(kGB1, odd_b));
   to[2] = add_times(kGA2, even_a, add_times(kGB2, even_b, u[5]));
 }
 
-// transform(columns, ...) applied to every column of x, then to every row of what that gives:
-// store(row, column, value) takes the results.
+// transform(columns, ...) applied to every column of a square of pairs, then to every row of what
+// that gives: store(row, column, value) takes the results. Each half of the pairs goes alone, as
+// the registers hold no more: load(row, column, again) is called for each.
 template <int from, int to, class Load, class Transform, class Store>
 MSD_INLINE void transform_square(const Load& load, const Transform& transform, const Store& store) {
-  Pair half[to][from];
+  Vec lo[to][from], hi[to][from];
   for (int j = 0; j < from; ++j) {
-    Pair column[from], result[to];
+    Vec column[from], result[to];
     MSD_UNROLL
-    for (int i = 0; i < from; ++i) column[i] = load(i, j);
+    for (int i = 0; i < from; ++i) column[i] = load(i, j, false).lo;
     transform(column, result);
     MSD_UNROLL
-    for (int i = 0; i < to; ++i) half[i][j] = result[i];
+    for (int i = 0; i < to; ++i) lo[i][j] = result[i];
+    MSD_UNROLL
+    for (int i = 0; i < from; ++i) column[i] = load(i, j, true).hi;
+    transform(column, result);
+    MSD_UNROLL
+    for (int i = 0; i < to; ++i) hi[i][j] = result[i];
   }
   for (int i = 0; i < to; ++i) {
-    Pair result[to];
-    transform(half[i], result);
+    Vec low[to], high[to];
+    transform(lo[i], low);
+    transform(hi[i], high);
     MSD_UNROLL
-    for (int j = 0; j < to; ++j) store(i, j, result[j]);
+    for (int j = 0; j < to; ++j) store(i, j, Pair{low[j], high[j]});
   }
 }
 

@@ -34,12 +34,13 @@ struct ChannelRange {
   int64_t count;
 };
 
-// 36 matrices of rows of `width` floats.
+// 36 matrices with a row of channels per tile. Entries of a row that are a pair of vectors apart
+// lie `pair_step` times that apart in memory.
 struct PointMatrices {
   float* data;
-  int64_t width, stride;
+  int64_t row_stride, pair_step, stride;
 
-  float* row(int64_t i) const { return data + i * width; }
+  float* row(int64_t tile) const { return data + tile * row_stride; }
 };
 
 // Some tiles of a stage, counted through its samples. The transformed channels lie in chunks:
@@ -54,7 +55,7 @@ struct ConvPiece {
   float* inputs;
 
   PointMatrices matrices(int64_t index) const {
-    return {inputs + index * chunk_floats, chunk, point_stride};
+    return {inputs + index * chunk_floats, chunk, 1, point_stride};
   }
 };
 
@@ -87,9 +88,11 @@ struct GradientContext {
   TileGrid grid;
 };
 
-// Channels of a stage's source or cotangent, and their matrices: [point][tile][channels].
+// Channels of a stage's source or cotangent, and their matrices: [point][pair][tile][channel of the
+// pair], so that what a product reads is contiguous.
 struct GradientPanel {
   ChannelRange channels;
+  int64_t width;  // channels that fill the pairs
   PointMatrices matrices;
 };
 
