@@ -80,6 +80,10 @@ def grouped_conv2d(
         ValueError: shapes, counts or devices that do not fit; the message names the stage.
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
+
+    On processors, 3×3 convolutions of at least 16 channels are computed by Winograd's F(4×4, 3×3): relative root mean
+    square errors are 1e-6 in float32, where a direct convolution has 0.3e-6. ``msd_kernels.explain`` tells, and
+    ``MSD_KERNELS_BACKEND=grouped_conv2d=library`` forbids it.
     """
     options = {"skip": skip, "sample_bias": sample_bias, "residual": residual, "scale": scale}
     options["resample"] = resample

@@ -28,6 +28,11 @@ from msd_kernels.runtime.extension import load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4
+# Where one of these is missed the library is faster, at batch 8 or alone (benchmarks/winograd_layers.py): the
+# transforms cost more than the products save.
+LEAST_CHANNELS = 16
+LEAST_TILES = {"avx2": 1}
+LEAST_PIXELS_PER_TILE = 6.4
 
 
 def cannot(**_) -> str | None:
@@ -60,9 +65,9 @@ def _slower_stage(dtype: torch.dtype, layout: Conv2dLayout, stage: int) -> str |
     height, width = layout.out_size
     tiles = -(-height // TILE) * -(-width // TILE)
     channels = min(layout.in_channels[stage], layout.out_channels[stage])
-    if channels < 16:
+    if channels < LEAST_CHANNELS:
         return f"{channels} channels are too few for the transforms to pay"
-    if tiles < 2 or height * width < 6.4 * tiles:
+    if tiles < LEAST_TILES.get(kind.name, 2) or height * width < LEAST_PIXELS_PER_TILE * tiles:
         return f"tiles of 4×4 fit {height}×{width} pixels badly"
     return None
 
