@@ -100,6 +100,7 @@ class Conv {
   }
 
   void run() {
+    if (blocks_.empty()) return;
     int64_t floats = 0;
     for (const ConvBlock& block : blocks_) floats = std::max(floats, block.floats);
     const int64_t scratch = weight_floats_ + product_floats_;
@@ -217,6 +218,7 @@ class WeightGradient {
   }
 
   void run() {
+    if (blocks_.empty()) return;
     int64_t floats = 0;
     for (const GradientBlock& block : blocks_) floats = std::max(floats, block.floats);
     const Workspace workspace(floats + threads_ * scratch_floats_);

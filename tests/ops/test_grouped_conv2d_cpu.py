@@ -340,3 +340,11 @@ def test_winograd_registered_op_refuses_other_tensors(weight, stages, outliers, 
     forward = torch.ops.msd_kernels_native.winograd_forward
     with pytest.raises(RuntimeError, match=message):
         forward(x, None, None, None, [weight], [], *layout_arguments(), 1.0, stages, y, reported)
+
+
+def test_winograd_registered_op_of_no_stages_does_nothing():
+    x, weight, y = torch.zeros(4 * 36), torch.zeros(5, 4, 3, 3), torch.full((5 * 36,), 7.0)
+    outliers = torch.zeros(1, dtype=torch.uint8)
+    forward = torch.ops.msd_kernels_native.winograd_forward
+    forward(x, None, None, None, [weight], [], *layout_arguments(), 1.0, [], y, outliers)
+    assert torch.equal(y, torch.full_like(y, 7.0))
