@@ -7,6 +7,7 @@
 #include "cpu/optimal_denoiser.h"
 #include "cpu/resample2d.h"
 #include "formulas.h"
+#include "winograd_layout.h"
 
 namespace {
 
@@ -62,6 +63,26 @@ void optimal_denoiser_update_softmax(int64_t batch, int64_t rows, const Addresse
                                         at<double>(outputs[2]), at<double>(outputs[3])});
 }
 
+using WeightsOfStages = msd::WinogradLayout::Stages;
+
+void winograd_forward(const msd::WinogradLayout& layout, const msd::Sizes& stages,
+                      const Addresses<4>& inputs, const WeightsOfStages& weight,
+                      const WeightsOfStages& bias, double scale, const Addresses<2>& outputs) {
+  msd::winograd_conv(layout.forward(stages, inputs, weight, bias, scale, outputs));
+}
+
+void winograd_input_gradient(const msd::WinogradLayout& layout, const msd::Sizes& stages,
+                             msd::Address dy, const WeightsOfStages& weight,
+                             const Addresses<3>& outputs) {
+  msd::winograd_conv(layout.input_gradient(stages, dy, weight, outputs));
+}
+
+void winograd_weight_gradient(const msd::WinogradLayout& layout, const msd::Sizes& stages,
+                              const Addresses<3>& inputs, const WeightsOfStages& gradients,
+                              msd::Address outliers) {
+  msd::winograd_weight_gradient(layout.weight_gradient(stages, inputs, gradients, outliers));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -83,4 +104,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("optimal_denoiser_update_softmax", &optimal_denoiser_update_softmax, msd::WithoutLock(),
         "(batch, rows, [half_norms, precision], [products, peak, sums, rescale]); all but rescale "
         "are read, too");
+  py::class_<msd::WinogradLayout>(m, "WinogradLayout",
+                                  "msd_kernels.layouts.Conv2dLayout, and the type of x.")
+      .def(py::init<msd::Sizes, msd::Sizes, msd::Sizes, msd::Sizes, int64_t, int64_t, int64_t,
+                    const std::string&, const msd::Types<1>&>());
+  m.def("winograd_forward", &winograd_forward, msd::WithoutLock(),
+        "(layout, stages to compute, [x, skip, sample_bias, residual], weight per stage, bias per "
+        "stage or none, scale, [y, outliers])");
+  m.def("winograd_input_gradient", &winograd_input_gradient, msd::WithoutLock(),
+        "(layout, stages to compute, dy, weight per stage, [dx, dskip, outliers])");
+  m.def("winograd_weight_gradient", &winograd_weight_gradient, msd::WithoutLock(),
+        "(layout, stages to compute, [dy, x, skip], float32 gradient per stage, outliers)");
 }

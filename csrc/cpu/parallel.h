@@ -36,13 +36,14 @@ inline int64_t useful_threads(int64_t elements) {
   return std::clamp<int64_t>(elements / kElementsPerThread, 1, threads);
 }
 
-// f(i) for every i in [0, count), by at most `threads` threads: each takes the next i when it has
-// finished one. Which thread runs which i differs from run to run.
+// f(i, worker) for every i in [0, count), by at most `threads` threads: each takes the next i when
+// it has finished one. Which thread runs which i differs from run to run. No two threads are the
+// same worker of [0, threads) at a time.
 template <class F>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
+void for_each_by_worker(int64_t count, int64_t threads, const F& f) {
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
+  const auto work = [&](int64_t worker, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) f(i, worker);
   };
   threads = std::min(threads, count);
   if (threads <= 1) {
@@ -50,6 +51,12 @@ void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
   } else {
     parallel_for(threads, work);
   }
+}
+
+// f(i) for every i in [0, count), as for_each_by_worker.
+template <class F>
+void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
+  for_each_by_worker(count, threads, [&](int64_t i, int64_t) { f(i); });
 }
 
 }  // namespace msd

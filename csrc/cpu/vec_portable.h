@@ -27,6 +27,11 @@ struct Pair {
 };
 constexpr int kPair = 2 * kWidth;
 
+MSD_INLINE Pair load_pair(const float* p) { return {load(p), load(p + kWidth)}; }
+MSD_INLINE void store_pair(float* p, Pair v) {
+  store(p, v.lo);
+  store(p + kWidth, v.hi);
+}
 template <class T>
 MSD_INLINE Pair load_pair(const T* p) {
   Pair v;

@@ -71,6 +71,8 @@ def test_a_networks_output_is_a_samples_own(name, generator):
                 single = torch.cat([run([i]) for i in range(3)])
         assert ordinary.std() > 1e-2
         rounding = 4 * torch.finfo(dtype).eps ** 0.9 * longer**0.5
+        if dtype == torch.float32:  # of Winograd's convolutions: up to four times those of direct ones
+            rounding *= 4
         assert (single - ordinary).abs().max() < rounding * ordinary.abs().max()
         assert torch.equal(turned_first, single[turned]), dtype
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import ROUNDING, assert_elements_close, each_backend, poisoned_memory, stage_batch
 from msd_kernels import StageBatch, grouped_conv2d
-from msd_kernels.dispatch.backends import use
+from msd_kernels.dispatch.backends import forced_backend, use
 from msd_kernels.ops.grouped_conv2d import BACKENDS, library
 from msd_kernels.runtime import processor
 
@@ -22,6 +22,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 # Float32 roundings of the sum of the absolute products. The order of a oneDNN sum is its own: this is the worst found
 # over this file, 3.9, doubled.
 ROUNDINGS = 8
+# Winograd's transforms spread roundings over a tile: of the largest sum of a result, the worst found, 10.6, doubled.
+WINOGRAD_ROUNDINGS = 21
 # Roundings of the output's sum to the dtype of the activations: after the convolution, two additions and the scale.
 STEPS = 4
 
@@ -173,6 +175,10 @@ def check(problem: Problem, generator: torch.Generator, dtype: torch.dtype, devi
         found = derivatives(problem, converted(lambda t: t.to(device)), dy.to(device), call)
     expected = derivatives(problem, converted(Tensor.double), dy.double(), formula)
     terms = derivatives(problem, converted(lambda t: t.double().abs()), dy.double().abs(), formula)
+    roundings = ROUNDINGS
+    if problem.kernel == 3 and forced_backend("grouped_conv2d") == "cpu":
+        roundings = WINOGRAD_ROUNDINGS
+        terms = [term.detach().amax() if term.numel() else term for term in terms]
     low = dtype != torch.float32
     gradients = len(inputs.leaves())
     factors = [low * (problem.resample == "down")]
@@ -180,7 +186,7 @@ def check(problem: Problem, generator: torch.Generator, dtype: torch.dtype, devi
     steps = [low * STEPS * ROUNDING[dtype] * addends(problem, inputs), *[0.0] * gradients]
     for actual, result, term, rounded, step in zip(found, expected, terms, factors, steps, strict=True):
         assert actual.dtype == dtype
-        atol = (ROUNDINGS * ROUNDING[torch.float32] + rounded * ROUNDING[dtype]) * term.detach() + step
+        atol = (roundings * ROUNDING[torch.float32] + rounded * ROUNDING[dtype]) * term.detach() + step
         assert_elements_close(actual, result.detach(), rtol=ROUNDING[dtype], atol=atol)
 
 

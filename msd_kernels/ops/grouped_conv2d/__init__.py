@@ -11,7 +11,7 @@ from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Conv2dLayout, resampled_size
-from msd_kernels.ops.grouped_conv2d import library, reference, triton
+from msd_kernels.ops.grouped_conv2d import cpu, library, reference, triton
 from msd_kernels.runtime.launch import devices
 from msd_kernels.stage_batch import StageBatch, fixed_shape
 
@@ -26,6 +26,7 @@ BACKENDS = OpBackends(
     OP,
     [
         Candidate("triton", triton, devices(), cannot=triton.cannot, slower=triton.slower),
+        Candidate("cpu", cpu, ("cpu",), cannot=cpu.cannot, slower=cpu.slower),
         Candidate("library", library),
         Candidate("reference", reference),
     ],
@@ -79,6 +80,10 @@ def grouped_conv2d(
         ValueError: shapes, counts or devices that do not fit; the message names the stage.
 
     Under autocast: the autocast dtype, as ``torch.nn.functional.conv2d``.
+
+    On processors, 3×3 convolutions of at least 16 channels are computed by Winograd's F(4×4, 3×3): relative root mean
+    square errors are 1e-6 in float32, where a direct convolution has 0.3e-6. ``msd_kernels.explain`` tells, and
+    ``MSD_KERNELS_BACKEND=grouped_conv2d=library`` forbids it.
     """
     options = {"skip": skip, "sample_bias": sample_bias, "residual": residual, "scale": scale}
     options["resample"] = resample
