@@ -63,11 +63,11 @@ struct Window {
     for (int i = 0; i < side; ++i) {
       const int64_t row = place.row - before + i;
       const bool inside = row >= 0 && row < grid.height;
-      const int64_t offset = ((row >> shrunk) << grown) * below;
+      const T* line = inside ? x + ((row >> shrunk) << grown) * below : nullptr;
       for (int j = 0; j < side; ++j) {
         const int64_t column = place.column - before + j;
         const bool exists = inside && column >= 0 && column < grid.width;
-        pixels[i][j] = exists ? x + offset + ((column >> shrunk) << grown) * right : kZeros<T>;
+        pixels[i][j] = exists ? line + ((column >> shrunk) << grown) * right : kZeros<T>;
       }
     }
   }
