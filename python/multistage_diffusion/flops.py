@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from msd_kernels.dispatch.flops import FORMULAS
-from multistage_diffusion.layers import OnStages, StageModule, shared_layers
+from multistage_diffusion.networks.layers import OnStages, StageModule, shared_layers
 
 __all__ = ["NetworkCost", "conditioning", "count", "expected"]
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import DIGITS_IMAGE_SIZE, ImageData, load_images
+from multistage_diffusion.data.images import DIGITS_IMAGE_SIZE, ImageData, load_images
 
 NUM_DIGITS = 10
 CONFIDENCE = 0.9  # a label counts as confident from this probability on

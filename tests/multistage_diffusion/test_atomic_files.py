@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from multistage_diffusion import atomic_files
-from multistage_diffusion.atomic_files import check_replaceable, remove_abandoned, replacing, set_aside
+from multistage_diffusion.common import atomic_files
+from multistage_diffusion.common.atomic_files import check_replaceable, remove_abandoned, replacing, set_aside
 
 
 def test_the_new_content_shows_at_the_end_only(tmp_path):

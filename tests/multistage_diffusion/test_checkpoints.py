@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import forks
-from multistage_diffusion import checkpoints
-from multistage_diffusion.checkpoint_schema import kinds
-from multistage_diffusion.checkpoints import CheckpointError, CheckpointWarning
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoint_schema import kinds
+from multistage_diffusion.training.checkpoints import CheckpointError, CheckpointWarning
 from stand_ins import TinyNetwork, build, one_thread  # noqa: F401
 
 

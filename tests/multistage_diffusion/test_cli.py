@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from broken_streams import on_a_full_disk, without_reader
-from multistage_diffusion import checkpoints, cli, data, metrics
+from multistage_diffusion import cli, metrics
 from multistage_diffusion.commands import load_commands, sample, train
+from multistage_diffusion.data import images as data
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
-from multistage_diffusion.run_log import RunLog
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import FolderWarning, Trainer
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.run_log import RunLog
+from multistage_diffusion.training.trainer import FolderWarning, Trainer
 from stand_ins import one_thread  # noqa: F401
 
 TINY = [

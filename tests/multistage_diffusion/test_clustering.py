@@ -25,7 +25,7 @@ from multistage_diffusion.clustering import (
     suggest_widths,
     sweep,
 )
-from multistage_diffusion.schedules import EDM, LDM, VP
+from multistage_diffusion.noise.schedules import EDM, LDM, VP
 
 SIGMAS = torch.tensor([0.02, 0.5, 1.0, 2.0, 4.0, 60.0], dtype=torch.float64)
 

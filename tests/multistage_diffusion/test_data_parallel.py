@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import forks
-from multistage_diffusion import checkpoints, cli
-from multistage_diffusion.data_parallel import ProcessError, Processes
-from multistage_diffusion.run_log import RunLog
-from multistage_diffusion.training import Trainer
+from multistage_diffusion import cli
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.data_parallel import ProcessError, Processes
+from multistage_diffusion.training.run_log import RunLog
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import (
     SMALL_UNET,
     TinyNetwork,

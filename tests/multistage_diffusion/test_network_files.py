@@ -24,12 +24,12 @@ from multistage_diffusion import (
     precondition,
     sampler_config,
 )
-from multistage_diffusion.checkpoints import write_tensors
 from multistage_diffusion.cli import main
-from multistage_diffusion.convert import CheckpointFileError, save_network
-from multistage_diffusion.samplers import schedule_of
-from multistage_diffusion.schedules import LDM
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.noise.schedules import LDM
+from multistage_diffusion.official.convert import CheckpointFileError, save_network
+from multistage_diffusion.sampling.samplers import schedule_of
+from multistage_diffusion.training.checkpoints import write_tensors
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import SMALL_UNET, config_of, tiny_images
 
 __all__ = ["persistence"]  # a fixture

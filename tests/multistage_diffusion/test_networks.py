@@ -10,12 +10,12 @@ import torch
 
 from msd_kernels import grouped_linear
 from multistage_diffusion.flops import conditioning
-from multistage_diffusion.layers import StageModule
 from multistage_diffusion.networks import blocks, build
-from multistage_diffusion.networks.mixed_batch import StageNetwork
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.networks.layers import StageModule
+from multistage_diffusion.networks.stage_network import StageNetwork
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
 
 STAGES = [2, 0, 1, 0, 2, 0]
 BATCH = len(STAGES)

@@ -7,11 +7,15 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.losses import denoising_loss, edm_loss
-from multistage_diffusion.noise_levels import MixedNoise, StratifiedNoise
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner, stages_in_sigma
-from multistage_diffusion.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
-from multistage_diffusion.stages import Stages, StagesError
+from multistage_diffusion.noise.losses import denoising_loss, edm_loss
+from multistage_diffusion.noise.noise_levels import MixedNoise, StratifiedNoise
+from multistage_diffusion.noise.preconditioning import (
+    EDMPreconditioner,
+    SchedulePreconditioner,
+    stages_in_sigma,
+)
+from multistage_diffusion.noise.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
+from multistage_diffusion.noise.stages import Stages, StagesError
 from stand_ins import RecordingNetwork
 
 SIGMA = torch.tensor([0.05, 1.0, 30.0], dtype=torch.float64)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion import plots
-from multistage_diffusion.plots import plot_bars, plot_loss, save_sample_grid
-from multistage_diffusion.run_log import RunLog
+from multistage_diffusion.common import plots
+from multistage_diffusion.common.plots import plot_bars, plot_loss, save_sample_grid
+from multistage_diffusion.training.run_log import RunLog
 
 
 def read(path):
@@ -170,5 +170,5 @@ def test_output_suffix_is_checked(tmp_path):
 
 
 def test_import_does_not_load_matplotlib():
-    code = "import sys, multistage_diffusion.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, multistage_diffusion.common.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

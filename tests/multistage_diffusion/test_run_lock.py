@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from multistage_diffusion.run_lock import RunError, RunLock
+from multistage_diffusion.training.run_lock import RunError, RunLock
 
 HOLDER = """
 import sys, time

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import PRESETS, SAMPLERS
-from multistage_diffusion.samplers import (
+from multistage_diffusion.sampling.samplers import (
     SamplerConfig,
     SeededNoise,
     class_labels,
@@ -16,7 +17,6 @@ from multistage_diffusion.samplers import (
     require_seeds,
     sampler_config,
 )
-from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork
 
 

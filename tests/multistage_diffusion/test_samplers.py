@@ -4,10 +4,12 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.dpm_solver import DDIMConfig, DPMMultistepConfig, DPMSinglestepConfig
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.noise.schedules import EDM, LDM, VE, VP
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import PRESETS, SAMPLERS, evaluation_levels
-from multistage_diffusion.samplers import (
+from multistage_diffusion.sampling.dpm_solver import DDIMConfig, DPMMultistepConfig, DPMSinglestepConfig
+from multistage_diffusion.sampling.samplers import (
     SamplerConfig,
     SeededNoise,
     class_labels,
@@ -18,8 +20,6 @@ from multistage_diffusion.samplers import (
     sampler_config,
     schedule_of,
 )
-from multistage_diffusion.schedules import EDM, LDM, VE, VP
-from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork, one_thread  # noqa: F401
 
 SHAPE = (1, 4, 4)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion import schedules
-from multistage_diffusion.schedules import LogNormal
+from multistage_diffusion.noise import schedules
+from multistage_diffusion.noise.schedules import LogNormal
 
 
 def test_edm_sigmas_ends_and_order():

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from msd_kernels.dispatch import stage_weights
-from multistage_diffusion.networks import build, mixed_batch
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stage_parameters import FlatGradients, StageParameters, owned_parameters
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.networks import build
+from multistage_diffusion.networks import stage_network as mixed_batch
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training.parameters import FlatGradients, StageParameters, owned_parameters
 from stand_ins import TinyNetwork, one_thread  # noqa: F401
 
 UNET = {

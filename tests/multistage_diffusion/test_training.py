@@ -17,14 +17,16 @@ from PIL import Image
 import forks
 from broken_streams import without_reader
 from helpers import waiting_is_an_error
-from multistage_diffusion import checkpoints, networks, plots
-from multistage_diffusion.checkpoints import CheckpointError
-from multistage_diffusion.data import ImageData
-from multistage_diffusion.run_lock import RunLock
-from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import PictureWarning, RunError, Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion import networks
+from multistage_diffusion.common import plots
+from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoints import CheckpointError
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.run_lock import RunLock
+from multistage_diffusion.training.run_log import LossWindow, RunLog, TrainingDiverged
+from multistage_diffusion.training.trainer import PictureWarning, RunError, Trainer
 from stand_ins import (
     SMALL_UNET,
     TINY,
@@ -509,9 +511,9 @@ def test_dropout_in_graphs_is_a_function_of_the_step(tmp_path, exact_cuda):
 
 def test_sample_grids_do_not_change_the_run(tmp_path, monkeypatch):
     grids = []
-    plots = type(sys)("multistage_diffusion.plots")
+    plots = type(sys)("multistage_diffusion.common.plots")
     plots.save_sample_grid = lambda images, path: grids.append((tuple(images.shape), path.name))
-    monkeypatch.setitem(sys.modules, "multistage_diffusion.plots", plots)
+    monkeypatch.setitem(sys.modules, "multistage_diffusion.common.plots", plots)
     trainer_of(tmp_path / "without").run()
     trainer_of(tmp_path / "with", sample_every=6, sample_count=4).run()
     assert grids == [((4, 1, 8, 8), "step-00000006.png"), ((4, 1, 8, 8), "step-00000012.png")]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion import checkpoints, cli
-from multistage_diffusion.data import ImageData
-from multistage_diffusion.losses import denoising_loss
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion import cli
+from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.noise.losses import denoising_loss
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.noise.schedules import vp_sigma
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import TRAINABLE
-from multistage_diffusion.schedules import vp_sigma
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import RunError, Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.trainer import RunError, Trainer
 from stand_ins import (  # noqa: F401
     RecordingNetwork,
     TinyNetwork,

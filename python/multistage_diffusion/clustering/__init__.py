@@ -9,10 +9,10 @@ Noise levels belong together where the optimal denoisers of the data agree:
     gradient_similarity, split_uniformly       the alternatives of the paper's ablation
 """
 
-from .gradients import gradient_similarity
-from .similarity import Similarity, similarity_matrix
-from .splits import Split, split, split_from_ends, split_uniformly, sweep
-from .widths import suggest_widths
+from multistage_diffusion.clustering.gradients import gradient_similarity
+from multistage_diffusion.clustering.similarity import Similarity, similarity_matrix
+from multistage_diffusion.clustering.splits import Split, split, split_from_ends, split_uniformly, sweep
+from multistage_diffusion.clustering.widths import suggest_widths
 
 __all__ = [
     "Similarity",

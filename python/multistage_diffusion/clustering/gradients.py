@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import integer
-from .similarity import Similarity, checked_sigmas, standard_error
+from multistage_diffusion.clustering.similarity import Similarity, checked_sigmas, standard_error
+from multistage_diffusion.common.checks import integer
 
 
 def gradient_similarity(

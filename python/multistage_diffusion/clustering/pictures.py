@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..plots import _COLORS, _FAINT, _INK, _output_path, _plot
-from ..schedules import Schedule
-from .similarity import Similarity
-from .splits import Split
+from multistage_diffusion.clustering.similarity import Similarity
+from multistage_diffusion.clustering.splits import Split
+from multistage_diffusion.common.plots import _COLORS, _FAINT, _INK, _output_path, _plot
+from multistage_diffusion.noise.schedules import Schedule
 
 
 def plot_matrix(

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msd_kernels import optimal_denoiser
-
-from ..checks import integer
+from multistage_diffusion.common.checks import integer
 
 THRESHOLD = 2 / 256
 

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ._options import add_command, add_machine_options, number, seed, set_up_machine, whole
+from multistage_diffusion.commands._options import (
+    add_command,
+    add_machine_options,
+    number,
+    seed,
+    set_up_machine,
+    whole,
+)
 
 EXAMPLES = """\
   msd cluster --data digits --schedule edm --measure smooth --method ends --out runs/stages
@@ -139,11 +146,11 @@ def _add_similarity_options(parser) -> None:
 
 
 def run(args) -> None:
-    from .. import schedules
-    from ..atomic_files import check_replaceable
-    from ..clustering import sweep
-    from ..clustering.pictures import plot_curves, plot_matrix
-    from ..data import load_images
+    from multistage_diffusion.clustering import sweep
+    from multistage_diffusion.clustering.pictures import plot_curves, plot_matrix
+    from multistage_diffusion.common.atomic_files import check_replaceable
+    from multistage_diffusion.data.images import load_images
+    from multistage_diffusion.noise import schedules
 
     _settle_method(args)
     for name in OUTPUTS:
@@ -190,7 +197,7 @@ def _settle_method(args) -> None:
 
 
 def _split(args, similarity, schedule):
-    from ..clustering import split, split_from_ends, split_uniformly
+    from multistage_diffusion.clustering import split, split_from_ends, split_uniformly
 
     if args.method == "ends":
         return split_from_ends(similarity, args.level)
@@ -216,7 +223,7 @@ def _process_group():
 
 
 def _similarity(args, images, schedule, device, group):
-    from ..clustering import similarity_matrix
+    from multistage_diffusion.clustering import similarity_matrix
 
     sigmas = schedule.sigma(schedule.grid(args.grid))
     with _progress(group is None or group.rank() == 0) as progress:
@@ -244,8 +251,8 @@ def _similarity(args, images, schedule, device, group):
 def _gradient_similarity(args, images, sigmas, device, progress):
     import torch
 
-    from ..checkpoints import load_model
-    from ..clustering import gradient_similarity
+    from multistage_diffusion.clustering import gradient_similarity
+    from multistage_diffusion.training.checkpoints import load_model
 
     if args.sigma_units != "-1,1":
         raise ValueError("--method gradient: the model's data are in [-1, 1]; leave --sigma-units out")
@@ -276,7 +283,7 @@ def _progress(shown: bool):
 def _save_numbers(similarity, schedule, path: Path) -> None:
     import numpy as np
 
-    from ..atomic_files import replacing
+    from multistage_diffusion.common.atomic_files import replacing
 
     arrays = {
         "sigmas": similarity.sigmas,
@@ -292,8 +299,8 @@ def _save_numbers(similarity, schedule, path: Path) -> None:
 
 def _print_stages(similarity, found, stages, own, budget: float) -> None:
     """The stages by sigma, and in the schedule's own variable."""
-    from ..clustering import suggest_widths
-    from ..schedules import log_snr
+    from multistage_diffusion.clustering import suggest_widths
+    from multistage_diffusion.noise.schedules import log_snr
 
     columns = {"stage": [str(k) for k in range(len(stages))]}
     columns["sigma"] = [stages.describe(k) for k in range(len(stages))]

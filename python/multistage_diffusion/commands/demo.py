@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..atomic_files import replacing
-from ._options import add_command, add_machine_options, set_up_machine, whole
+from multistage_diffusion.commands._options import add_command, add_machine_options, set_up_machine, whole
+from multistage_diffusion.common.atomic_files import replacing
 
 EXAMPLES = """\
   msd demo --out runs/demo
@@ -49,8 +49,8 @@ def add_parser(subparsers):
 
 
 def run(args) -> int:
-    from ..cli import build_parser
-    from . import train
+    from multistage_diffusion.cli import build_parser
+    from multistage_diffusion.commands import train
 
     device = set_up_machine(args)
     options = ["--out", str(args.out), "--seed", str(args.seed), "--device", str(device)]
@@ -75,8 +75,8 @@ def run(args) -> int:
 
 def find_stages(directory: Path) -> Path:
     """Clusters the noise levels of the digits; returns the file of their stages."""
-    from ..cli import build_parser
-    from . import cluster
+    from multistage_diffusion.cli import build_parser
+    from multistage_diffusion.commands import cluster
 
     options = ["--data", "digits", "--schedule", "edm", "--measure", "smooth", "--samples", "100"]
     cluster.run(build_parser().parse_args(["cluster", *options, "--out", str(directory)]))
@@ -87,11 +87,11 @@ def measure(directory: Path, device) -> dict:
     """Samples from the trained model, writes samples.png, and judges the samples."""
     import torch
 
-    from ..checkpoints import load_model
-    from ..metrics import digit_classifier, evaluate_digits
-    from ..plots import save_sample_grid
-    from ..run_log import RunLog
-    from ..samplers import class_labels, generate
+    from multistage_diffusion.common.plots import save_sample_grid
+    from multistage_diffusion.metrics import digit_classifier, evaluate_digits
+    from multistage_diffusion.sampling.samplers import class_labels, generate
+    from multistage_diffusion.training.checkpoints import load_model
+    from multistage_diffusion.training.run_log import RunLog
 
     model = load_model(directory, device=device)
     network = model.denoiser.network

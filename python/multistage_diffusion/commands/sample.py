@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..presets import SAMPLERS
-from ._options import add_command, add_machine_options, number, seed, set_up_machine, whole
+from multistage_diffusion.commands._options import (
+    add_command,
+    add_machine_options,
+    number,
+    seed,
+    set_up_machine,
+    whole,
+)
+from multistage_diffusion.presets import SAMPLERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,7 +215,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def run(args) -> None:
-    from ..data_parallel import Processes
+    from multistage_diffusion.training.data_parallel import Processes
 
     with Processes.of_launcher() as processes:
         _sample(args, processes)
@@ -217,10 +224,17 @@ def run(args) -> None:
 def _sample(args, processes) -> None:
     import torch
 
-    from ..atomic_files import check_replaceable
-    from ..checkpoints import load_model
-    from ..cuda_graphs import GraphedNetwork
-    from ..samplers import class_labels, default_sampler, generate, require_seeds, sampler_config, schedule_of
+    from multistage_diffusion.common.atomic_files import check_replaceable
+    from multistage_diffusion.sampling.cuda_graphs import GraphedNetwork
+    from multistage_diffusion.sampling.samplers import (
+        class_labels,
+        default_sampler,
+        generate,
+        require_seeds,
+        sampler_config,
+        schedule_of,
+    )
+    from multistage_diffusion.training.checkpoints import load_model
 
     if args.seeds is not None and args.num is not None:
         raise ValueError("--seeds and --num exclude each other")
@@ -346,8 +360,8 @@ def write_samples(path: Path, written: Tensor, seeds: Sequence[int], values: str
     """
     import numpy as np
 
-    from ..atomic_files import replacing
-    from ..plots import save_sample_grid
+    from multistage_diffusion.common.atomic_files import replacing
+    from multistage_diffusion.common.plots import save_sample_grid
 
     with replacing(path) as temporary:
         if path.suffix == ".png":

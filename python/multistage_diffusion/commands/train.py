@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..presets import DIGITS, TRAINABLE, VARIANTS
-from ._options import (
+from multistage_diffusion.commands._options import (
     add_command,
     add_machine_options,
     number,
@@ -25,6 +24,7 @@ from ._options import (
     whole,
     wholes,
 )
+from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
 
 EXAMPLES = """\
   msd train --data digits --out runs/digits --steps 2000
@@ -292,7 +292,7 @@ def run(args) -> int:
         with _stopped_at_once():
             return _run(args)
     except _Stopped as stopped:
-        from ..streams import tell
+        from multistage_diffusion.common.streams import tell
 
         name = signal.Signals(stopped.number).name
         tell(f"msd train: stopped by {name} before the first step; {args.out} can be used again", sys.stderr)
@@ -327,17 +327,17 @@ def _stopped_at_once() -> Iterator[None]:
 
 
 def _run(args) -> int:
-    from ..data_parallel import Processes
+    from multistage_diffusion.training.data_parallel import Processes
 
     with Processes.of_launcher() as processes:
         return _train(args, processes)
 
 
 def _train(args: argparse.Namespace, processes) -> int:
-    from ..data import load_images
-    from ..host_memory import keep_freed_memory
-    from ..streams import tell
-    from ..training import Trainer
+    from multistage_diffusion.common.host_memory import keep_freed_memory
+    from multistage_diffusion.common.streams import tell
+    from multistage_diffusion.data.images import load_images
+    from multistage_diffusion.training.trainer import Trainer
 
     device = set_up_machine(args)
     if device.type == "cpu":
@@ -375,9 +375,9 @@ def _train(args: argparse.Namespace, processes) -> int:
 def _saved_config(args) -> dict | None:
     """What config.json of the run says, or its newest checkpoint where that file is lost or damaged; None if there is
     no run. What may not change between a run and its continuation is the checkpoint's."""
-    from .. import checkpoints
-    from ..training import FolderWarning
-    from ..training_config import TrainingConfig, free_keys
+    from multistage_diffusion.training import checkpoints
+    from multistage_diffusion.training.config import TrainingConfig, free_keys
+    from multistage_diffusion.training.trainer import FolderWarning
 
     path = args.out / "config.json"
     newest = checkpoints.latest_config(args.out / "checkpoints")
@@ -408,9 +408,9 @@ def _saved_config(args) -> dict | None:
 
 def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
     """The configuration: that of the run being resumed or of the preset, changed by what was given."""
-    from ..networks import in_effect
-    from ..stages import Stages
-    from ..training_config import TrainingConfig
+    from multistage_diffusion.networks import in_effect
+    from multistage_diffusion.noise.stages import Stages
+    from multistage_diffusion.training.config import TrainingConfig
 
     if saved is not None and args.preset is None:
         if args.variant is not None:
@@ -445,7 +445,7 @@ def _from_anywhere(source: str) -> str:
 
 def _classes(source: str, data, family: str) -> int:
     """The number of classes for ``--class-conditional``."""
-    from ..networks import FAMILIES
+    from multistage_diffusion.networks import FAMILIES
 
     able = [name for name, kind in FAMILIES.items() if "label_dim" in inspect.signature(kind).parameters]
     if family not in able:
@@ -457,8 +457,8 @@ def _classes(source: str, data, family: str) -> int:
 
 def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dict]:
     """Settings of the run and of the network, as a preset has them for these data."""
-    from ..augmentation import LABELS
-    from ..networks import FAMILIES
+    from multistage_diffusion.data.augmentation import LABELS
+    from multistage_diffusion.networks import FAMILIES
 
     preset = TRAINABLE[args.preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
     variant = args.variant or "multistage"
@@ -479,7 +479,7 @@ def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dic
 
 def _check_schedule(args: argparse.Namespace, schedule: str, variable: str) -> None:
     """Raises ValueError for an option that the schedule would ignore, and for stages in another schedule's variable."""
-    from ..schedules import SCHEDULES
+    from multistage_diffusion.noise.schedules import SCHEDULES
 
     if variable not in ("sigma", SCHEDULES[schedule].variable):
         raise ValueError(f"--schedule {schedule}: the stages are cut in {variable}; give --stages, too")
@@ -499,7 +499,7 @@ def _complete(network: dict) -> dict:
     """The network's configuration with every default filled in, so that a run does not depend on defaults."""
     import torch
 
-    from ..networks import build
+    from multistage_diffusion.networks import build
 
     with torch.device("meta"):
         return build(network).config
@@ -510,8 +510,8 @@ def parse_stages(text: str, schedule: str = "edm"):
 
     The ends of what the variable covers may be left out of the boundaries.
     """
-    from ..schedules import SCHEDULES
-    from ..stages import Stages
+    from multistage_diffusion.noise.schedules import SCHEDULES
+    from multistage_diffusion.noise.stages import Stages
 
     variable = SCHEDULES[schedule].variable
     if text == "edm":

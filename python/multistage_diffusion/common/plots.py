@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .atomic_files import replacing
-from .run_log import RunLog
+from multistage_diffusion.common.atomic_files import replacing
+from multistage_diffusion.training.run_log import RunLog
 
 _CELL_PIXELS = 64  # small images are enlarged to about this size
 _GAP_PIXELS = 2

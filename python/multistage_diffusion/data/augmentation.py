@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd_kernels import resample2d
-
-from .transfer import host_to_device
+from multistage_diffusion.common.transfer import host_to_device
 
 __all__ = ["LABELS", "Augmentation"]
 

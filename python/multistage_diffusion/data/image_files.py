@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .host_memory import physical_memory
+from multistage_diffusion.common.host_memory import physical_memory
 
 T = TypeVar("T")
 OpenFile = Callable[[str], tuple[AbstractContextManager[BinaryIO], int]]  # name -> file, its size in bytes

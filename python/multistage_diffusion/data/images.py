@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_files import DataError, read_folder, read_zip, require_memory, resized
+from multistage_diffusion.data.image_files import DataError, read_folder, read_zip, require_memory, resized
 
 CHANNELS = (1, 3, 4)
 VALUES = ("images", "latents")

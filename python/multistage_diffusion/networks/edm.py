@@ -12,15 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
-    BOX,
-    StageAttention,
-    StageConv2d,
-    StageGroupNorm,
-    StageLinear,
-    Widths,
-    xavier_uniform,
-)
 from multistage_diffusion.networks.blocks import (
     SKIP_SCALE,
     ZERO,
@@ -44,8 +35,17 @@ from multistage_diffusion.networks.embeddings import (
     drop_labels,
     label_batch,
 )
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
-from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.networks.layers import (
+    BOX,
+    StageAttention,
+    StageConv2d,
+    StageGroupNorm,
+    StageLinear,
+    Widths,
+    xavier_uniform,
+)
+from multistage_diffusion.networks.stage_network import StageNetwork, check_levels, present
+from multistage_diffusion.networks.stage_order import StageOrder
 
 __all__ = ["EDMUNet"]
 

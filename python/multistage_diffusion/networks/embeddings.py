@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import Initialiser, StageLinear, StageModule, Widths
+from multistage_diffusion.networks.layers import Initialiser, StageLinear, StageModule, Widths
 
 MAX_POSITIONS = 10_000
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from msd_kernels import StageBatch, attention, group_norm, grouped_conv2d, grouped_linear, resample2d
 from msd_kernels.runtime import processor
-from multistage_diffusion.checks import integer
-from multistage_diffusion.stage_module import PerStage, StageModule
+from multistage_diffusion.common.checks import integer
+from multistage_diffusion.networks.stage_module import PerStage, StageModule
 
 __all__ = [
     "OnStages",

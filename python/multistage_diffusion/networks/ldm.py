@@ -10,17 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
-    StageAttention,
-    StageConv2d,
-    StageGroupNorm,
-    StageLinear,
-    StageStridedConv2d,
-    Widths,
-    fan_in_uniform,
-    on_stages,
-    xavier_uniform,
-)
 from multistage_diffusion.networks.blocks import (
     BlockStyle,
     DecoderLevel,
@@ -34,9 +23,20 @@ from multistage_diffusion.networks.blocks import (
     take_last,
 )
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding, label_batch
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
+from multistage_diffusion.networks.layers import (
+    StageAttention,
+    StageConv2d,
+    StageGroupNorm,
+    StageLinear,
+    StageStridedConv2d,
+    Widths,
+    fan_in_uniform,
+    on_stages,
+    xavier_uniform,
+)
+from multistage_diffusion.networks.stage_network import StageNetwork, check_levels, present
+from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.networks.transformer import SpatialTransformer
-from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["LDMUNet"]
 

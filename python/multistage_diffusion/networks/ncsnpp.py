@@ -12,13 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
-    StageAttention,
-    StageConv2d,
-    StageGroupNorm,
-    Widths,
-    xavier_uniform,
-)
 from multistage_diffusion.networks.blocks import (
     SKIP_SCALE,
     BlockStyle,
@@ -33,7 +26,14 @@ from multistage_diffusion.networks.blocks import (
     take_last,
 )
 from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
+from multistage_diffusion.networks.layers import (
+    StageAttention,
+    StageConv2d,
+    StageGroupNorm,
+    Widths,
+    xavier_uniform,
+)
+from multistage_diffusion.networks.stage_network import StageNetwork, check_levels, present
 
 __all__ = ["NCSNpp"]
 

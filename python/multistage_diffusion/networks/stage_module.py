@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .network_limits import count_tensors
+from multistage_diffusion.networks.network_limits import count_tensors
 
 __all__ = ["PerStage", "StageModule", "is_sharded"]
 

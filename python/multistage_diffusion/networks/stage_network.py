@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from msd_kernels import StageBatch
 from msd_kernels.dispatch.stage_weights import several_processes
-from multistage_diffusion.layers import Widths
-from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.networks.layers import Widths
+from multistage_diffusion.networks.stage_order import StageOrder
 
 
 class StageNetwork(nn.Module):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from msd_kernels import containers
 from msd_kernels.stage_batch import fixed_shape
-
-from .transfer import host_to_device
+from multistage_diffusion.common.transfer import host_to_device
 
 __all__ = ["StageOrder"]
 

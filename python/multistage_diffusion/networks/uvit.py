@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.embeddings import PositionalEmbedding, label_batch
+from multistage_diffusion.networks.layers import (
     StageConv2d,
     StageLayerNorm,
     StageLinear,
@@ -18,10 +19,9 @@ from multistage_diffusion.layers import (
     Widths,
     normal,
 )
-from multistage_diffusion.networks.embeddings import PositionalEmbedding, label_batch
-from multistage_diffusion.networks.mixed_batch import StageNetwork
+from multistage_diffusion.networks.stage_network import StageNetwork
+from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.networks.transformer import FeedForward, TransformerBlock, self_attention
-from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["UViT"]
 

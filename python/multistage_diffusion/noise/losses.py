@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .preconditioning import Preconditioner
-from .stage_order import StageOrder
-from .transfer import host_to_device
+from multistage_diffusion.common.transfer import host_to_device
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import Preconditioner
 
 
 def edm_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:

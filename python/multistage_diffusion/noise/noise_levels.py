@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import are_shares
-from .schedules import LogNormal, Uniform
-from .stages import Stages
+from multistage_diffusion.common.checks import are_shares
+from multistage_diffusion.noise.schedules import LogNormal, Uniform
+from multistage_diffusion.noise.stages import Stages
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .schedules import IDDPM, SCHEDULES, Schedule
-from .stage_order import StageOrder
-from .stages import Stages, StagesError
-from .transfer import host_to_device
+from multistage_diffusion.common.transfer import host_to_device
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.schedules import IDDPM, SCHEDULES, Schedule
+from multistage_diffusion.noise.stages import Stages, StagesError
 
 
 class Coefficients(NamedTuple):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from .checks import integer
+from multistage_diffusion.common.checks import integer
 
 _SMALLEST_UNIFORM = 2.0**-54
 _LARGEST_UNIFORM = 1.0 - 2.0**-53

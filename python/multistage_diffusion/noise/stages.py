@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .atomic_files import replacing
+from multistage_diffusion.common.atomic_files import replacing
 
 Interval = tuple[float, float]
 

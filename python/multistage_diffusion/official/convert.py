@@ -17,12 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import networks, official
-from .network_files import load_denoiser, load_network, save_network
-from .official import denoisers, irregular
-from .official.pickles import CheckpointFileError, Record, read_pickle, record_tensors, screen_pickles
-from .presets import find
-from .stages import Stages
+from multistage_diffusion import networks, official
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.official import denoisers, irregular
+from multistage_diffusion.official.network_files import load_denoiser, load_network, save_network
+from multistage_diffusion.official.pickles import (
+    CheckpointFileError,
+    Record,
+    read_pickle,
+    record_tensors,
+    screen_pickles,
+)
+from multistage_diffusion.presets import find
 
 __all__ = [
     "CheckpointFileError",

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.official.pickles import Record
-from multistage_diffusion.preconditioning import (
+from multistage_diffusion.noise.preconditioning import (
     PRECONDITIONINGS,
     Preconditioner,
     as_json,
@@ -24,9 +23,10 @@ from multistage_diffusion.preconditioning import (
     require_known,
     stages_in_sigma,
 )
+from multistage_diffusion.noise.schedules import Schedule
+from multistage_diffusion.noise.stages import Stages, StagesError
+from multistage_diffusion.official.pickles import Record
 from multistage_diffusion.presets import PRESETS, Preset
-from multistage_diffusion.schedules import Schedule
-from multistage_diffusion.stages import Stages, StagesError
 
 __all__ = ["KeptDenoiser", "denoiser", "of_betas", "of_record"]
 

@@ -14,13 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import checkpoints, networks
-from .atomic_files import replacing
-from .checkpoints import write_tensors
-from .network_limits import at_most
-from .official import summary
-from .official.unpickling import CheckpointFileError
-from .preconditioning import (
+from multistage_diffusion import networks
+from multistage_diffusion.common.atomic_files import replacing
+from multistage_diffusion.networks.network_limits import at_most
+from multistage_diffusion.noise.preconditioning import (
     EDMPreconditioner,
     Preconditioner,
     as_json,
@@ -30,7 +27,11 @@ from .preconditioning import (
     require_known,
     stages_in_sigma,
 )
-from .stages import Stages
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.official import summary
+from multistage_diffusion.official.unpickling import CheckpointFileError
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoints import write_tensors
 
 __all__ = ["CheckpointFileError", "load_denoiser", "load_network", "save_network"]
 

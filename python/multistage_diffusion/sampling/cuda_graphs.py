@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .stage_order import StageOrder
+from multistage_diffusion.networks.stage_order import StageOrder
 
 __all__ = ["GraphedFunction", "GraphedNetwork"]
 

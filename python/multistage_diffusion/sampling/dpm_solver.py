@@ -24,8 +24,8 @@ from typing import ClassVar
 
 import torch
 
-from .checks import integer
-from .schedules import Schedule, edm_sigmas
+from multistage_diffusion.common.checks import integer
+from multistage_diffusion.noise.schedules import Schedule, edm_sigmas
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 Draw = Callable[[], torch.Tensor]

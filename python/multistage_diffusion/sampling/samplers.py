@@ -17,11 +17,16 @@ from operator import index
 import torch
 
 import msd_kernels
-
-from .checks import integer
-from .dpm_solver import DDIMConfig, Denoise, DPMMultistepConfig, DPMSinglestepConfig, Draw
-from .preconditioning import Preconditioner
-from .schedules import EDM, Schedule, edm_sigmas
+from multistage_diffusion.common.checks import integer
+from multistage_diffusion.noise.preconditioning import Preconditioner
+from multistage_diffusion.noise.schedules import EDM, Schedule, edm_sigmas
+from multistage_diffusion.sampling.dpm_solver import (
+    DDIMConfig,
+    Denoise,
+    DPMMultistepConfig,
+    DPMSinglestepConfig,
+    Draw,
+)
 
 Progress = Callable[[int, int], None]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .losses import loss_scalars
-from .noise_levels import NoiseLevels, stage_counts
-from .preconditioning import Preconditioner
-from .stage_order import StageOrder
-from .training_config import TrainingConfig
-from .transfer import host_to_device
+from multistage_diffusion.common.transfer import host_to_device
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.losses import loss_scalars
+from multistage_diffusion.noise.noise_levels import NoiseLevels, stage_counts
+from multistage_diffusion.noise.preconditioning import Preconditioner
+from multistage_diffusion.training.config import TrainingConfig
 
 __all__ = ["DataOrder", "MicroBatch", "TrainingBatches", "deal", "derive_seed"]
 
@@ -83,7 +83,7 @@ class TrainingBatches:
 
     Args:
         config: of the run.
-        data: as ``multistage_diffusion.data.load_images`` returns them.
+        data: as ``multistage_diffusion.data.images.load_images`` returns them.
         denoiser: around the network in training.
         device: where the network is.
         rank, size: this process, and how many there are; each gets its share of every batch.

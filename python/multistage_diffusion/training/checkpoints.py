@@ -28,8 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .atomic_files import flush, make_folder, set_aside
-from .checkpoint_schema import (
+from multistage_diffusion.common.atomic_files import flush, make_folder, set_aside
+from multistage_diffusion.noise.preconditioning import Preconditioner, own_constants, precondition
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training.checkpoint_schema import (
     CheckpointError,
     Kind,
     check_fields,
@@ -40,8 +42,6 @@ from .checkpoint_schema import (
     read_kinds,
     same,
 )
-from .preconditioning import Preconditioner, own_constants, precondition
-from .stages import Stages
 
 FORMAT = 2
 WITHOUT_OWN_CHECKSUM = 1  # the format before: no checksum of checkpoint.json
@@ -437,9 +437,9 @@ def load_model(
     """
     if weights not in ("ema", "network"):
         raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
-    from . import networks
-    from .network_limits import at_most
-    from .training_config import TrainingConfig  # which needs this module
+    from multistage_diffusion import networks
+    from multistage_diffusion.networks.network_limits import at_most
+    from multistage_diffusion.training.config import TrainingConfig  # which needs this module
 
     build = build or networks.build
     path = find_checkpoint(path)

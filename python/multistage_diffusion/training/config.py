@@ -10,13 +10,19 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoints
-from .augmentation import Augmentation
-from .networks import in_effect
-from .noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
-from .preconditioning import PREDICTIONS, Preconditioner, own_constants, precondition, stages_in_sigma
-from .schedules import SCHEDULES, LogNormal, Schedule, Uniform
-from .stages import Stages
+from multistage_diffusion.data.augmentation import Augmentation
+from multistage_diffusion.networks import in_effect
+from multistage_diffusion.noise.noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
+from multistage_diffusion.noise.preconditioning import (
+    PREDICTIONS,
+    Preconditioner,
+    own_constants,
+    precondition,
+    stages_in_sigma,
+)
+from multistage_diffusion.noise.schedules import SCHEDULES, LogNormal, Schedule, Uniform
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training import checkpoints
 
 ALLOWED = {
     "schedule": tuple(SCHEDULES),

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .layers import StageModule, shared_layers
-from .stage_order import StageOrder
+from multistage_diffusion.networks.layers import StageModule, shared_layers
+from multistage_diffusion.networks.stage_order import StageOrder
 
 __all__ = ["FlatGradients", "StageParameters", "owned_parameters"]
 

@@ -9,7 +9,7 @@ import socket
 import warnings
 from pathlib import Path
 
-from .atomic_files import LOCK_HELD
+from multistage_diffusion.common.atomic_files import LOCK_HELD
 
 __all__ = ["RunError", "RunLock"]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .atomic_files import replacing, set_aside
-from .noise_levels import NoiseLevels
-from .stages import Stages
-from .streams import silence, tell
+from multistage_diffusion.common.atomic_files import replacing, set_aside
+from multistage_diffusion.common.streams import silence, tell
+from multistage_diffusion.noise.noise_levels import NoiseLevels
+from multistage_diffusion.noise.stages import Stages
 
 
 class TrainingDiverged(RuntimeError):

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoints
-from .checkpoint_schema import (
+from multistage_diffusion.networks.layers import PerStage
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoint_schema import (
     FIELDS,
     Kind,
     check_fields,
@@ -21,7 +22,6 @@ from .checkpoint_schema import (
     optimizer_kinds,
     read_kinds,
 )
-from .layers import PerStage
 
 __all__ = ["TrainingState", "find_not_finite"]
 

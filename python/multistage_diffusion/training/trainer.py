@@ -29,21 +29,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoints
-from .atomic_files import remove_abandoned, replacing, set_aside
-from .cuda_graphs import GraphedFunction
-from .data_parallel import Processes
-from .ema import EMA
-from .losses import loss_at
-from .run_lock import RunError, RunLock
-from .run_log import LossWindow, Progress, RunLog, TrainingDiverged
-from .samplers import class_labels, default_sampler, generate, sampler_config, schedule_of
-from .stage_order import StageOrder
-from .stage_parameters import FlatGradients
-from .streams import tell
-from .training_batches import TrainingBatches, derive_seed
-from .training_config import TrainingConfig
-from .training_state import TrainingState, find_not_finite
+from multistage_diffusion.common.atomic_files import remove_abandoned, replacing, set_aside
+from multistage_diffusion.common.streams import tell
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.losses import loss_at
+from multistage_diffusion.sampling.cuda_graphs import GraphedFunction
+from multistage_diffusion.sampling.samplers import (
+    class_labels,
+    default_sampler,
+    generate,
+    sampler_config,
+    schedule_of,
+)
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.batches import TrainingBatches, derive_seed
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.data_parallel import Processes
+from multistage_diffusion.training.ema import EMA
+from multistage_diffusion.training.parameters import FlatGradients
+from multistage_diffusion.training.run_lock import RunError, RunLock
+from multistage_diffusion.training.run_log import LossWindow, Progress, RunLog, TrainingDiverged
+from multistage_diffusion.training.state import TrainingState, find_not_finite
 
 __all__ = [
     "FolderWarning",
@@ -129,7 +135,7 @@ class Trainer:
     Args:
         config: what to do.
         directory: the run folder.
-        data: images, as ``multistage_diffusion.data.load_images`` returns them; default: loaded from
+        data: images, as ``multistage_diffusion.data.images.load_images`` returns them; default: loaded from
             ``config.data``.
         network: default: built from ``config.network``, with weights drawn from ``config.seed``.
         device: where to train.
@@ -366,7 +372,7 @@ class Trainer:
 
     def _sample_grid(self) -> None:
         """Images of the averaged weights; of four channels the first three, without the fourth, which is alpha."""
-        from .plots import save_sample_grid
+        from multistage_diffusion.common.plots import save_sample_grid
 
         denoiser = self.config.denoiser(self.ema.network)
         shape = (self.network.in_channels, self.network.image_size, self.network.image_size)
@@ -381,7 +387,7 @@ class Trainer:
         save_sample_grid(visible, folder / f"step-{self.step:08d}.png")
 
     def _plot(self) -> None:
-        from .plots import plot_loss
+        from multistage_diffusion.common.plots import plot_loss
 
         if self.log.path.exists():
             plot_loss(self.log.path, self.directory / "loss.png")
@@ -500,12 +506,12 @@ class Trainer:
 
 
 def _load_data(config: TrainingConfig):
-    from .data import load_images
+    from multistage_diffusion.data.images import load_images
 
     return load_images(config.data, image_size=config.image_size, values=config.values)
 
 
 def _build(config: TrainingConfig) -> nn.Module:
-    from .networks import build
+    from multistage_diffusion.networks import build
 
     return build(config.network)
