@@ -21,7 +21,7 @@ from multistage_diffusion import networks
 from multistage_diffusion.common import plots
 from multistage_diffusion.data.images import ImageData
 from multistage_diffusion.noise.stages import Stages
-from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training import checkpoints, loss_curves
 from multistage_diffusion.training.checkpoints import CheckpointError
 from multistage_diffusion.training.config import TrainingConfig
 from multistage_diffusion.training.run_lock import RunLock
@@ -529,12 +529,12 @@ def test_of_four_channels_the_grid_shows_three(tmp_path):
         assert image.mode == "RGB"
 
 
-@pytest.mark.parametrize("picture", ["save_sample_grid", "plot_loss"])
-def test_a_picture_that_fails_costs_no_training(tmp_path, monkeypatch, picture):
+@pytest.mark.parametrize(("module", "picture"), [(plots, "save_sample_grid"), (loss_curves, "plot_loss")])
+def test_a_picture_that_fails_costs_no_training(tmp_path, monkeypatch, module, picture):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(plots, picture, full)
+    monkeypatch.setattr(module, picture, full)
     monkeypatch.setattr(Trainer, "_plot", PLOT)
     with pytest.warns(PictureWarning, match=r"after step 2 is missing: OSError: .*No space left"):
         result = trainer_of(tmp_path, steps=2, sample_every=2, sample_count=1).run()

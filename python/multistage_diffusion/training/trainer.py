@@ -387,7 +387,7 @@ class Trainer:
         save_sample_grid(visible, folder / f"step-{self.step:08d}.png")
 
     def _plot(self) -> None:
-        from multistage_diffusion.common.plots import plot_loss
+        from multistage_diffusion.training.loss_curves import plot_loss
 
         if self.log.path.exists():
             plot_loss(self.log.path, self.directory / "loss.png")
