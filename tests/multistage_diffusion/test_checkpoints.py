@@ -15,6 +15,7 @@ from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.checkpoint_schema import kinds
 from multistage_diffusion.training.checkpoints import CheckpointError, CheckpointWarning
+from multistage_diffusion.training.config import differing_keys
 from stand_ins import TinyNetwork, build, one_thread  # noqa: F401
 
 
@@ -473,7 +474,7 @@ def test_optimizer_state_of_an_unknown_parameter():
 def test_differing_keys():
     saved = {"a": 1, "network": {"width": 4, "old": 0}, "same": [1]}
     given = {"a": 1, "network": {"width": 8, "new": 2}, "same": [1]}
-    assert checkpoints.differing_keys(saved, given) == [
+    assert differing_keys(saved, given) == [
         "network.new: not in the checkpoint, now 2",
         "network.old: 0 in the checkpoint, now missing",
         "network.width: 4 in the checkpoint, now 8",

@@ -28,7 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from multistage_diffusion import networks
 from multistage_diffusion.common.atomic_files import flush, make_folder, set_aside
+from multistage_diffusion.networks.network_limits import at_most
 from multistage_diffusion.noise.preconditioning import Preconditioner, own_constants, precondition
 from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.training.checkpoint_schema import (
@@ -40,8 +42,8 @@ from multistage_diffusion.training.checkpoint_schema import (
     in_16_bits,
     kinds,
     read_kinds,
-    same,
 )
+from multistage_diffusion.training.config import TrainingConfig
 
 FORMAT = 2
 WITHOUT_OWN_CHECKSUM = 1  # the format before: no checksum of checkpoint.json
@@ -381,23 +383,6 @@ def require_weights(found: Mapping[str, Kind], expected: Mapping[str, Kind], sou
         )
 
 
-def differing_keys(saved: dict, given: dict, prefix: str = "") -> list[str]:
-    """One line for every key whose values differ, nested keys joined by dots."""
-    lines = []
-    for key in sorted(set(saved) | set(given)):
-        name = f"{prefix}{key}"
-        a, b = saved.get(key), given.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differing_keys(a, b, f"{name}.")
-        elif key not in saved:
-            lines.append(f"{name}: not in the checkpoint, now {b!r}")
-        elif key not in given:
-            lines.append(f"{name}: {a!r} in the checkpoint, now missing")
-        elif not same(a, b):
-            lines.append(f"{name}: {a!r} in the checkpoint, now {b!r}")
-    return lines
-
-
 def _expected_of(network: nn.Module, file: Path) -> dict[str, Kind]:
     """What a file of a network's weights must hold; one in float32 takes those of one in 16 bits, too."""
     return in_16_bits(kinds(network.state_dict()), read_kinds(file))
@@ -437,10 +422,6 @@ def load_model(
     """
     if weights not in ("ema", "network"):
         raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
-    from multistage_diffusion import networks
-    from multistage_diffusion.networks.network_limits import at_most
-    from multistage_diffusion.training.config import TrainingConfig  # which needs this module
-
     build = build or networks.build
     path = find_checkpoint(path)
     metadata = read_metadata(path)

@@ -22,7 +22,7 @@ from multistage_diffusion.noise.preconditioning import (
 )
 from multistage_diffusion.noise.schedules import SCHEDULES, LogNormal, Schedule, Uniform
 from multistage_diffusion.noise.stages import Stages
-from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoint_schema import same
 
 ALLOWED = {
     "schedule": tuple(SCHEDULES),
@@ -325,4 +325,21 @@ class TrainingConfig:
         if isinstance(saved.get("network"), dict):
             saved["network"] = in_effect(saved["network"])
         given = {k: v for k, v in self.to_json().items() if k not in free}
-        return checkpoints.differing_keys({k: v for k, v in saved.items() if k not in free}, given)
+        return differing_keys({k: v for k, v in saved.items() if k not in free}, given)
+
+
+def differing_keys(saved: dict, given: dict, prefix: str = "") -> list[str]:
+    """One line for every key whose values differ, nested keys joined by dots."""
+    lines = []
+    for key in sorted(set(saved) | set(given)):
+        name = f"{prefix}{key}"
+        a, b = saved.get(key), given.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differing_keys(a, b, f"{name}.")
+        elif key not in saved:
+            lines.append(f"{name}: not in the checkpoint, now {b!r}")
+        elif key not in given:
+            lines.append(f"{name}: {a!r} in the checkpoint, now missing")
+        elif not same(a, b):
+            lines.append(f"{name}: {a!r} in the checkpoint, now {b!r}")
+    return lines
