@@ -159,7 +159,7 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path, moment):
     done = run_python(
         f"""
         import os, signal, torch
-        from multistage_diffusion import checkpoints
+        from multistage_diffusion.training import checkpoints
         original = checkpoints.{moment}
         calls = []
         def killed(*arguments):

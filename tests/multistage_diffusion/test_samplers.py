@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from multistage_diffusion.networks import Takes
 from multistage_diffusion.noise.preconditioning import EDMPreconditioner, SchedulePreconditioner
 from multistage_diffusion.noise.schedules import EDM, LDM, VE, VP
 from multistage_diffusion.noise.stages import Stages
@@ -129,7 +130,7 @@ def test_generate_cuts_the_conditioning_with_the_batch():
 def test_class_labels_take_turns_by_seed():
     network = RecordingNetwork()
     assert class_labels(network, [0, 1]) == {}
-    network.label_dim = 3
+    network.takes = Takes(class_labels=3)
     labels = class_labels(network, [4, 2, 0])["class_labels"]
     assert labels.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert class_labels(network, [4], 2)["class_labels"].tolist() == [[0, 0, 1]]

@@ -9,7 +9,7 @@ from torch import nn
 from multistage_diffusion.networks.edm import EDMUNet
 from multistage_diffusion.networks.ldm import LDMUNet
 from multistage_diffusion.networks.ncsnpp import NCSNpp
-from multistage_diffusion.networks.stage_network import StageNetwork
+from multistage_diffusion.networks.stage_network import Features, StageNetwork, Takes
 from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.networks.uvit import UViT
 
@@ -18,10 +18,12 @@ FAMILIES = {network.family: network for network in (EDMUNet, NCSNpp, LDMUNet, UV
 __all__ = [
     "FAMILIES",
     "EDMUNet",
+    "Features",
     "LDMUNet",
     "NCSNpp",
     "StageNetwork",
     "StageOrder",
+    "Takes",
     "UViT",
     "build",
     "in_effect",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from multistage_diffusion.common.transfer import host_to_device
+from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.noise.schedules import IDDPM, SCHEDULES, Schedule
 from multistage_diffusion.noise.stages import Stages, StagesError
@@ -140,7 +141,7 @@ class Preconditioner(nn.Module):
             **conditioning: for the network.
         """
         # A compiled network sees counts then, and not which sample is of which stage.
-        if getattr(self.network, "takes_stage_order", False):
+        if Takes.of(self.network).stage_order:
             stage = StageOrder.of(stage, len(self.stages), x.shape[0], x.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         c_skip, c_out, c_in, c_noise = coefficients[:, :, None, None, None]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
 
 __all__ = ["GraphedFunction", "GraphedNetwork"]
@@ -135,7 +136,7 @@ class GraphedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, max_graphs: int = 64) -> None:
         super().__init__()
-        if not getattr(network, "takes_stage_order", False):
+        if not Takes.of(network).stage_order:
             raise TypeError(f"GraphedNetwork: needs a StageNetwork, got {type(network).__name__}")
         self.network, self.max_graphs = network, max_graphs
         self._forget()

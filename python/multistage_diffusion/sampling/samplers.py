@@ -18,6 +18,7 @@ import torch
 
 import msd_kernels
 from multistage_diffusion.common.checks import integer
+from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.noise.preconditioning import Preconditioner
 from multistage_diffusion.noise.schedules import EDM, Schedule, edm_sigmas
 from multistage_diffusion.sampling.dpm_solver import (
@@ -374,7 +375,7 @@ def class_labels(network, seeds: Sequence[int], class_id: int | None = None) -> 
     """The conditioning of a class-conditional network; empty for any other.
 
     Args:
-        network: has ``label_dim`` if it takes classes.
+        network: declares what it takes, see ``networks.Takes``.
         seeds: one per sample.
         class_id: class of all samples; default: seed modulo the number of classes, so that all classes take turns.
 
@@ -384,7 +385,7 @@ def class_labels(network, seeds: Sequence[int], class_id: int | None = None) -> 
     Raises:
         ValueError: the network has no such class.
     """
-    label_dim = getattr(network, "label_dim", 0)
+    label_dim = Takes.of(network).class_labels
     if class_id is not None and not 0 <= class_id < label_dim:
         known = f"classes 0 to {label_dim - 1}" if label_dim else "no classes"
         raise ValueError(f"class {class_id}: this model has {known}")

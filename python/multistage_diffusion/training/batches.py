@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from multistage_diffusion.common.transfer import host_to_device
+from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.noise.losses import loss_scalars
 from multistage_diffusion.noise.noise_levels import NoiseLevels, stage_counts
@@ -108,14 +109,11 @@ class TrainingBatches:
             )
         self.config, self.data, self.denoiser, self.device = config, data, denoiser, device
         self.rank, self.size = rank, size
+        self.takes = Takes.of(denoiser.network)
         self.noise_levels = config.noise_levels()
         self.augmentation = config.augmentation()
         self.order = DataOrder(data.num_images, config.seed)
         self._generator = torch.Generator(device)
-
-    @property
-    def network(self) -> nn.Module:
-        return self.denoiser.network
 
     def draw(self, step: int) -> tuple[NoiseLevels, list[MicroBatch]]:
         """The noise levels of the whole batch of a step, and this process's parts of it."""
@@ -154,7 +152,7 @@ class TrainingBatches:
             return y, {}
         draws = self.augmentation.draw(self.config.batch_size, self._host_generator("augmentation", step))
         y, labels = self.augmentation.apply(y, {name: values[mine] for name, values in draws.items()})
-        return y, {"augment_labels": labels} if getattr(self.network, "augment_dim", 0) else {}
+        return y, {"augment_labels": labels} if self.takes.augment_labels else {}
 
     def _noise(self, y: torch.Tensor, step: int) -> torch.Tensor:
         """That of the whole batch: which process takes a sample must not change its noise."""
@@ -170,14 +168,14 @@ class TrainingBatches:
 
     def _class_labels(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         """One-hot labels ``[b, label_dim]`` for a class-conditional network."""
-        label_dim = getattr(self.network, "label_dim", 0)
+        label_dim = self.takes.class_labels
         if not label_dim:
             return {}
         one_hot = nn.functional.one_hot(self.data.labels[indices], label_dim)
         return {"class_labels": host_to_device(one_hot, self.device, torch.float32)}
 
     def _stage(self, stage: torch.Tensor) -> torch.Tensor | StageOrder:
-        if not getattr(self.network, "takes_stage_order", False):
+        if not self.takes.stage_order:
             return stage
         return StageOrder(stage_counts(stage, len(self.denoiser.stages)), None, None)
 

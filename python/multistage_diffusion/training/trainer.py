@@ -31,6 +31,7 @@ from torch import nn
 
 from multistage_diffusion.common.atomic_files import remove_abandoned, replacing, set_aside
 from multistage_diffusion.common.streams import tell
+from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.noise.losses import loss_at
 from multistage_diffusion.sampling.cuda_graphs import GraphedFunction
@@ -285,7 +286,7 @@ class Trainer:
         return loss.detach()
 
     def _graphed(self) -> GraphedFunction:
-        if not getattr(self.network, "takes_stage_order", False):
+        if not Takes.of(self.network).stage_order:
             raise ValueError(f"CUDA graphs need a StageNetwork, got {type(self.network).__name__}")
         return GraphedFunction(
             self._forward_and_backward,
@@ -405,10 +406,11 @@ class Trainer:
                 f"the data has {given[0]} channel(s) at {given[1]} pixels, "
                 f"the network takes {needed[0]} channel(s) at {needed[1]} pixels"
             )
-        label_dim = getattr(self.network, "label_dim", 0)
-        if getattr(self.network, "context_dim", 0) and not label_dim:
+        takes = Takes.of(self.network)
+        label_dim = takes.class_labels
+        if takes.context:
             raise ValueError(
-                f"the network takes a context of {self.network.context_dim} channels; "
+                f"the network takes a context of {takes.context} channels; "
                 "training here gives it classes (label_dim) or nothing"
             )
         if label_dim and self.data.labels is None:
