@@ -97,7 +97,7 @@ def test_what_may_not_be_written_is_said(tmp_path, monkeypatch, protected, messa
 
 WRITER = """
 import sys, time
-from multistage_diffusion.atomic_files import replacing
+from multistage_diffusion.common.atomic_files import replacing
 with replacing(sys.argv[1]) as temporary:
     temporary.write_text("half of it")
     (temporary.parent / ".tmpAbCd").write_text("what a library writes beside it")

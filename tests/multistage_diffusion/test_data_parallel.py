@@ -38,8 +38,8 @@ HERE = Path(__file__).parent
 SCRIPT = """
 import json, os, signal, sys, time, traceback, torch
 torch.set_num_threads(1)
-from multistage_diffusion.data_parallel import Processes
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.training.data_parallel import Processes
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import SMALL_UNET, config_of, tiny_images
 Trainer._plot = lambda self: None
 

@@ -548,7 +548,8 @@ def test_a_file_of_another_format_under_an_images_name_starts_no_other_reader(tm
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from multistage_diffusion import CheckpointFileError, convert, load_network
+from multistage_diffusion import CheckpointFileError, load_network
+from multistage_diffusion.official import convert
 size = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 29),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

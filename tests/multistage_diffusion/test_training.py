@@ -403,7 +403,7 @@ def test_log_truncation_drops_later_and_torn_records(tmp_path):
 RUN_SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(1)
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.networks import build
 from stand_ins import SMALL_UNET, config_of, tiny_images
 Trainer._plot = lambda self: None
