@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.sampling.table import SAMPLERS, find_sampler
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "evaluation_levels", "find"]
 
 VARIANTS = ("multistage", "unified", "separate")
-SAMPLERS = ("heun", "dpm-singlestep", "dpm-multistep", "ddim")
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,7 @@ def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Ten
     """
     import torch
 
-    from multistage_diffusion.sampling.samplers import sampler_config
-
-    levels = sampler_config(sampler, schedule, steps).evaluated_levels()
+    levels = find_sampler(sampler).config(schedule, steps).evaluated_levels()
     return schedule.value(torch.tensor(levels, dtype=torch.float64)).clamp(*schedule.domain)
 
 

@@ -100,7 +100,7 @@ def test_help_does_not_load_torch():
         ("train --out x --data nowhere", "nowhere"),
         (
             "train --out x --data digits --schedule vp --stages single --p-mean 0",
-            "--p-mean: only schedule edm has",
+            "--p-mean: only schedule edm or flow has",
         ),
         ("train --out x --data digits --preset uvit-cifar10 --schedule edm", "cut in t; give --stages, too"),
         (
@@ -108,7 +108,7 @@ def test_help_does_not_load_torch():
             "ncsnpp takes no classes; edm",
         ),
         ("train --out x --data digits --schedule vp --stages 2,3", "its lower end must lie below"),
-        ("train --out x --data digits --prediction v", 'for schedules other than "edm"'),
+        ("train --out x --data digits --prediction v", "prediction='v'; allowed with schedule edm: epsilon"),
         ("train --out x --data digits --augment 2", "augment=2.0 must be None or lie in 0..1"),
         ("train --out x --data digits --depth 5", "edm does not take these arguments"),
         ("train --out x --resume", "holds no run to resume"),

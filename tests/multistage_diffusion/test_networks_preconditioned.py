@@ -152,7 +152,7 @@ def test_uniform_steps_are_whole_steps_and_all_of_them():
     [
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["vp"], EDM()),
-            r"schedule must be VP, VE or LDM",
+            r"schedule must be VP, VE, LDM or FlowMatching",
         ),
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["vp"], VP(), "y"),
@@ -160,7 +160,7 @@ def test_uniform_steps_are_whole_steps_and_all_of_them():
         ),
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["ve"], VE(), "v"),
-            r"v not for VE\), got 'v' for ve",
+            r"must be one of epsilon, x0, got 'v' for ve",
         ),
         (lambda: Uniform(EDM()), r"needs a schedule in t or step, got one in sigma"),
         (lambda: Uniform(VP(), t_min=1), r"t_min=1 must be at least 0 and below 1"),
@@ -172,4 +172,4 @@ def test_bad_arguments_are_refused(call, message):
 
 
 def test_schedules_by_name():
-    assert SCHEDULES.keys() == {"vp", "ve", "edm", "ldm"}
+    assert SCHEDULES.keys() == {"vp", "ve", "edm", "ldm", "flow"}

@@ -230,7 +230,7 @@ def test_latents_for_images_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"schedule": "cosine"}, "schedule='cosine'; allowed: vp, ve, edm, ldm"),
-        ({"schedule": "edm", "prediction": "v"}, "prediction='v' is for schedules other"),
+        ({"schedule": "edm", "prediction": "v"}, "prediction='v'; allowed with schedule edm: epsilon"),
         ({"stages": Stages.single("step"), "stage_probabilities": None}, "needs stages of 't'"),
         ({"augment": 1.5}, "augment=1.5 must be None or lie in 0..1"),
         ({"augment": 0.1}, "needs a network that is told of it"),

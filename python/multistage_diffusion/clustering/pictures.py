@@ -43,7 +43,7 @@ def plot_matrix(
             )
         axes.set_xticks(ticks, [f"{s:.3g}" for s in similarity.sigmas[ticks].tolist()], rotation=45)
         axes.set_yticks(ticks, [f"{v:.3g}" for v in schedule.value(similarity.sigmas)[ticks].tolist()])
-        axes.set(xlabel="Noise level sigma", ylabel=_variable_label(schedule))
+        axes.set(xlabel="Noise level sigma", ylabel=schedule.label())
         axes.figure.colorbar(picture, ax=axes, label="Similarity", shrink=0.9)
         if title is not None:
             axes.set_title(title)
@@ -96,7 +96,3 @@ def _square(corner: float, side: float):
     return Rectangle(
         (corner, corner), side, side, fill=False, edgecolor=COLORS[1], lw=2.4, zorder=3, clip_on=False
     )
-
-
-def _variable_label(schedule: Schedule) -> str:
-    return "Noise level sigma" if schedule.variable == "sigma" else f"{schedule.variable} ({schedule.name})"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from multistage_diffusion.commands._options import (
+    SCHEDULE_NAMES,
     add_command,
     add_machine_options,
     number,
@@ -64,7 +65,7 @@ def _add_stage_options(parser) -> None:
     group = parser.add_argument_group("stages")
     group.add_argument(
         "--schedule",
-        choices=("vp", "ve", "edm", "ldm"),
+        choices=SCHEDULE_NAMES,
         default="vp",
         help="the noise levels to compare, and their names; default: vp",
     )
@@ -300,7 +301,7 @@ def _save_numbers(similarity, schedule, path: Path) -> None:
 def _print_stages(similarity, found, stages, own, budget: float) -> None:
     """The stages by sigma, and in the schedule's own variable."""
     from multistage_diffusion.clustering import suggest_widths
-    from multistage_diffusion.noise.schedules import log_snr
+    from multistage_diffusion.noise.levels import log_snr
 
     columns = {"stage": [str(k) for k in range(len(stages))]}
     columns["sigma"] = [stages.describe(k) for k in range(len(stages))]

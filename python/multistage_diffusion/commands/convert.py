@@ -7,12 +7,12 @@ import json
 import reprlib
 from pathlib import Path
 
-from multistage_diffusion.commands._options import add_command, number, wholes
+from multistage_diffusion.commands._options import SCHEDULE_NAMES, add_command, number, wholes
 from multistage_diffusion.common.atomic_files import check_replaceable
 from multistage_diffusion.presets import PRESETS
 
 FAMILIES = ("edm", "ncsnpp", "ldm", "uvit")
-PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm", "ldm")
+PRECONDITIONINGS = (*SCHEDULE_NAMES, "iddpm")
 USE = """\
   from multistage_diffusion import load_denoiser
   denoiser = load_denoiser("model.safetensors")  # D(x; sigma) with the file's own preconditioning and stages

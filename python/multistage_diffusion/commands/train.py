@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from multistage_diffusion.commands._options import (
+    SCHEDULE_NAMES,
     add_command,
     add_machine_options,
     number,
@@ -51,7 +52,6 @@ NETWORK_OPTIONS = (
     "patch_size",
 )
 DEFAULT_PRESET = "edm-cifar10"
-EDM_OPTIONS = ("P_mean", "P_std", "sigma_data")
 
 
 def add_parser(subparsers):
@@ -192,13 +192,13 @@ def _add_noise_options(parser) -> None:
     )
     group.add_argument(
         "--schedule",
-        choices=("edm", "vp", "ve", "ldm"),
+        choices=SCHEDULE_NAMES,
         help="how noise levels are drawn and told to the network; default: the preset's",
     )
     group.add_argument(
         "--prediction",
         choices=("epsilon", "x0", "v"),
-        help="what the network predicts, where the schedule is not edm; default: epsilon",
+        help="what the network predicts, where the schedule is not edm; default: epsilon, or v for flow",
     )
     group.add_argument(
         "--stages",
@@ -231,14 +231,25 @@ def _add_noise_options(parser) -> None:
         type=float,
         dest="P_mean",
         metavar="X",
-        help="mean of ln sigma, of schedule edm; default: the preset's",
+        help="mean of ln sigma, of schedules edm and flow; default: the preset's, 0 for flow",
     )
     group.add_argument(
         "--p-std",
         type=number(above=0),
         dest="P_std",
         metavar="X",
-        help="its standard deviation; default: the preset's",
+        help="its standard deviation; default: the preset's, 1 for flow",
+    )
+    group.add_argument(
+        "--shift",
+        type=number(above=0),
+        metavar="X",
+        help="of schedule flow: multiplies sigma, so that more times lie where there is more noise; default: 1",
+    )
+    group.add_argument(
+        "--time-sampling",
+        choices=("logit-normal", "uniform"),
+        help="of schedule flow: how times are drawn; default: logit-normal",
     )
     group.add_argument(
         "--sigma-data",
@@ -459,12 +470,16 @@ def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dic
     """Settings of the run and of the network, as a preset has them for these data."""
     from multistage_diffusion.data.augmentation import LABELS
     from multistage_diffusion.networks import FAMILIES
+    from multistage_diffusion.noise.schedules import SCHEDULES
 
     preset = TRAINABLE[args.preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
     variant = args.variant or "multistage"
     values = preset.training_settings(variant)
     if args.stages is not None or args.stage_sampling in ("mixed", "systematic"):
         values.pop("stage_probabilities", None)  # those of the preset's own stages and sampling
+    if args.schedule not in (None, preset.schedule):
+        for name in ("prediction", *SCHEDULES[preset.schedule].settings):
+            values.pop(name, None)
     if args.values == "latents":
         values.pop("augment", None)  # meant for images
     channels = {"in_channels": data.channels, "out_channels": data.channels}
@@ -483,10 +498,11 @@ def _check_schedule(args: argparse.Namespace, schedule: str, variable: str) -> N
 
     if variable not in ("sigma", SCHEDULES[schedule].variable):
         raise ValueError(f"--schedule {schedule}: the stages are cut in {variable}; give --stages, too")
-    given = [name for name in EDM_OPTIONS if getattr(args, name) is not None]
-    if schedule != "edm" and given:
-        options = ", ".join(f"--{name.lower().replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: only schedule edm has this; the schedule is {schedule}")
+    for name in sorted({name for kind in SCHEDULES.values() for name in kind.settings}):
+        if getattr(args, name) is not None and name not in SCHEDULES[schedule].settings:
+            owners = " or ".join(other for other, kind in SCHEDULES.items() if name in kind.settings)
+            option = f"--{name.lower().replace('_', '-')}"
+            raise ValueError(f"{option}: only schedule {owners} has this; the schedule is {schedule}")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from multistage_diffusion.common.checks import are_shares
-from multistage_diffusion.noise.schedules import LogNormal, Uniform
+from multistage_diffusion.noise.distributions import LogLogistic, LogNormal, Uniform
 from multistage_diffusion.noise.stages import Stages
 
 
@@ -38,7 +38,7 @@ class NoiseLevels:
 class _Noise:
     """Stages in sigma, and the distribution of sigma; default: EDM's."""
 
-    def __init__(self, stages: Stages, distribution: LogNormal | Uniform | None = None):
+    def __init__(self, stages: Stages, distribution: LogNormal | LogLogistic | Uniform | None = None):
         stages.require_variable("sigma", type(self).__name__)
         self.stages = stages
         self.distribution = distribution or LogNormal()
@@ -122,7 +122,7 @@ class SystematicNoise(_EvenlySpaced):
         distribution: of sigma; default: ln sigma ~ N(P_mean, P_std²) with EDM's numbers.
     """
 
-    def __init__(self, stages: Stages, distribution: LogNormal | Uniform | None = None):
+    def __init__(self, stages: Stages, distribution: LogNormal | LogLogistic | Uniform | None = None):
         super().__init__(stages, distribution)
         intervals = sorted((low, high, k) for k, stage in enumerate(stages.intervals) for low, high in stage)
         low, high, stage_of = zip(*intervals, strict=True)
@@ -166,7 +166,7 @@ class StratifiedNoise(_EvenlySpaced):
         self,
         stages: Stages,
         probabilities: Sequence[float] | None = None,
-        distribution: LogNormal | Uniform | None = None,
+        distribution: LogNormal | LogLogistic | Uniform | None = None,
         importance_weights: bool = False,
     ):
         super().__init__(stages, distribution)

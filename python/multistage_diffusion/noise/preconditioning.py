@@ -12,7 +12,7 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from multistage_diffusion.common.transfer import host_to_device
 from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
-from multistage_diffusion.noise.schedules import IDDPM, SCHEDULES, Schedule
+from multistage_diffusion.noise.schedules import EDM, IDDPM, LDM, SCHEDULES, VE, VP, FlowMatching, Schedule
 from multistage_diffusion.noise.stages import Stages, StagesError
 
 
@@ -56,6 +56,7 @@ class Preconditioner(nn.Module):
     def __init__(self, network: nn.Module, stages: Stages):
         super().__init__()
         stages.require_variable("sigma", type(self).__name__)
+        self.schedule: Schedule = EDM()
         if network.num_stages != len(stages):
             raise ValueError(
                 f"{type(self).__name__}: the network has {network.num_stages} stage(s) but {len(stages)} "
@@ -63,6 +64,23 @@ class Preconditioner(nn.Module):
             )
         self.network = network
         self.stages = stages
+
+    @classmethod
+    def constant_names(cls, schedule: type[Schedule]) -> tuple[str, ...]:
+        """The constants that ``made`` takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def schedule_with(cls, schedule: type[Schedule], constants: Mapping[str, object]) -> Schedule:
+        """The schedule with those of the constants that are its own; others are the denoiser's."""
+        return schedule()
+
+    @classmethod
+    def made(
+        cls, network: nn.Module, stages: Stages, schedule: type[Schedule], constants: Mapping[str, object]
+    ) -> Preconditioner:
+        """The denoiser of a family, with constants by name; those that are not given have their defaults."""
+        raise NotImplementedError
 
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
         raise NotImplementedError
@@ -226,51 +244,77 @@ class EDMPreconditioner(Preconditioner):
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.require_own_network()
 
+    @classmethod
+    def constant_names(cls, schedule: type[Schedule]) -> tuple[str, ...]:
+        return "sigma_data", "sigma_min", "sigma_max"
+
+    @classmethod
+    def made(
+        cls, network: nn.Module, stages: Stages, schedule: type[Schedule], constants: Mapping[str, object]
+    ) -> EDMPreconditioner:
+        return cls(network, stages, **constants)
+
     def constants(self) -> dict[str, object]:
         limits = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-        return {"schedule": "edm", "sigma_data": self.sigma_data, **limits}
+        return {"schedule": self.schedule.name, "sigma_data": self.sigma_data, **limits}
 
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
         return edm_coefficients(sigma, self.sigma_data)
 
 
-PREDICTIONS = ("epsilon", "x0", "v")
-
-
 class SchedulePreconditioner(Preconditioner):
-    """The denoiser around a network that is told a schedule's time or step, as in score SDE and latent diffusion.
+    """The denoiser around a network that is told a schedule's time or step: score SDE, latent diffusion, flow matching.
 
     With x = y + sigma n, the network sees x as its schedule scales it, s x, where s = 1 / sqrt(1 + sigma²) keeps
-    the variance (VP, LDM), and s = 1 for VE. What it predicts gives D(x; sigma)::
+    the variance (VP, LDM), s = 1 for VE, and s = 1 / (1 + sigma) for flow matching. What it predicts gives
+    D(x; sigma)::
 
         "epsilon":  x - sigma F                 F predicts n; VE networks predict -n: x + sigma F
         "x0":       F                           F predicts y
         "v":        s² x - s sigma F            F predicts s (n - sigma y) (arXiv 2202.00512); not for VE
+                    s x - s sigma F             flow matching: F predicts n - y
 
-    ``c_noise`` is (M − 1) t for VP, ln(sigma / 2) for VE, and the nearest step for LDM (arXiv 2206.00364, table 1).
+    ``c_noise`` is (M − 1) t for VP, ln(sigma / 2) for VE, the nearest step for LDM (arXiv 2206.00364, table 1), and
+    1000 t for flow matching.
     The stage is that of sigma itself: next to a cut, the step that a decoder is told may be its neighbour's last.
 
     Args:
         network: see ``Preconditioner``.
         stages: in the schedule's variable, or in sigma.
-        schedule: ``VP``, ``VE`` or ``LDM``.
-        prediction: ``"epsilon"``, ``"x0"`` or ``"v"``.
+        schedule: ``VP``, ``VE``, ``LDM`` or ``FlowMatching``.
+        prediction: one of the schedule's ``predictions``; default: the first.
     """
 
-    served = ("vp", "ve", "ldm")
+    served: ClassVar[tuple[type[Schedule], ...]] = (VP, VE, LDM, FlowMatching)
 
-    def __init__(self, network: nn.Module, stages: Stages, schedule: Schedule, prediction: str = "epsilon"):
-        if schedule.name not in self.served:
-            allowed = " or ".join(", ".join(self.served).upper().rsplit(", ", 1))
+    def __init__(self, network: nn.Module, stages: Stages, schedule: Schedule, prediction: str | None = None):
+        if not isinstance(schedule, self.served):
+            *others, last = [kind.__name__ for kind in self.served]
+            allowed = f"{', '.join(others)} or {last}" if others else last
             raise ValueError(f"{type(self).__name__}: schedule must be {allowed}, got {schedule!r}")
-        if prediction not in PREDICTIONS or (prediction == "v" and schedule.name == "ve"):
+        prediction = schedule.predictions[0] if prediction is None else prediction
+        if prediction not in schedule.predictions:
             raise ValueError(
-                f"SchedulePreconditioner: prediction must be one of {', '.join(PREDICTIONS)} (v not for VE), "
+                f"SchedulePreconditioner: prediction must be one of {', '.join(schedule.predictions)}, "
                 f"got {prediction!r} for {schedule.name}"
             )
         super().__init__(network, stages_in_sigma(stages, schedule))
         self.schedule, self.prediction = schedule, prediction
         self.require_own_network()
+
+    @classmethod
+    def constant_names(cls, schedule: type[Schedule]) -> tuple[str, ...]:
+        return (*(field.name for field in dataclasses.fields(schedule)), "prediction")
+
+    @classmethod
+    def made(
+        cls, network: nn.Module, stages: Stages, schedule: type[Schedule], constants: Mapping[str, object]
+    ) -> SchedulePreconditioner:
+        return cls(network, stages, cls.schedule_with(schedule, constants), constants.get("prediction"))
+
+    @classmethod
+    def schedule_with(cls, schedule: type[Schedule], constants: Mapping[str, object]) -> Schedule:
+        return schedule(**{name: value for name, value in constants.items() if name != "prediction"})
 
     def constants(self) -> dict[str, object]:
         fields = {
@@ -281,20 +325,8 @@ class SchedulePreconditioner(Preconditioner):
     def coefficients(self, sigma: torch.Tensor) -> Coefficients:
         """On the host, in float64."""
         sigma = sigma.to("cpu", torch.float64)
-        variance_exploding = self.schedule.name == "ve"
-        s = torch.ones_like(sigma) if variance_exploding else (1 + sigma * sigma).rsqrt()
-        c_skip, c_out = {
-            "epsilon": (torch.ones_like(sigma), sigma if variance_exploding else -sigma),
-            "x0": (torch.zeros_like(sigma), torch.ones_like(sigma)),
-            "v": (s * s, -s * sigma),
-        }[self.prediction]
-        return Coefficients(c_skip, c_out, s, self._c_noise(sigma))
-
-    def _c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        if self.schedule.name == "ve":
-            return (sigma / 2).log()
-        value = self.schedule.value(sigma)
-        return (self.schedule.M - 1) * value if self.schedule.variable == "t" else value.round()
+        c_skip, c_out = self.schedule.skip_and_out(self.prediction, sigma)
+        return Coefficients(c_skip, c_out, self.schedule.scale(sigma), self.schedule.c_noise(sigma))
 
 
 class IDDPMPreconditioner(SchedulePreconditioner):
@@ -311,26 +343,26 @@ class IDDPMPreconditioner(SchedulePreconditioner):
         prediction: ``"epsilon"``, ``"x0"`` or ``"v"``, as for ``SchedulePreconditioner``.
     """
 
-    served = ("iddpm",)
+    served = (IDDPM,)
 
     def prediction_in(self, F: torch.Tensor, channels: int) -> torch.Tensor:
         return F[:, :channels]
 
-    def _c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        return self.schedule.nearest(sigma)
-
 
 PRECONDITIONINGS: dict[str, type[Schedule]] = {**SCHEDULES, IDDPM.name: IDDPM}
-EDM_CONSTANTS = ("sigma_data", "sigma_min", "sigma_max")
+DENOISERS: dict[str, type[Preconditioner]] = {EDM.name: EDMPreconditioner, IDDPM.name: IDDPMPreconditioner}
 # They say what a network was made for, but D is the same without them.
 LIMITS = ("sigma_min", "sigma_max", "epsilon_t")
 
 
+def denoiser_of(schedule: str) -> type[Preconditioner]:
+    """The denoiser of a schedule's family."""
+    return DENOISERS.get(schedule, SchedulePreconditioner)
+
+
 def constants_of(schedule: str) -> tuple[str, ...]:
     """The names of the constants that ``precondition`` takes for a schedule."""
-    if schedule == "edm":
-        return EDM_CONSTANTS
-    return (*(field.name for field in dataclasses.fields(PRECONDITIONINGS[schedule])), "prediction")
+    return denoiser_of(schedule).constant_names(PRECONDITIONINGS[schedule])
 
 
 def require_known(user: str, schedule: object, constants: Iterable[str]) -> None:
@@ -347,13 +379,14 @@ def require_known(user: str, schedule: object, constants: Iterable[str]) -> None
 def own_constants(schedule: str, values: Mapping[str, object]) -> dict[str, object]:
     """Of the settings of a run, which keeps those of all schedules, the ones that ``precondition`` takes for this.
 
-    A schedule's own constants are not among them: a run's settings may have the same names.
+    A schedule's other constants are not among them: a run's settings may have the same names.
 
     Raises:
         ValueError: an unknown schedule.
     """
     require_known("precondition", schedule, ())
-    known = {"sigma_data", "prediction"}.intersection(constants_of(schedule), values)
+    own = {"prediction", *PRECONDITIONINGS[schedule].settings}
+    known = own.intersection(constants_of(schedule), values)
     return {name: values[name] for name in known}
 
 
@@ -373,21 +406,16 @@ def precondition(
         schedule: "edm": ``EDMPreconditioner``; "iddpm": ``IDDPMPreconditioner``; or another key of
             ``schedules.SCHEDULES``: ``SchedulePreconditioner``.
         sigma_data: of "edm" alone; default: 0.5.
-        prediction: of all others; default: "epsilon".
+        prediction: of all others; default: the usual one of the schedule.
         **constants: of the schedule, such as ``beta_d`` for "vp"; for "edm" ``sigma_min`` and ``sigma_max``.
 
     Raises:
         ValueError: an unknown schedule, constant or prediction, or stages of another variable or number.
     """
-    given = {"sigma_data": sigma_data, "prediction": prediction}
-    require_known(
-        "precondition", schedule, [*(name for name, value in given.items() if value is not None), *constants]
-    )
-    if schedule == "edm":
-        return EDMPreconditioner(network, stages, 0.5 if sigma_data is None else sigma_data, **constants)
-    kind = IDDPMPreconditioner if schedule == "iddpm" else SchedulePreconditioner
-    made = PRECONDITIONINGS[schedule](**constants)
-    return kind(network, stages, made, "epsilon" if prediction is None else prediction)
+    optional = {"sigma_data": sigma_data, "prediction": prediction}
+    given = {name: value for name, value in optional.items() if value is not None} | constants
+    require_known("precondition", schedule, given)
+    return denoiser_of(schedule).made(network, stages, PRECONDITIONINGS[schedule], given)
 
 
 def as_json(constants: Mapping[str, object]) -> dict[str, object]:

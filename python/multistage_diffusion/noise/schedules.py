@@ -1,4 +1,4 @@
-"""Noise levels: how they are distributed in training, how a sampler steps through them, and conversions.
+"""Noise schedules: what each family of models calls a noise level, and what follows from that.
 
 sigma is the standard deviation of the noise in units of the data (data in [-1, 1]), as in EDM (arXiv
 2206.00364). Everything here runs on the host in float64; functions take floats, arrays or tensors and
@@ -8,249 +8,50 @@ return float64 CPU tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
 from multistage_diffusion.common.checks import integer
+from multistage_diffusion.noise.distributions import LogLogistic, LogNormal, Uniform, host64
+from multistage_diffusion.noise.levels import between, edm_sigmas, vp_sigma, vp_t
 
-_SMALLEST_UNIFORM = 2.0**-54
-_LARGEST_UNIFORM = 1.0 - 2.0**-53
-
-
-def _host64(values) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
-
-
-# ---------------------------------------------------------------------- distribution of training noise levels
-
-
-@dataclass(frozen=True)
-class LogNormal:
-    """ln sigma ~ N(P_mean, P_std²), the noise levels EDM trains on (arXiv 2206.00364, table 1)."""
-
-    P_mean: float = -1.2
-    P_std: float = 1.2
-
-    def __post_init__(self):
-        if not math.isfinite(self.P_mean):
-            raise ValueError(f"LogNormal: P_mean={self.P_mean} is not a finite number")
-        if not (math.isfinite(self.P_std) and self.P_std > 0):
-            raise ValueError(f"LogNormal: P_std={self.P_std} must be a positive, finite number")
-
-    def standard_score(self, sigma: float) -> float:
-        """(ln sigma − P_mean) / P_std; −inf at sigma = 0, inf at sigma = inf."""
-        if sigma <= 0:
-            return -math.inf
-        return (math.log(sigma) - self.P_mean) / self.P_std
-
-    def mass(self, low: float, high: float) -> float:
-        """P(low < sigma <= high), accurate in both tails."""
-        a, b = self.standard_score(low), self.standard_score(high)
-        if a > 0:  # the upper tail: differences of small complements, not of numbers close to 1
-            a, b = -b, -a
-        return 0.5 * (math.erfc(-b / math.sqrt(2)) - math.erfc(-a / math.sqrt(2)))
-
-    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """``count`` noise levels, float64 on the CPU."""
-        z = torch.randn(count, dtype=torch.float64, generator=generator)
-        return (self.P_mean + self.P_std * z).exp()
-
-    def inverse_cdf(self, u, low, high) -> torch.Tensor:
-        """Quantiles of sigma given low < sigma <= high.
-
-        Args:
-            u: quantiles in [0, 1].
-            low, high: ends of the interval of each u (broadcast against it).
-
-        Returns:
-            float64 tensor; every value satisfies low < sigma <= high and is positive and finite.
-        """
-        u = _host64(u).clamp(_SMALLEST_UNIFORM, _LARGEST_UNIFORM)
-        low, high = _host64(low), _host64(high)
-        a = (low.log() - self.P_mean) / self.P_std  # ln 0 = −inf and ln inf = inf are the right limits
-        b = (high.log() - self.P_mean) / self.P_std
-        mirrored = a > 0  # work in the lower tail, where the normal CDF keeps its relative accuracy
-        left = torch.where(mirrored, -b, a)
-        right = torch.where(mirrored, -a, b)
-        v = torch.where(mirrored, 1 - u, u)
-        p_left, p_right = _normal_cdf(left), _normal_cdf(right)
-        z = torch.special.ndtri(p_left + v * (p_right - p_left))
-        z = torch.where(mirrored, -z, z)
-        sigma = (self.P_mean + self.P_std * z).exp()
-        above_low = torch.nextafter(low, torch.full_like(low, math.inf))
-        return torch.minimum(torch.maximum(sigma, above_low), high)
-
-    def to_json(self) -> dict:
-        return {"P_mean": self.P_mean, "P_std": self.P_std}
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """A schedule's variable, drawn evenly: the noise levels that score SDE and latent diffusion train on.
-
-    Args:
-        schedule: times of a continuous schedule, or all steps of a discrete one.
-        t_min: lowest time of a continuous schedule; 1e-5 in score SDE (arXiv 2011.13456).
-    """
-
-    schedule: Schedule
-    t_min: float = 1e-5
-
-    def __post_init__(self):
-        if self.schedule.variable not in ("t", "step"):
-            raise ValueError(f"Uniform: needs a schedule in t or step, got one in {self.schedule.variable}")
-        if not 0 <= self.t_min < 1:
-            raise ValueError(f"Uniform: t_min={self.t_min} must be at least 0 and below 1")
-
-    def mass(self, low: float, high: float) -> float:
-        """P(low < sigma <= high)."""
-        first, last = self._quantiles(low, high)
-        return float(last - first)
-
-    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """``count`` noise levels, float64 on the CPU."""
-        u = torch.rand(count, dtype=torch.float64, generator=generator)
-        return self.inverse_cdf(u, 0.0, math.inf)
-
-    def inverse_cdf(self, u, low, high) -> torch.Tensor:
-        """Quantiles of sigma given low < sigma <= high, as ``LogNormal.inverse_cdf``."""
-        u = _host64(u).clamp(_SMALLEST_UNIFORM, _LARGEST_UNIFORM)
-        first, last = self._quantiles(low, high)
-        quantile = first + u * (last - first)
-        if self.schedule.variable == "step":
-            steps = len(self.schedule.sigmas)
-            # What rounding may do to a quantile at the end of an interval must not reach the next step.
-            step = torch.minimum((quantile * steps).floor(), (last * steps).round() - 1)
-            return self.schedule.sigmas[torch.maximum(step, (first * steps).round()).long()]
-        sigma = self.schedule.sigma(self.t_min + quantile * (1 - self.t_min))
-        low, high = _host64(low), _host64(high)
-        return torch.minimum(torch.maximum(sigma, torch.nextafter(low, torch.full_like(low, math.inf))), high)
-
-    def _quantiles(self, low, high) -> tuple[torch.Tensor, torch.Tensor]:
-        """P(sigma <= low) and P(sigma <= high)."""
-        return self._cdf(_host64(low)), self._cdf(_host64(high))
-
-    def _cdf(self, sigma: torch.Tensor) -> torch.Tensor:
-        if self.schedule.variable == "step":
-            sigmas = self.schedule.sigmas
-            return torch.searchsorted(sigmas, sigma.contiguous(), right=True).double() / len(sigmas)
-        ends = self.schedule.sigma([self.t_min, 1.0])
-        t = self.schedule.value(sigma.clamp(ends[0], ends[1]))
-        return ((t - self.t_min) / (1 - self.t_min)).clamp(0, 1)
-
-    def to_json(self) -> dict:
-        return {"uniform": self.schedule.name, "t_min": self.t_min}
-
-
-def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
-    """As ``torch.special.ndtr``, whose relative error grows to 1e-12 at z = −4; this one keeps 1e-15."""
-    return 0.5 * torch.erfc(-z / math.sqrt(2))
-
-
-# ---------------------------------------------------------------------------- discretisation
-
-
-def edm_sigmas(
-    num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> torch.Tensor:
-    """The noise levels of EDM's samplers (arXiv 2206.00364, eq. 5).
-
-    sigma_i = (sigma_max^(1/rho) + i/(N−1) (sigma_min^(1/rho) − sigma_max^(1/rho)))^rho for i < N, and
-    sigma_N = 0.
-
-    Returns:
-        float64 CPU tensor ``[num_steps + 1]``, decreasing from sigma_max through sigma_min to 0.
-
-    Raises:
-        TypeError: steps that are no integer.
-        ValueError: no step, ends that are no noise levels or fall the wrong way, or a rho with which float64 does not
-            tell the levels between apart.
-    """
-    num_steps = integer("edm_sigmas", "num_steps", num_steps, 1)
-    if not 0 < sigma_min <= sigma_max < math.inf:
-        raise ValueError(
-            f"edm_sigmas: sigma_min={sigma_min} and sigma_max={sigma_max} must satisfy 0 < min <= max < inf"
-        )
-    if not 0 < rho < math.inf:
-        raise ValueError(f"edm_sigmas: rho={rho} must be positive and finite")
-    try:
-        start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    except OverflowError:
-        start, end = math.inf, 0.0
-    i = torch.arange(num_steps, dtype=torch.float64)
-    sigmas = ((start + i / max(num_steps - 1, 1) * (end - start)) ** rho).clamp(sigma_min, sigma_max)
-    sigmas[0] = sigma_max
-    if num_steps > 1:
-        sigmas[-1] = sigma_min
-    falling = sigma_min == sigma_max or bool((sigmas.diff() < 0).all())
-    if not (falling and bool(sigmas.isfinite().all())):
-        raise ValueError(
-            f"edm_sigmas: with rho={rho} the {num_steps} noise levels from sigma_max={sigma_max} to "
-            f"sigma_min={sigma_min} do not fall in float64; 7 is usual"
-        )
-    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-
-
-# ---------------------------------------------------------------------------- VP
-
-
-def vp_sigma(t, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
-    """Noise level of the VP SDE: sigma(t)² = exp(beta_d t²/2 + beta_min t) − 1, t in [0, 1]."""
-    t = _host64(t)
-    if bool((t.isnan() | (t < 0)).any()):
-        raise ValueError(f"vp_sigma: times must be at least 0; got {float(t.min())}")
-    return torch.expm1(beta_d * t * t / 2 + beta_min * t).sqrt()
-
-
-def vp_t(sigma, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
-    """Time of the VP SDE at which the noise level is sigma; the inverse of ``vp_sigma``."""
-    sigma = _host64(sigma)
-    if bool((sigma.isnan() | (sigma < 0)).any()):
-        raise ValueError(f"vp_t: noise levels must be at least 0; got {float(sigma.min())}")
-    L = torch.log1p(sigma * sigma)
-    return 2 * L / (beta_min + (beta_min * beta_min + 2 * beta_d * L).sqrt())
-
-
-# ---------------------------------------------------------------------------- conversions
-
-
-def c_noise_from_sigma(sigma) -> torch.Tensor:
-    """c_noise = ln(sigma) / 4, what an EDM network is told about the noise level."""
-    return _host64(sigma).log() / 4
-
-
-def sigma_from_c_noise(c_noise) -> torch.Tensor:
-    """sigma = exp(4 c_noise), the inverse of ``c_noise_from_sigma``."""
-    return (4 * _host64(c_noise)).exp()
-
-
-def log_snr(sigma) -> torch.Tensor:
-    """ln of the signal-to-noise ratio of powers, alpha²/(alpha sigma)² = 1/sigma²: −2 ln sigma."""
-    return -2 * _host64(sigma).log()
-
-
-def sigma_from_log_snr(value) -> torch.Tensor:
-    """sigma = exp(−log_snr / 2), the inverse of ``log_snr``."""
-    return (-_host64(value) / 2).exp()
-
-
-# ---------------------------------------------------------------------------- schedules by name
+SPACINGS = ("own", "karras", "log-snr")
 
 
 class Schedule:
-    """How a family of models names its noise levels: a variable that grows with sigma.
+    """How a family of models names its noise levels, and what follows from that: a variable that grows with sigma.
 
     Attributes:
         name: what the command line calls it.
         variable: the name of the variable, as in ``Stages``.
         domain: what stages in this variable cover. Of steps they cover 0 to their number, one beyond the last.
+        ends: the first and the last value that a sampler of the family uses.
+        spacing: how its steps are spaced between them where nothing else is asked for, one of ``SPACINGS``.
+        sampler: the sampler of the published results (arXiv 2312.09181).
+        predictions: what a network may predict, the usual one first.
+        settings: the settings of a training run that are the schedule's or its distribution's.
+        P_mean, P_std: ln sigma ~ N(P_mean, P_std²) in training, where the family draws it so and nothing else is asked
+            for.
+        sums_loss: the loss of a sample is the sum over its channels and pixels, not their mean.
     """
 
-    name: str
-    variable: str
+    name: ClassVar[str]
+    variable: ClassVar[str]
     domain: tuple[float, float]
+    ends: tuple[float, float]
+    spacing: ClassVar[str] = "own"
+    sampler: ClassVar[str]
+    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "x0", "v")
+    settings: ClassVar[tuple[str, ...]] = ()
+    P_mean: ClassVar[float] = -1.2
+    P_std: ClassVar[float] = 1.2
+    sums_loss: ClassVar[bool] = False
+
+    # ------------------------------------------------------------------ noise levels
 
     def sigma(self, value) -> torch.Tensor:
         """The noise level of a value of the variable."""
@@ -266,18 +67,115 @@ class Schedule:
 
     def holds(self, low: float, high: float) -> bool:
         """Whether any value lies in (low, high]; the lowest of all belongs to the interval that begins there."""
-        if self.variable != "step":
-            return low < high
-        lowest, end = self.domain
-        return min(math.floor(high), end - 1) > (math.floor(low) if low > lowest else -1)
+        return low < high
+
+    def levels(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that there is."""
+        return float(self.sigma(self.domain[0])), float(self.sigma(self.domain[1]))
 
     def grid(self, points: int = 21) -> torch.Tensor:
         """Ascending values that represent all noise levels, for the clustering."""
         raise NotImplementedError
 
+    def spaced(self, steps: int, spacing: str | None = None) -> tuple[float, ...]:
+        """``[steps + 1]`` falling noise levels, from the first to the last of ``ends``.
+
+        Args:
+            steps: at least 1.
+            spacing: "own": evenly in the variable; "karras": in sigma^(1/7), see ``edm_sigmas``; "log-snr": in
+                ln sigma. Default: the schedule's.
+
+        Raises:
+            ValueError: an unknown spacing.
+        """
+        spacing = self.spacing if spacing is None else spacing
+        if spacing == "own":
+            return self.evenly(steps)
+        sigma_max, sigma_min = self._spacing_ends()
+        if spacing == "karras":
+            return tuple(edm_sigmas(steps + 1, sigma_min, sigma_max)[:-1].tolist())
+        if spacing == "log-snr":
+            inner = (between(sigma_max, sigma_min, i / steps) for i in range(1, steps))
+            return (sigma_max, *inner, sigma_min)
+        raise ValueError(f"spaced: spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+
+    def evenly(self, steps: int) -> tuple[float, ...]:
+        """``[steps + 1]`` noise levels, evenly spaced in the variable between ``ends``."""
+        return tuple(self.sigma(torch.linspace(*self.ends, steps + 1, dtype=torch.float64)).tolist())
+
+    def _spacing_ends(self) -> tuple[float, float]:
+        """The highest and the lowest noise level of the other spacings; both are positive."""
+        sigma_max, sigma_min = self.sigma(self.ends).tolist()
+        return sigma_max, sigma_min
+
+    def label(self) -> str:
+        """The variable, as a plot names it."""
+        return f"{self.variable} ({self.name})"
+
+    # ------------------------------------------------------------------ what its networks see and predict
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        """What a network is told of a noise level (arXiv 2206.00364, table 1)."""
+        raise NotImplementedError
+
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """s: a network sees s x, where x = y + sigma n. Keeps the variance, unless the schedule says otherwise."""
+        return (1 + sigma * sigma).rsqrt()
+
+    def skip_and_out(self, prediction: str, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """c_skip and c_out of D(x; sigma) = c_skip x + c_out F, for one of ``predictions``."""
+        s = self.scale(sigma)
+        return {
+            "epsilon": (torch.ones_like(sigma), -sigma),
+            "x0": (torch.zeros_like(sigma), torch.ones_like(sigma)),
+            "v": (s * s, -s * sigma),
+        }[prediction]
+
+    # ------------------------------------------------------------------ training
+
+    def training_distribution(self, settings: Mapping[str, object]) -> LogNormal | LogLogistic | Uniform:
+        """The noise levels that the family trains on: its variable, drawn evenly.
+
+        Args:
+            settings: of the run; those of ``self.settings`` count.
+        """
+        return Uniform(self)
+
+    def uniform_cdf(self, sigma: torch.Tensor, t_min: float) -> torch.Tensor:
+        """P(level <= sigma) where the variable is drawn evenly, times from ``t_min`` on."""
+        raise ValueError(f"Uniform: needs a schedule in t or step, got one in {self.variable}")
+
+    def uniform_quantile(
+        self, u: torch.Tensor, low: torch.Tensor, high: torch.Tensor, t_min: float
+    ) -> torch.Tensor:
+        """Quantiles of the levels with low < sigma <= high, where the variable is drawn evenly."""
+        raise NotImplementedError
+
+
+class TimeSchedule(Schedule):
+    """A schedule of times from 0 to 1."""
+
+    variable = "t"
+    domain = (0.0, 1.0)
+    ends = (1.0, 1e-3)
+    sampler = "dpm-singlestep"
+
+    def uniform_cdf(self, sigma: torch.Tensor, t_min: float) -> torch.Tensor:
+        ends = self.sigma([t_min, 1.0])
+        t = self.value(sigma.clamp(ends[0], ends[1]))
+        return ((t - t_min) / (1 - t_min)).clamp(0, 1)
+
+    def uniform_quantile(
+        self, u: torch.Tensor, low: torch.Tensor, high: torch.Tensor, t_min: float
+    ) -> torch.Tensor:
+        first, last = self.uniform_cdf(low, t_min), self.uniform_cdf(high, t_min)
+        sigma = self.sigma(t_min + (first + u * (last - first)) * (1 - t_min))
+        above_low = torch.nextafter(low, torch.full_like(low, math.inf))
+        return torch.minimum(torch.maximum(sigma, above_low), high)
+
 
 @dataclass(frozen=True)
-class VP(Schedule):
+class VP(TimeSchedule):
     """The variance-preserving SDE, sigma(t)² = exp(beta_d t²/2 + beta_min t) − 1 (arXiv 2011.13456).
 
     Its networks are told (M − 1) t, as if there were M steps; epsilon_t is the lowest time of their training.
@@ -288,8 +186,6 @@ class VP(Schedule):
     M: int = 1000
     epsilon_t: float = 1e-5
     name = "vp"
-    variable = "t"
-    domain = (0.0, 1.0)
 
     def __post_init__(self):
         object.__setattr__(self, "M", _checked_steps("VP", "M", self.M))
@@ -307,6 +203,10 @@ class VP(Schedule):
     def value(self, sigma) -> torch.Tensor:
         return vp_t(sigma, self.beta_d, self.beta_min)
 
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        """(M − 1) t."""
+        return (self.M - 1) * self.value(sigma)
+
     def grid(self, points: int = 21) -> torch.Tensor:
         """t = 0.001 + k/(points − 1), and 1: for 21 points the grid of arXiv 2312.09181.
 
@@ -318,28 +218,111 @@ class VP(Schedule):
 
 
 @dataclass(frozen=True)
-class VE(Schedule):
-    """The variance-exploding SDE, sigma(t) = sigma_min (sigma_max/sigma_min)^t (arXiv 2011.13456)."""
+class VE(TimeSchedule):
+    """The variance-exploding SDE, sigma(t) = sigma_min (sigma_max/sigma_min)^t (arXiv 2011.13456).
+
+    Its networks see x as it is, are told ln(sigma / 2), and predict −n where others predict n.
+    """
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     name = "ve"
-    variable = "t"
-    domain = (0.0, 1.0)
+    predictions = ("epsilon", "x0")
 
     def __post_init__(self):
         _check_ends("VE", self.sigma_min, self.sigma_max)
 
     def sigma(self, value) -> torch.Tensor:
-        t = _host64(value)
+        t = host64(value)
         return self.sigma_min ** (1 - t) * self.sigma_max**t
 
     def value(self, sigma) -> torch.Tensor:
-        return (_host64(sigma) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+        return (host64(sigma) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (sigma / 2).log()
+
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(sigma)
+
+    def skip_and_out(self, prediction: str, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        skip, out = super().skip_and_out(prediction, sigma)
+        return skip, -out if prediction == "epsilon" else out
 
     def grid(self, points: int = 21) -> torch.Tensor:
         points = integer("grid", "points", points, 2)
         return torch.linspace(0, 1, points, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class FlowMatching(TimeSchedule):
+    """Straight paths from data to noise, x_t = (1 − t) y + t n, so sigma(t) = t/(1 − t) (arXiv 2209.03003, 2210.02747).
+
+    Networks see x_t, are told 1000 t, and predict the velocity n − y ("v").
+
+    Attributes:
+        shift: times are drawn and stepped through as shift t/(1 + (shift − 1) t), more of them where there is more
+            noise (arXiv 2403.03206); that multiplies sigma with ``shift``.
+    """
+
+    shift: float = 1.0
+    name = "flow"
+    ends = (0.999, 0.0)
+    sampler = "ddim"
+    predictions = ("v", "epsilon", "x0")
+    settings = ("shift", "time_sampling", "P_mean", "P_std")
+    P_mean = 0.0
+    P_std = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"FlowMatching: shift={self.shift} must be positive and finite")
+
+    def sigma(self, value) -> torch.Tensor:
+        t = host64(value)
+        return t / (1 - t)
+
+    def value(self, sigma) -> torch.Tensor:
+        return 1 / (1 + 1 / host64(sigma))
+
+    def shifted(self, t) -> torch.Tensor:
+        """The times that evenly spaced ones become."""
+        t = host64(t)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return 1000 * self.value(sigma)
+
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """1 − t."""
+        return 1 / (1 + sigma)
+
+    def skip_and_out(self, prediction: str, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of "v": D = x_t − t F."""
+        if prediction == "v":
+            s = self.scale(sigma)
+            return s, -s * sigma
+        return super().skip_and_out(prediction, sigma)
+
+    def evenly(self, steps: int) -> tuple[float, ...]:
+        times = self.shifted(torch.linspace(*self.ends, steps + 1, dtype=torch.float64))
+        return tuple(self.sigma(times).tolist())
+
+    def _spacing_ends(self) -> tuple[float, float]:
+        """Of the shifted times 0.999 and 0.001."""
+        sigma_max, sigma_min = self.sigma(self.shifted([self.ends[0], 1 - self.ends[0]])).tolist()
+        return sigma_max, sigma_min
+
+    def training_distribution(self, settings: Mapping[str, object]) -> LogNormal | LogLogistic:
+        """Of shifted times whose logits are N(P_mean, P_std²) ("logit-normal"), or that are even before ("uniform")."""
+        if settings["time_sampling"] == "uniform":
+            return LogLogistic(self.shift)
+        return LogNormal(math.log(self.shift) + settings["P_mean"], settings["P_std"])
+
+    def grid(self, points: int = 21) -> torch.Tensor:
+        """Evenly spaced times from 0.001 to 0.999, shifted."""
+        points = integer("grid", "points", points, 2)
+        return self.shifted(torch.linspace(0.001, 0.999, points, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -351,15 +334,33 @@ class EDM(Schedule):
     name = "edm"
     variable = "sigma"
     domain = (0.0, math.inf)
+    spacing = "karras"
+    sampler = "heun"
+    predictions = ("epsilon",)  # its preconditioning says what F is
+    settings = ("P_mean", "P_std", "sigma_data")
+    sums_loss = True
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.sigma_max, self.sigma_min
 
     def __post_init__(self):
         _check_ends("EDM", self.sigma_min, self.sigma_max)
 
     def sigma(self, value) -> torch.Tensor:
-        return _host64(value)
+        return host64(value)
 
     def value(self, sigma) -> torch.Tensor:
-        return _host64(sigma)
+        return host64(sigma)
+
+    def label(self) -> str:
+        return "Noise level sigma"
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma.log() / 4
+
+    def training_distribution(self, settings: Mapping[str, object]) -> LogNormal:
+        return LogNormal(settings["P_mean"], settings["P_std"])
 
     def grid(self, points: int = 21) -> torch.Tensor:
         """Evenly spaced in ln sigma."""
@@ -379,6 +380,7 @@ class DiscreteSchedule(Schedule):
     """
 
     variable = "step"
+    sampler = "dpm-multistep"
     num_steps: int
     sigmas: torch.Tensor
 
@@ -386,8 +388,12 @@ class DiscreteSchedule(Schedule):
     def domain(self) -> tuple[float, float]:
         return 0.0, float(self.num_steps)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.num_steps - 1.0, 0.0
+
     def sigma(self, value) -> torch.Tensor:
-        step = _host64(value)
+        step = host64(value)
         if not bool(((step >= 0) & (step <= self.num_steps - 1)).all()):
             raise ValueError(
                 f"{type(self).__name__}.sigma: steps must lie within 0 and {self.num_steps - 1}, got {value}"
@@ -400,7 +406,7 @@ class DiscreteSchedule(Schedule):
 
     def value(self, sigma) -> torch.Tensor:
         """The real-valued step; noise levels beyond the first and last one get that step."""
-        sigma = _host64(sigma).clamp(self.sigmas[0], self.sigmas[-1])
+        sigma = host64(sigma).clamp(self.sigmas[0], self.sigmas[-1])
         high = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp(1, self.num_steps - 1)
         low = high - 1
         step = low + (sigma / self.sigmas[low]).log() / (self.sigmas[high] / self.sigmas[low]).log()
@@ -408,8 +414,32 @@ class DiscreteSchedule(Schedule):
 
     def cut(self, sigma) -> torch.Tensor:
         """The last step whose noise level is at most ``sigma``; step 0 always is below a cut."""
-        count = torch.searchsorted(self.sigmas, _host64(sigma).contiguous(), right=True)
+        count = torch.searchsorted(self.sigmas, host64(sigma).contiguous(), right=True)
         return (count - 1).clamp(min=0).double()
+
+    def holds(self, low: float, high: float) -> bool:
+        lowest, end = self.domain
+        return min(math.floor(high), end - 1) > (math.floor(low) if low > lowest else -1)
+
+    def levels(self) -> tuple[float, float]:
+        return float(self.sigmas[0]), float(self.sigmas[-1])
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The nearest step."""
+        return self.value(sigma).round()
+
+    def uniform_cdf(self, sigma: torch.Tensor, t_min: float) -> torch.Tensor:
+        return torch.searchsorted(self.sigmas, sigma.contiguous(), right=True).double() / len(self.sigmas)
+
+    def uniform_quantile(
+        self, u: torch.Tensor, low: torch.Tensor, high: torch.Tensor, t_min: float
+    ) -> torch.Tensor:
+        first, last = self.uniform_cdf(low, t_min), self.uniform_cdf(high, t_min)
+        steps = len(self.sigmas)
+        quantile = first + u * (last - first)
+        # What rounding may do to a quantile at the end of an interval must not reach the next step.
+        step = torch.minimum((quantile * steps).floor(), (last * steps).round() - 1)
+        return self.sigmas[torch.maximum(step, (first * steps).round()).long()]
 
     def grid(self, points: int = 21) -> torch.Tensor:
         """Whole steps; at most as many as there are."""
@@ -491,14 +521,14 @@ class IDDPM(DiscreteSchedule):
         ratio = (alpha_bar[1:] / alpha_bar[:-1]).clamp(min=self.C_1)
         return _check_finite(self, torch.expm1(-ratio.log().cumsum(0)).sqrt())
 
-    def nearest(self, sigma) -> torch.Tensor:
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
         """The step whose noise level is nearest to sigma, the higher one of two; −1 where u_M = 0 is."""
         levels = torch.cat([torch.zeros(1, dtype=torch.float64), self.sigmas])
         middles = (levels[1:] + levels[:-1]) / 2
-        return torch.searchsorted(middles, _host64(sigma).contiguous(), right=True).double() - 1
+        return torch.searchsorted(middles, host64(sigma).contiguous(), right=True).double() - 1
 
 
-SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (VP, VE, EDM, LDM)}
+SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (VP, VE, EDM, LDM, FlowMatching)}
 
 
 def _check_finite(schedule: Schedule, sigmas: torch.Tensor) -> torch.Tensor:

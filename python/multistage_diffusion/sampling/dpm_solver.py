@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 
 from multistage_diffusion.common.checks import integer
-from multistage_diffusion.noise.schedules import Schedule, edm_sigmas
+from multistage_diffusion.noise.levels import between
+from multistage_diffusion.noise.schedules import Schedule
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 Draw = Callable[[], torch.Tensor]
@@ -87,15 +88,20 @@ class DDIMConfig(_StepConfig):
 
     @classmethod
     def for_schedule(
-        cls, schedule: Schedule, steps: int, *, eta: float = 0.0, denoise_to_zero: bool = False
+        cls,
+        schedule: Schedule,
+        steps: int,
+        *,
+        eta: float = 0.0,
+        spacing: str | None = None,
+        denoise_to_zero: bool = False,
     ) -> DDIMConfig:
-        """``steps`` steps; ``denoise_to_zero`` adds one.
+        """``steps`` steps, spaced as ``Schedule.spaced`` says; ``denoise_to_zero`` adds one where they end elsewhere.
 
-        They are evenly spaced in the schedule's variable, but for EDM, whose variable is sigma itself: there in
-        sigma^(1/7), as in its own sampler (``schedules.edm_sigmas``).
+        By default they are evenly spaced in the schedule's variable, but for EDM, whose variable is sigma itself: there
+        in sigma^(1/7), as in its own sampler (``levels.edm_sigmas``).
         """
-        levels = _levels_in_time(schedule, steps, cls.__name__)
-        return cls((*levels, 0.0) if denoise_to_zero else levels, eta)
+        return cls(_spaced(cls, schedule, steps, spacing, denoise_to_zero), eta)
 
     def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
         """x after each step."""
@@ -162,9 +168,7 @@ class DPMSinglestepConfig(_SolverConfig):
         steps = integer(cls.__name__, "steps", steps, 1)
         whole, rest = divmod(steps, 3)
         orders = (3,) * whole + (rest,) if rest else (3,) * (whole - 1) + (2, 1)
-        sigma_max, sigma_min = schedule.sigma(_ends(schedule)).tolist()
-        inner = (_between(sigma_max, sigma_min, i / len(orders)) for i in range(1, len(orders)))
-        levels = (sigma_max, *inner, sigma_min)
+        levels = schedule.spaced(len(orders), "log-snr")
         if denoise_to_zero:
             levels, orders = (*levels, 0.0), (*orders, 1)
         return cls(levels, orders)
@@ -205,21 +209,19 @@ class DPMMultistepConfig(_SolverConfig):
 
     @classmethod
     def for_schedule(
-        cls, schedule: Schedule, steps: int, *, denoise_to_zero: bool = False
+        cls, schedule: Schedule, steps: int, *, spacing: str | None = None, denoise_to_zero: bool = False
     ) -> DPMMultistepConfig:
-        """``steps`` steps, spaced as those of ``DDIMConfig.for_schedule``; ``denoise_to_zero`` adds one.
+        """``steps`` steps, spaced as those of ``DDIMConfig.for_schedule``; ``denoise_to_zero`` adds one as there.
 
-        The first is of order 1 and so is the last of fewer than 15, which its authors found to be stable; the others
-        are of order 2.
+        The first is of order 1, and so are a last one to sigma = 0 and, as its authors found to be stable, the last
+        of fewer than 15; the others are of order 2.
         """
-        levels = _levels_in_time(schedule, steps, cls.__name__)
-        steps = len(levels) - 1
-        orders = (1, *(2,) * (steps - 1))
+        levels = _spaced(cls, schedule, steps, spacing, denoise_to_zero)
+        before_zero = len(levels) - 1 - (levels[-1] == 0)
+        orders = (1, *(2,) * (before_zero - 1))[:before_zero]
         if steps < FEW_STEPS:
-            orders = (*orders[:-1], 1)
-        if denoise_to_zero:
-            levels, orders = (*levels, 0.0), (*orders, 1)
-        return cls(levels, orders)
+            orders = (*orders[:-1], 1)[:before_zero]
+        return cls(levels, (*orders, *(1,) * (len(levels) - 1 - before_zero)))
 
     def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
         """x after each step."""
@@ -259,25 +261,12 @@ def _singlestep(D: Denoise, x: torch.Tensor, sigma: float, sigma_next: float, or
 
 def _levels_of_step(sigma: float, sigma_next: float, order: int) -> list[float]:
     """Where a singlestep solver evaluates."""
-    return [sigma, *(_between(sigma, sigma_next, j / order) for j in range(1, order))]
+    return [sigma, *(between(sigma, sigma_next, j / order) for j in range(1, order))]
 
 
-def _between(sigma: float, sigma_next: float, share: float) -> float:
-    """The level that is ``share`` of the way from sigma to sigma_next, in log-SNR."""
-    return sigma ** (1 - share) * sigma_next**share
-
-
-def _levels_in_time(schedule: Schedule, steps: int, name: str) -> tuple[float, ...]:
-    """``[steps + 1]`` noise levels, evenly spaced in the schedule's variable, or EDM's where that is sigma."""
-    steps = integer(name, "steps", steps, 1)
-    first, last = _ends(schedule)
-    if schedule.variable == "sigma":
-        return tuple(edm_sigmas(steps + 1, last, first)[:-1].tolist())
-    return tuple(schedule.sigma(torch.linspace(first, last, steps + 1, dtype=torch.float64)).tolist())
-
-
-def _ends(schedule: Schedule) -> tuple[float, float]:
-    """The first and the last value of the schedule's variable that a sampler of its family uses."""
-    if schedule.variable == "sigma":
-        return schedule.sigma_max, schedule.sigma_min
-    return (1.0, 1e-3) if schedule.variable == "t" else (schedule.domain[1] - 1, 0.0)
+def _spaced(
+    kind: type[_StepConfig], schedule: Schedule, steps: int, spacing: str | None, denoise_to_zero: bool
+) -> tuple[float, ...]:
+    """The noise levels of ``steps`` steps, and 0 where it is asked for."""
+    levels = schedule.spaced(integer(kind.__name__, "steps", steps, 1), spacing)
+    return (*levels, 0.0) if denoise_to_zero and levels[-1] > 0 else levels

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from operator import index
+from typing import get_args
 
 import torch
 
 import msd_kernels
 from multistage_diffusion.common.checks import integer
 from multistage_diffusion.networks.stage_network import Takes
+from multistage_diffusion.noise.levels import edm_sigmas
 from multistage_diffusion.noise.preconditioning import Preconditioner
-from multistage_diffusion.noise.schedules import EDM, Schedule, edm_sigmas
+from multistage_diffusion.noise.schedules import EDM, Schedule
 from multistage_diffusion.sampling.dpm_solver import (
     DDIMConfig,
     Denoise,
@@ -28,6 +30,7 @@ from multistage_diffusion.sampling.dpm_solver import (
     DPMSinglestepConfig,
     Draw,
 )
+from multistage_diffusion.sampling.table import find_sampler
 
 Progress = Callable[[int, int], None]
 
@@ -90,7 +93,7 @@ class SamplerConfig:
         Raises:
             ValueError: an evaluation at a noise level that the schedule does not have.
         """
-        low, high = _noise_levels(schedule)
+        low, high = schedule.levels()
         ends = {"sigma_min": max(cls.sigma_min, low), "sigma_max": min(cls.sigma_max, high)}
         config = cls(steps, **{**ends, **settings})
         levels = config.evaluated_levels()
@@ -133,22 +136,7 @@ def _heun_step(D: Denoise, x: torch.Tensor, sigma: float, sigma_next: float) -> 
     return x + (sigma_next - sigma) * (slope + slope_next) / 2
 
 
-def _noise_levels(schedule: Schedule) -> tuple[float, float]:
-    """The lowest and the highest noise level that a schedule has."""
-    lowest, highest = schedule.domain
-    if schedule.variable == "step":
-        highest -= 1
-    return float(schedule.sigma(lowest)), float(schedule.sigma(highest))
-
-
 AnyConfig = SamplerConfig | DPMSinglestepConfig | DPMMultistepConfig | DDIMConfig
-
-_CONFIGS: dict[str, tuple[type[AnyConfig], int]] = {
-    "heun": (SamplerConfig, 18),
-    "dpm-singlestep": (DPMSinglestepConfig, 20),
-    "dpm-multistep": (DPMMultistepConfig, 20),
-    "ddim": (DDIMConfig, 20),
-}
 
 
 def sampler_config(
@@ -157,20 +145,17 @@ def sampler_config(
     """The settings of a sampler by name.
 
     Args:
-        name: ``"heun"``, ``"dpm-singlestep"``, ``"dpm-multistep"`` or ``"ddim"``; see ``presets.evaluation_levels`` for
-            where each evaluates.
+        name: one of ``table.SAMPLERS``: ``"heun"``, ``"dpm-singlestep"``, ``"dpm-multistep"`` or ``"ddim"``; see
+            ``presets.evaluation_levels`` for where each evaluates.
         schedule: of the noise levels; default: EDM's. See ``schedule_of``.
         steps: steps, and network evaluations for ``"dpm-singlestep"``; default: 18 for ``"heun"``, else 20.
-        **settings: ``SamplerConfig``'s attributes for ``"heun"``; ``denoise_to_zero`` for the others, ``eta`` for
-            ``"ddim"``.
+        **settings: ``SamplerConfig``'s attributes for ``"heun"``; ``denoise_to_zero`` for the others, ``spacing`` (see
+            ``Schedule.spaced``) for ``"dpm-multistep"`` and ``"ddim"``, ``eta`` for ``"ddim"``.
 
     Raises:
         ValueError: an unknown sampler, too few steps, or settings out of their range.
     """
-    if name not in _CONFIGS:
-        raise ValueError(f"sampler_config: sampler must be one of {', '.join(_CONFIGS)}, got {name!r}")
-    kind, default_steps = _CONFIGS[name]
-    return kind.for_schedule(schedule or EDM(), default_steps if steps is None else steps, **settings)
+    return find_sampler(name).config(schedule or EDM(), steps, **settings)
 
 
 def schedule_of(denoiser: Preconditioner) -> Schedule:
@@ -180,7 +165,7 @@ def schedule_of(denoiser: Preconditioner) -> Schedule:
 
 def default_sampler(denoiser: Preconditioner) -> str:
     """The name of the sampler of the published results for a denoiser's schedule (arXiv 2312.09181)."""
-    return {"sigma": "heun", "t": "dpm-singlestep", "step": "dpm-multistep"}[schedule_of(denoiser).variable]
+    return schedule_of(denoiser).sampler
 
 
 @dataclass
@@ -286,7 +271,7 @@ def sample(
     if config is None:
         config = sampler_config("heun", schedule_of(denoiser))
     if not isinstance(config, AnyConfig):
-        allowed = ", ".join(kind.__name__ for kind, _ in _CONFIGS.values())
+        allowed = ", ".join(kind.__name__ for kind in get_args(AnyConfig))
         raise TypeError(f"sample: config must be one of {allowed}, got {type(config).__name__}")
     D = _CountingDenoiser(denoiser, conditioning)
     trajectory = config.trajectory(D, config.start * noise.draw(), noise.draw)

@@ -14,19 +14,18 @@ from multistage_diffusion.data.augmentation import Augmentation
 from multistage_diffusion.networks import in_effect
 from multistage_diffusion.noise.noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
 from multistage_diffusion.noise.preconditioning import (
-    PREDICTIONS,
     Preconditioner,
     own_constants,
     precondition,
     stages_in_sigma,
 )
-from multistage_diffusion.noise.schedules import SCHEDULES, LogNormal, Schedule, Uniform
+from multistage_diffusion.noise.schedules import SCHEDULES, Schedule
 from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.training.checkpoint_schema import same
 
 ALLOWED = {
     "schedule": tuple(SCHEDULES),
-    "prediction": PREDICTIONS,
+    "time_sampling": ("logit-normal", "uniform"),
     "values": ("images", "latents"),
     "precision": ("fp32", "bf16"),
     "stage_sampling": ("mixed", "stratified", "systematic"),
@@ -62,6 +61,13 @@ def free_keys(config: dict) -> set[str]:
     return FREE | ({"steps"} if config.get("lr_decay", "constant") == "constant" else set())
 
 
+def settled(values: dict) -> dict:
+    """Settings of a run with those that are left to the schedule as the schedule has them."""
+    kind = SCHEDULES[values["schedule"]]
+    own = {"prediction": kind.predictions[0], "P_mean": kind.P_mean, "P_std": kind.P_std}
+    return {**values, **{name: value for name, value in own.items() if values.get(name) is None}}
+
+
 # What JSON may say of an attribute of each type.
 JSON_TYPES = {
     "int": (_is_whole, "a whole number"),
@@ -82,16 +88,20 @@ class TrainingConfig:
     Attributes:
         network: what ``multistage_diffusion.networks.build`` takes.
         stages: the stages of the noise levels, in sigma or in the schedule's variable.
-        schedule: "edm"; or "vp", "ve", "ldm": what the network is told of a noise level, and which of them it is
-            trained on; see ``preconditioning.precondition``.
-        prediction: what a network of another schedule than "edm" predicts: "epsilon", "x0" or "v".
+        schedule: "edm"; or "vp", "ve", "ldm", "flow": what the network is told of a noise level, and which of them it
+            is trained on; see ``preconditioning.precondition``.
+        prediction: what a network of another schedule than "edm" predicts: "epsilon", "x0" or "v"; ``None``: the usual
+            one, "v" of schedule "flow", else "epsilon".
         data: "digits", or a folder, archive or array file of images.
         values: "images", or "latents" for arrays of any range that an autoencoder made.
         image_size: pixels per side the images are brought to; ``None``: as they are.
         augment: probability of each kind of ``Augmentation``, which a network with ``augment_dim`` is told; 0: flips
             alone, allowed for any network; ``None``: images as they are.
         sigma_data: standard deviation of the data in [-1, 1]; of schedule "edm".
-        P_mean, P_std: ln sigma ~ N(P_mean, P_std²); of schedule "edm". The others draw their variable evenly.
+        P_mean, P_std: ln sigma ~ N(P_mean, P_std²); of schedule "edm", and of "flow" before the shift; ``None``:
+            -1.2 and 1.2, or 0 and 1 of "flow". The others draw their variable evenly.
+        shift: of schedule "flow": multiplies sigma, see ``FlowMatching``.
+        time_sampling: of schedule "flow": "logit-normal" times, or "uniform" ones.
         stage_sampling: "mixed" (each noise level on its own, as the schedule's distribution has it), "systematic"
             (evenly spaced quantiles of that distribution: same expected loss, less variance, few mixes of stages) or
             "stratified" (stages in given proportions); see ``noise_levels``.
@@ -120,14 +130,16 @@ class TrainingConfig:
     network: dict
     stages: Stages = field(default_factory=Stages.edm)
     schedule: str = "edm"
-    prediction: str = "epsilon"
+    prediction: str | None = None
     data: str = "digits"
     values: str = "images"
     image_size: int | None = None
     augment: float | None = None
     sigma_data: float = 0.5
-    P_mean: float = -1.2
-    P_std: float = 1.2
+    P_mean: float | None = None
+    P_std: float | None = None
+    shift: float = 1.0
+    time_sampling: str = "logit-normal"
     stage_sampling: str = "mixed"
     stage_probabilities: tuple[float, ...] | None = None
     importance_weights: bool = False
@@ -157,12 +169,14 @@ class TrainingConfig:
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         if not isinstance(self.network, dict):
             raise ValueError(f"TrainingConfig: network must be a dictionary, got {self.network!r}")
-        self._check_numbers()
         for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"TrainingConfig: {name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}"
                 )
+        for name, value in settled(vars(self)).items():
+            object.__setattr__(self, name, value)
+        self._check_numbers()
         self._check_combinations()
         self.noise_levels()  # raises what is wrong with the distribution and the probabilities
 
@@ -176,7 +190,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"TrainingConfig: {name}={value!r} must be None or a whole number >= 1")
-        for name in ("lr", "eps", "sigma_data"):
+        for name in ("lr", "eps", "sigma_data", "shift"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"TrainingConfig: {name}={getattr(self, name)} must be positive and finite")
         for name in ("warmup_images", "ema_halflife_images", "seed", "weight_decay"):
@@ -204,9 +218,10 @@ class TrainingConfig:
                 'TrainingConfig: stage_probabilities and importance_weights need stage_sampling="stratified", '
                 f"got {self.stage_sampling!r}, whose stages have the shares of the schedule's distribution"
             )
-        if self.schedule == "edm" and self.prediction != "epsilon":
+        if self.prediction not in (known := SCHEDULES[self.schedule].predictions):
             raise ValueError(
-                f'TrainingConfig: prediction={self.prediction!r} is for schedules other than "edm"'
+                f"TrainingConfig: prediction={self.prediction!r}; allowed with schedule {self.schedule}: "
+                f"{', '.join(known)}"
             )
         if self.values == "latents" and (self.augment is not None or self.sample_every is not None):
             raise ValueError(
@@ -222,8 +237,10 @@ class TrainingConfig:
     # ------------------------------------------------------------------ what it stands for
 
     def noise_schedule(self) -> Schedule:
-        """The schedule of this name."""
-        return SCHEDULES[self.schedule]()
+        """The schedule of this name, with the run's settings of it."""
+        kind = SCHEDULES[self.schedule]
+        own = {field.name for field in dataclasses.fields(kind)}.intersection(kind.settings)
+        return kind(**{name: getattr(self, name) for name in own})
 
     def denoiser(self, network: nn.Module) -> Preconditioner:
         """D(x; sigma) around the network."""
@@ -237,7 +254,7 @@ class TrainingConfig:
     def noise_levels(self) -> MixedNoise | StratifiedNoise | SystematicNoise:
         """What draws the noise levels of a batch."""
         schedule = self.noise_schedule()
-        distribution = LogNormal(self.P_mean, self.P_std) if self.schedule == "edm" else Uniform(schedule)
+        distribution = schedule.training_distribution(vars(self))
         stages = stages_in_sigma(self.stages, schedule)
         if self.stage_sampling == "stratified":
             return StratifiedNoise(stages, self.stage_probabilities, distribution, self.importance_weights)
@@ -250,7 +267,7 @@ class TrainingConfig:
         EDM's loss is that sum; score SDE and latent diffusion take the mean. To Adam that is the same but for ``eps``
         and clipping.
         """
-        return 1.0 if self.schedule == "edm" else 1 / numbers
+        return 1.0 if SCHEDULES[self.schedule].sums_loss else 1 / numbers
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -322,6 +339,8 @@ class TrainingConfig:
             f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING
         }
         saved = {**json.loads(json.dumps(defaults)), **saved}
+        if saved["schedule"] in tuple(SCHEDULES):
+            saved = settled(saved)
         if isinstance(saved.get("network"), dict):
             saved["network"] = in_effect(saved["network"])
         given = {k: v for k, v in self.to_json().items() if k not in free}
