@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 _EXPORTS = {
+    "clustering": ("FoundStages", "find_stages"),
     "noise.stages": ("Stages", "StagesError"),
     "noise.preconditioning": (
         "EDMPreconditioner",

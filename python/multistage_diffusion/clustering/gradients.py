@@ -69,7 +69,7 @@ def gradient_similarity(
         directions /= norms
         cosines.append((directions @ directions.T).double().cpu())
     scores = torch.stack(cosines)
-    return Similarity(sigmas, scores.mean(0), standard_error(scores))
+    return Similarity(sigmas, scores.mean(0), standard_error(scores), scores=scores)
 
 
 def _loss_gradient(denoiser, parameters: list[Tensor], images: Tensor, noise: Tensor, sigma: float) -> Tensor:

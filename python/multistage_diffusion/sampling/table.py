@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from multistage_diffusion.noise.schedules import Schedule
-    from multistage_diffusion.sampling.samplers import AnyConfig
 
 __all__ = ["SAMPLERS", "Sampler", "find_sampler"]
 
@@ -34,8 +33,8 @@ class Sampler:
     settings: tuple[str, ...]
     kind: tuple[str, str]
 
-    def config(self, schedule: Schedule, steps: int | None = None, **settings) -> AnyConfig:
-        """Its configuration on the noise levels of a schedule.
+    def config(self, schedule: Schedule, steps: int | None = None, **settings):
+        """Its configuration, of the class ``kind``, on the noise levels of a schedule.
 
         Raises:
             ValueError: too few steps, or settings out of their range.
