@@ -33,7 +33,8 @@ _EXPORTS = {
     "training.data_parallel": ("Processes",),
     "networks.stage_order": ("StageOrder",),
     "training.parameters": ("FlatGradients", "StageParameters"),
-    "training.trainer": ("Trainer",),
+    "training.trainer": ("Trainer", "train"),
+    "training.configure": ("configure",),
     "training.config": ("TrainingConfig",),
     "data.images": ("DataError", "ImageData", "load_images"),
 }

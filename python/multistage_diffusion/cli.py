@@ -17,7 +17,6 @@ from multistage_diffusion.common.streams import release, tell
 
 EXAMPLES = """\
 examples:
-  msd demo --out runs/demo                         a three-stage model of digits, minutes on a CPU
   msd train --data digits --out runs/digits        train
   msd sample --run runs/digits --out digits.png    sample
 """

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _stages(args: argparse.Namespace, checkpoint):
     """--stages, whose boundaries are in the variable of the preconditioning that is used."""
-    from multistage_diffusion.commands.train import parse_stages
+    from multistage_diffusion.noise.parsing import parse_stages
     from multistage_diffusion.official.convert import schedule_name
 
     if args.stages is None:

@@ -45,6 +45,7 @@ from multistage_diffusion.sampling.samplers import (
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.batches import TrainingBatches, derive_seed
 from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.configure import FolderWarning
 from multistage_diffusion.training.data_parallel import Processes
 from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.parameters import FlatGradients
@@ -60,6 +61,7 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "TrainingResult",
+    "train",
 ]
 
 
@@ -68,10 +70,6 @@ MAX_GRAPHS = 64  # mixes of stages that have a CUDA graph of their own
 
 class PictureWarning(UserWarning):
     """A picture could not be drawn or written; training goes on without."""
-
-
-class FolderWarning(UserWarning):
-    """A file of a run folder that training does not need is lost or damaged; training goes on without it."""
 
 
 class OtherRunError(RunError, checkpoints.CheckpointError):
@@ -505,6 +503,41 @@ class Trainer:
     def _say(self, text: str) -> None:
         if not self.quiet:
             self.quiet = not tell(text, sys.stderr)
+
+
+def train(
+    config: TrainingConfig,
+    data=None,
+    directory: str | Path = "runs/model",
+    *,
+    resume: bool = False,
+    network: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+    cuda_graphs: bool = False,
+    quiet: bool = False,
+) -> TrainingResult:
+    """Trains a denoiser, or goes on with a run that was stopped: a :class:`Trainer` in one call.
+
+    Args:
+        config: what to do; ``configure`` makes one of a preset for these data.
+        data, directory, network, device, processes, cuda_graphs, quiet: see :class:`Trainer`.
+        resume: see :meth:`Trainer.run`.
+
+    Raises:
+        As :class:`Trainer` and :meth:`Trainer.run`.
+    """
+    trainer = Trainer(
+        config,
+        directory,
+        data=data,
+        network=network,
+        device=device,
+        processes=processes,
+        cuda_graphs=cuda_graphs,
+        quiet=quiet,
+    )
+    return trainer.run(resume)
 
 
 def _load_data(config: TrainingConfig):

@@ -3,13 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multistage_diffusion.metrics import (
-    DigitClassifier,
-    digit_classifier,
-    digit_halves,
-    evaluate_digits,
-    frechet_distance,
-)
+import digit_classifier as module
+from digit_classifier import DigitClassifier, digit_classifier, digit_halves
+from digit_metrics import evaluate_digits, frechet_distance
 
 NUM = 1000
 
@@ -186,14 +182,12 @@ def test_classifier_clamps_what_a_sampler_overshoots(classifier, held_out):
 
 
 def test_classifier_trains_under_inference_mode_and_repeats(monkeypatch):
-    from multistage_diffusion import metrics
-
-    monkeypatch.setattr(metrics, "_STEPS", 5)
+    monkeypatch.setattr(module, "_STEPS", 5)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with torch.inference_mode():
-        first = metrics._trained_classifier.__wrapped__(3, 8)
-    second = metrics._trained_classifier.__wrapped__(3, 8)
-    other = metrics._trained_classifier.__wrapped__(4, 8)
+        first = module._trained_classifier.__wrapped__(3, 8)
+    second = module._trained_classifier.__wrapped__(3, 8)
+    other = module._trained_classifier.__wrapped__(4, 8)
     images = digit_halves(8)[0].sample(range(20))
     assert torch.equal(first.features(images), second.features(images))
     assert not torch.equal(first.features(images), other.features(images))
