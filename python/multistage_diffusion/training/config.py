@@ -61,10 +61,13 @@ def free_keys(config: dict) -> set[str]:
     return FREE | ({"steps"} if config.get("lr_decay", "constant") == "constant" else set())
 
 
+SETTLED = ("prediction", "P_mean", "P_std")  # what is left to the schedule has a value as soon as it is known
+
+
 def settled(values: dict) -> dict:
     """Settings of a run with those that are left to the schedule as the schedule has them."""
     kind = SCHEDULES[values["schedule"]]
-    own = {"prediction": kind.predictions[0], "P_mean": kind.P_mean, "P_std": kind.P_std}
+    own = dict(zip(SETTLED, (kind.predictions[0], kind.P_mean, kind.P_std), strict=True))
     return {**values, **{name: value for name, value in own.items() if values.get(name) is None}}
 
 
@@ -326,7 +329,8 @@ class TrainingConfig:
             kind, _, optional = attribute.type.partition(" | ")
             allowed, description = JSON_TYPES[kind]
             value = values.get(attribute.name)
-            if attribute.name in values and not allowed(value) and not (optional and value is None):
+            absent = optional and value is None and attribute.name not in SETTLED
+            if attribute.name in values and not allowed(value) and not absent:
                 raise ValueError(f"TrainingConfig: {attribute.name}={value!r} must be {description}")
 
     def differences(self, saved: dict) -> list[str]:
