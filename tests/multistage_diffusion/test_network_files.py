@@ -178,7 +178,7 @@ def test_the_preconditionings_differ_so_much_that_a_wrong_one_shows():
         (["--preconditioning", "vp,epsilon_t=0.5,beta_d=nan"], "must be finite"),
         (["--preconditioning", "vp,prediction=v"], "the file says prediction='epsilon', not 'v'"),
         (["--preconditioning", "vp,beta_d"], "'beta_d' is no constant such as sigma_data=0.5"),
-        (["--preconditioning", "ddpm"], "'ddpm' is none of edm, vp, ve, iddpm, ldm"),
+        (["--preconditioning", "ddpm"], "'ddpm' is none of edm, vp, ve, ldm, flow, iddpm"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(options, message, persistence, tmp_path, capsys):
