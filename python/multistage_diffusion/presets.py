@@ -97,17 +97,17 @@ class Preset:
     def training_settings(self, variant: str = "multistage") -> dict[str, object]:
         """What ``TrainingConfig`` takes besides the network and the data.
 
-        A separate model has the stages of the multi-stage one, a unified one a single stage of all noise levels.
+        A separate model has the stages of the multi-stage one, a unified one a single stage of all noise levels. All
+        are trained on the same ones: those of the multi-stage model.
         """
-        from multistage_diffusion.noise.schedules import SCHEDULES
         from multistage_diffusion.noise.stages import Stages
 
         settings = {"schedule": self.schedule, **self.training}
-        if variant == "unified":
-            return {**settings, "stages": Stages.single(SCHEDULES[self.schedule].variable)}
-        settings["stages"] = self.stages()
+        unified, own = variant == "unified", self.stages()
+        settings["stages"] = Stages.single(own.variable) if unified else own
         if self.shares is not None:
             settings |= {"stage_sampling": "stratified", "stage_probabilities": self.shares}
+            settings |= {"drawn_stages": own} if unified else {}
         return settings
 
     def denoiser(self, network: nn.Module) -> Preconditioner:

@@ -142,7 +142,8 @@ def _add_network_options(parser) -> None:
     group.add_argument(
         "--variant",
         choices=VARIANTS,
-        help="of the preset: multistage (default), one decoder for all noise levels, or a whole network per stage",
+        help="of the preset: multistage (default), one decoder for all noise levels, or a whole network per stage; "
+        "all are trained on the same noise levels unless asked otherwise",
     )
     group.add_argument(
         "--encoder-widths",

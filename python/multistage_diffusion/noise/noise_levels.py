@@ -220,6 +220,25 @@ class StratifiedNoise(_EvenlySpaced):
         return NoiseLevels(sigma, stage, self._weight[stage], stage_counts(stage, len(self.stages)))
 
 
+class RestagedNoise:
+    """Noise levels as another draws them, for a network of other stages: a unified one, which is then trained on what
+    a multi-stage one sees.
+
+    Args:
+        noise: draws them.
+        stages: those of the network, in sigma.
+    """
+
+    def __init__(self, noise: MixedNoise | SystematicNoise | StratifiedNoise, stages: Stages):
+        stages.require_variable("sigma", type(self).__name__)
+        self.noise, self.stages, self.distribution = noise, stages, noise.distribution
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> NoiseLevels:
+        levels = self.noise.draw(batch_size, generator)
+        stage = self.stages.assign(levels.sigma)
+        return NoiseLevels(levels.sigma, stage, levels.weight, stage_counts(stage, len(self.stages)))
+
+
 def _float64(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 

@@ -12,7 +12,12 @@ from torch import nn
 
 from multistage_diffusion.data.augmentation import Augmentation
 from multistage_diffusion.networks import in_effect
-from multistage_diffusion.noise.noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
+from multistage_diffusion.noise.noise_levels import (
+    MixedNoise,
+    RestagedNoise,
+    StratifiedNoise,
+    SystematicNoise,
+)
 from multistage_diffusion.noise.preconditioning import (
     Preconditioner,
     own_constants,
@@ -71,6 +76,15 @@ def settled(values: dict) -> dict:
     return {**values, **{name: value for name, value in own.items() if values.get(name) is None}}
 
 
+def stages_of(values: dict) -> dict[str, Stages | None]:
+    """The stages that a saved configuration has, as ``TrainingConfig`` takes them."""
+    drawn = values.get("drawn_stages")
+    return {
+        "stages": Stages.from_json(values["stages"]),
+        "drawn_stages": None if drawn is None else Stages.from_json(drawn),
+    }
+
+
 # What JSON may say of an attribute of each type.
 JSON_TYPES = {
     "int": (_is_whole, "a whole number"),
@@ -109,6 +123,8 @@ class TrainingConfig:
             (evenly spaced quantiles of that distribution: same expected loss, less variance, few mixes of stages) or
             "stratified" (stages in given proportions); see ``noise_levels``.
         stage_probabilities: of stratified sampling; ``None``: uniform.
+        drawn_stages: those that ``stage_sampling`` and ``stage_probabilities`` mean, where they are not the network's:
+            so a unified network is trained on the noise levels of a multi-stage one.
         importance_weights: of stratified sampling: keep the expected loss of "mixed".
         steps: optimizer steps.
         batch_size: images per step.
@@ -145,6 +161,7 @@ class TrainingConfig:
     time_sampling: str = "logit-normal"
     stage_sampling: str = "mixed"
     stage_probabilities: tuple[float, ...] | None = None
+    drawn_stages: Stages | None = None
     importance_weights: bool = False
     steps: int = 1000
     batch_size: int = 64
@@ -254,8 +271,11 @@ class TrainingConfig:
         """What is done to the images before they are noised."""
         return None if self.augment is None else Augmentation(self.augment)
 
-    def noise_levels(self) -> MixedNoise | StratifiedNoise | SystematicNoise:
+    def noise_levels(self) -> MixedNoise | StratifiedNoise | SystematicNoise | RestagedNoise:
         """What draws the noise levels of a batch."""
+        if self.drawn_stages is not None:
+            noise = dataclasses.replace(self, stages=self.drawn_stages, drawn_stages=None).noise_levels()
+            return RestagedNoise(noise, stages_in_sigma(self.stages, self.noise_schedule()))
         schedule = self.noise_schedule()
         distribution = schedule.training_distribution(vars(self))
         stages = stages_in_sigma(self.stages, schedule)
@@ -285,7 +305,8 @@ class TrainingConfig:
 
     def to_json(self) -> dict:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["stages"] = self.stages.to_json()
+        for name in ("stages", "drawn_stages"):
+            values[name] = None if values[name] is None else values[name].to_json()
         return json.loads(json.dumps(values))  # tuples become lists, as they are after a round trip
 
     @classmethod
@@ -306,7 +327,7 @@ class TrainingConfig:
         cls.check_types(values)
         network = in_effect(values["network"])
         try:
-            return cls(**{**values, "network": network, "stages": Stages.from_json(values["stages"])})
+            return cls(**{**values, "network": network, **stages_of(values)})
         except OverflowError as error:  # JSON has integers of any size
             raise ValueError(f"TrainingConfig: {error}, in {values!r}") from error
 

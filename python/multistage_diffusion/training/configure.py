@@ -19,7 +19,7 @@ from multistage_diffusion.noise.schedules import SCHEDULES
 from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import DIGITS, TRAINABLE, Preset
 from multistage_diffusion.training import checkpoints
-from multistage_diffusion.training.config import TrainingConfig, free_keys
+from multistage_diffusion.training.config import TrainingConfig, free_keys, stages_of
 
 __all__ = ["DEFAULT_PRESET", "FolderWarning", "configure", "run_settings", "saved_settings"]
 
@@ -71,7 +71,7 @@ def run_settings(
     if saved is not None and preset is None:
         if variant is not None:
             raise ValueError("variant: is that of a preset; give a preset, too")
-        values = {**saved, "stages": Stages.from_json(saved["stages"])}
+        values = {**saved, **stages_of(saved)}
         network = in_effect(saved["network"]) | network
     else:
         chosen = TRAINABLE[preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
@@ -130,6 +130,8 @@ def _from_preset(
     values = preset.training_settings(variant)
     if stages is not None or settings.get("stage_sampling") in ("mixed", "systematic"):
         values.pop("stage_probabilities", None)  # those of the preset's own stages and sampling
+        if values.pop("drawn_stages", None) is not None:
+            values.pop("stage_sampling", None)
     if settings.get("schedule", preset.schedule) != preset.schedule:
         for name in ("prediction", *SCHEDULES[preset.schedule].settings):
             values.pop(name, None)

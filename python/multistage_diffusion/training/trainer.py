@@ -511,33 +511,20 @@ def train(
     directory: str | Path = "runs/model",
     *,
     resume: bool = False,
-    network: nn.Module | None = None,
-    device: torch.device | str = "cpu",
-    processes: Processes | None = None,
-    cuda_graphs: bool = False,
-    quiet: bool = False,
+    **options,
 ) -> TrainingResult:
     """Trains a denoiser, or goes on with a run that was stopped: a :class:`Trainer` in one call.
 
     Args:
         config: what to do; ``configure`` makes one of a preset for these data.
-        data, directory, network, device, processes, cuda_graphs, quiet: see :class:`Trainer`.
+        data, directory: see :class:`Trainer`.
         resume: see :meth:`Trainer.run`.
+        **options: the other arguments of :class:`Trainer`.
 
     Raises:
         As :class:`Trainer` and :meth:`Trainer.run`.
     """
-    trainer = Trainer(
-        config,
-        directory,
-        data=data,
-        network=network,
-        device=device,
-        processes=processes,
-        cuda_graphs=cuda_graphs,
-        quiet=quiet,
-    )
-    return trainer.run(resume)
+    return Trainer(config, directory, data=data, **options).run(resume)
 
 
 def _load_data(config: TrainingConfig):
