@@ -24,7 +24,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
 
 demo: install  ## train a three-stage model on handwritten digits and sample from it (CPU, under six minutes)
-	$(BIN)/msd demo --out $(RUN)
+	$(BIN)/python examples/digits/demo.py --out $(RUN)
 
 test: install lint cuda-check  ## style, CUDA compilation where there is nvcc, all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal

@@ -24,7 +24,7 @@ from torch import Tensor
 from harness import OURS, wall_clock
 from msd_kernels import explain, optimal_denoiser
 from multistage_diffusion.clustering import similarity_matrix
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.noise.schedules import VP
 
 LEVELS, SAMPLES, SHAPE = 21, 20, (3, 32, 32)
 IMAGES = 50_000

@@ -20,7 +20,7 @@ from whole_networks import SIGMAS, Networks
 import harness
 import peers
 from harness import OURS
-from multistage_diffusion.cuda_graphs import GraphedNetwork
+from multistage_diffusion.sampling.cuda_graphs import GraphedNetwork
 
 DTYPE = torch.bfloat16
 COMPILE = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}

@@ -25,13 +25,13 @@ from whole_networks import SIGMAS, Networks
 import harness
 from harness import OURS
 from msd_kernels import StageBatch
-from multistage_diffusion.cuda_graphs import GraphedFunction
-from multistage_diffusion.host_memory import keep_freed_memory
-from multistage_diffusion.layers import StageConv2d
-from multistage_diffusion.losses import loss_at, loss_scalars
-from multistage_diffusion.preconditioning import Preconditioner
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stage_parameters import FlatGradients
+from multistage_diffusion.common.host_memory import keep_freed_memory
+from multistage_diffusion.networks.layers import StageConv2d
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.losses import loss_at, loss_scalars
+from multistage_diffusion.noise.preconditioning import Preconditioner
+from multistage_diffusion.sampling.cuda_graphs import GraphedFunction
+from multistage_diffusion.training.parameters import FlatGradients
 
 DTYPE = torch.bfloat16
 COMPILE = {"fullgraph": True, "dynamic": False}

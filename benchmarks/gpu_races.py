@@ -40,7 +40,7 @@ import harness  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
 from msd_kernels import explain  # noqa: E402
 from msd_kernels.dispatch.backends import use  # noqa: E402
-from multistage_diffusion.stage_order import StageOrder  # noqa: E402
+from multistage_diffusion.networks.stage_order import StageOrder  # noqa: E402
 
 DTYPE = torch.bfloat16
 WIDTHS = bench_grouped_conv2d.WIDTHS

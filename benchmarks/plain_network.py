@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks import EDMUNet
+from multistage_diffusion.networks.blocks import DecoderLevel, EncoderLevel, OutputHead, ResidualBlock
+from multistage_diffusion.networks.embeddings import EmbeddingMLP, positional_embedding
+from multistage_diffusion.networks.layers import (
     BOX,
     OnStages,
     StageAttention,
@@ -21,9 +24,6 @@ from multistage_diffusion.layers import (
     StageGroupNorm,
     StageLinear,
 )
-from multistage_diffusion.networks import EDMUNet
-from multistage_diffusion.networks.blocks import DecoderLevel, EncoderLevel, OutputHead, ResidualBlock
-from multistage_diffusion.networks.embeddings import EmbeddingMLP, positional_embedding
 
 # What a network must be like to have a twin.
 NEEDED = {

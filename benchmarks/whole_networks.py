@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from harness import Function
 from msd_kernels.runtime.processor import computes_in
 from multistage_diffusion import flops, networks, presets
-from multistage_diffusion.layers import StageModule
-from multistage_diffusion.preconditioning import Preconditioner
+from multistage_diffusion.networks.layers import StageModule
+from multistage_diffusion.noise.preconditioning import Preconditioner
 
 PRESET = presets.find("edm-cifar10")
 CONFIG = PRESET.config()

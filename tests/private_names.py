@@ -90,7 +90,7 @@ def results() -> list[torch.Tensor]:
 
 
 def average_moves() -> None:
-    from multistage_diffusion.ema import _move
+    from multistage_diffusion.training.ema import _move
 
     averages = [torch.zeros(3), torch.ones(2)]
     _move(averages, [torch.ones(3), torch.zeros(2)], 0.25)

@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 from multistage_diffusion import EDMPreconditioner, Stages, networks
 from multistage_diffusion.cli import build_parser
 from multistage_diffusion.commands import load_commands
-from multistage_diffusion.convert import save_network
+from multistage_diffusion.official.convert import save_network
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

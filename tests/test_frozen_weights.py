@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msd_kernels import StageBatch, frozen, frozen_weights, grouped_conv2d
 from msd_kernels.dispatch import stage_weights
-from multistage_diffusion.layers import StageConv2d
+from multistage_diffusion.networks.layers import StageConv2d
 
 COUNTS, CHANNELS = (1, 0, 2), (8, 4, 8)
 

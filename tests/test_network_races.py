@@ -17,7 +17,7 @@ import gpu_races  # noqa: E402
 import whole_networks  # noqa: E402
 
 import harness  # noqa: E402
-from multistage_diffusion.losses import edm_loss  # noqa: E402
+from multistage_diffusion.noise.losses import edm_loss  # noqa: E402
 
 UNET = {
     "family": "edm",

@@ -35,6 +35,13 @@ STOREYS = (
     {"ops"},
 )
 
+# The rooms of multistage_diffusion, and the modules that lie flat beside them. Each imports only what stands before it.
+ROOMS = (
+    *("common", "networks", "noise", "data", "clustering", "sampling", "presets", "training", "official"),
+    *("flops", "layers", "checkpoints", "commands", "cli", "integrations", "__main__"),
+)
+MOST_FLAT_MODULES = 10
+
 
 def module_name(path: Path) -> str:
     package = KERNELS if path.is_relative_to(KERNELS) else MODELS
@@ -71,6 +78,28 @@ def test_package_imports_go_one_way(path):
     part = module_name(path).split(".")[1:2]
     above = {name for name in parts if part and storey(name) > storey(part[0])}
     assert not above
+
+
+@each([path for path in MODELS.rglob("*.py") if path != MODELS / "__init__.py"])
+def test_package_rooms_import_one_way(path):
+    own = module_name(path).split(".")[1]
+    parts = {
+        name.split(".")[1] for name in imported_modules(path) if name.startswith("multistage_diffusion.")
+    }
+    assert {own} | parts <= set(ROOMS)
+    assert not [part for part in parts if ROOMS.index(part) > ROOMS.index(own)]
+
+
+def test_package_rooms_hold_nearly_everything():
+    assert len(list(MODELS.glob("*.py"))) <= MOST_FLAT_MODULES
+
+
+def test_package_modules_of_a_room_import_in_no_circle():
+    imports = {module_name(path): imported_modules(path) for path in MODELS.rglob("*.py")}
+    left = {name: {m for m in found if m in imports and m != name} for name, found in imports.items()}
+    while free := {name for name, found in left.items() if not found & left.keys()}:
+        left = {name: found for name, found in left.items() if name not in free}
+    assert not left
 
 
 @each([path for path in SOURCES if path.name == "reference.py"])

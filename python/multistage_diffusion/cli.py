@@ -12,12 +12,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from .commands import load_commands
-from .streams import release, tell
+from multistage_diffusion.commands import load_commands
+from multistage_diffusion.common.streams import release, tell
 
 EXAMPLES = """\
 examples:
-  msd demo --out runs/demo                         a three-stage model of digits, minutes on a CPU
   msd train --data digits --out runs/digits        train
   msd sample --run runs/digits --out digits.png    sample
 """
@@ -119,9 +118,9 @@ def _exit_code(error: Exception) -> int:
     """2 if other input would help, 1 if not."""
     if isinstance(error, ImportError):  # those below would fail with the same
         return 1
-    from .checkpoints import CheckpointError, CheckpointSaveError
-    from .data_parallel import ProcessError
-    from .training import RunError
+    from multistage_diffusion.training.checkpoints import CheckpointError, CheckpointSaveError
+    from multistage_diffusion.training.data_parallel import ProcessError
+    from multistage_diffusion.training.trainer import RunError
 
     if isinstance(error, CheckpointSaveError):
         return 1

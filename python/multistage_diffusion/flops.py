@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from msd_kernels.dispatch.flops import FORMULAS
-from multistage_diffusion.layers import OnStages, StageModule, shared_layers
+from multistage_diffusion.networks.layers import OnStages, StageModule, shared_layers
+from multistage_diffusion.networks.stage_network import Takes
 
 __all__ = ["NetworkCost", "conditioning", "count", "expected"]
 
@@ -97,15 +98,13 @@ def expected(costs: Sequence[float], shares: Sequence[float]) -> float:
 def conditioning(network: nn.Module, batch: int) -> dict[str, torch.Tensor]:
     """Labels and context of the shapes that a network needs, filled with zeros, on the network's device."""
     device = next(network.parameters()).device
-    label_dim, augment_dim = getattr(network, "label_dim", 0), getattr(network, "augment_dim", 0)
-    found = {}
-    if label_dim:
-        found["class_labels"] = torch.zeros(batch, label_dim, device=device)
-    elif getattr(network, "context_dim", 0):
-        found["context"] = torch.zeros(batch, 1, network.context_dim, device=device)
-    if augment_dim:
-        found["augment_labels"] = torch.zeros(batch, augment_dim, device=device)
-    return found
+    takes = Takes.of(network)
+    shapes = {
+        "class_labels": (batch, takes.class_labels),
+        "context": (batch, 1, takes.context),
+        "augment_labels": (batch, takes.augment_labels),
+    }
+    return {name: torch.zeros(shape, device=device) for name, shape in shapes.items() if shape[-1]}
 
 
 def _forward(network: nn.Module, stage: int) -> _Counter:

@@ -11,18 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.sampling.table import SAMPLERS, find_sampler
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .preconditioning import Preconditioner
-    from .schedules import Schedule
-    from .stages import Stages
+    from multistage_diffusion.noise.preconditioning import Preconditioner
+    from multistage_diffusion.noise.schedules import Schedule
+    from multistage_diffusion.noise.stages import Stages
 
 __all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "evaluation_levels", "find"]
 
 VARIANTS = ("multistage", "unified", "separate")
-SAMPLERS = ("heun", "dpm-singlestep", "dpm-multistep", "ddim")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Preset:
         shares: probability of each stage in training; None: of the log-normal distribution of EDM.
         sampler, sampler_steps: the sampler of the published results: one of :data:`SAMPLERS`, and its steps (network
             evaluations for ``"dpm-singlestep"``).
-        training: settings of :class:`multistage_diffusion.training_config.TrainingConfig` other than those above.
+        training: settings of :class:`multistage_diffusion.training.config.TrainingConfig` other than those above.
         published_attention: whether the paper's cost of this network counts the products of its attention.
     """
 
@@ -82,37 +83,37 @@ class Preset:
 
     def stages(self) -> Stages:
         """The stages, in the variable of the schedule."""
-        from .schedules import SCHEDULES
-        from .stages import Stages
+        from multistage_diffusion.noise.schedules import SCHEDULES
+        from multistage_diffusion.noise.stages import Stages
 
         return Stages.from_boundaries(self.boundaries, SCHEDULES[self.schedule].variable)
 
     def stage_shares(self) -> tuple[float, ...]:
         """The probability of each stage in training."""
-        from .schedules import LogNormal
+        from multistage_diffusion.noise.schedules import LogNormal
 
         return self.shares or self.stages().probabilities(LogNormal())
 
     def training_settings(self, variant: str = "multistage") -> dict[str, object]:
         """What ``TrainingConfig`` takes besides the network and the data.
 
-        A separate model has the stages of the multi-stage one, a unified one a single stage of all noise levels.
+        A separate model has the stages of the multi-stage one, a unified one a single stage of all noise levels. All
+        are trained on the same ones: those of the multi-stage model.
         """
-        from .schedules import SCHEDULES
-        from .stages import Stages
+        from multistage_diffusion.noise.stages import Stages
 
         settings = {"schedule": self.schedule, **self.training}
-        if variant == "unified":
-            return {**settings, "stages": Stages.single(SCHEDULES[self.schedule].variable)}
-        settings["stages"] = self.stages()
+        unified, own = variant == "unified", self.stages()
+        settings["stages"] = Stages.single(own.variable) if unified else own
         if self.shares is not None:
             settings |= {"stage_sampling": "stratified", "stage_probabilities": self.shares}
+            settings |= {"drawn_stages": own} if unified else {}
         return settings
 
     def denoiser(self, network: nn.Module) -> Preconditioner:
         """D(x; sigma) around a network of this preset, preconditioned as published; a unified one has one stage."""
-        from .preconditioning import precondition
-        from .stages import Stages
+        from multistage_diffusion.noise.preconditioning import precondition
+        from multistage_diffusion.noise.stages import Stages
 
         stages = self.stages()
         if network.num_stages == 1:
@@ -121,7 +122,7 @@ class Preset:
 
     def evaluations(self, sampler: str | None = None, steps: int | None = None) -> tuple[int, ...]:
         """Network evaluations of each stage for one sample; the sampler defaults to the preset's."""
-        from .schedules import SCHEDULES
+        from multistage_diffusion.noise.schedules import SCHEDULES
 
         levels = evaluation_levels(
             self.sampler if sampler is None else sampler,
@@ -151,9 +152,7 @@ def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Ten
     """
     import torch
 
-    from .samplers import sampler_config
-
-    levels = sampler_config(sampler, schedule, steps).evaluated_levels()
+    levels = find_sampler(sampler).config(schedule, steps).evaluated_levels()
     return schedule.value(torch.tensor(levels, dtype=torch.float64)).clamp(*schedule.domain)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import StageConv2d, StageGroupNorm, StageLinear
 from multistage_diffusion.networks import EDMUNet, StageOrder
+from multistage_diffusion.networks.layers import StageConv2d, StageGroupNorm, StageLinear
 
 STAGE = [2, 0, 0, 1, 0]
 SIZE = 8

@@ -34,7 +34,7 @@ from torch.optim import SGD
 import msd_kernels
 from ecosystem_networks import NETWORKS, STAGE_LAYERS, Network, copies, difference, filled, loss_of, whole
 from multistage_diffusion.networks.blocks import DecoderLevel, EncoderLevel, ResidualBlock
-from multistage_diffusion.stage_parameters import StageParameters
+from multistage_diffusion.training.parameters import StageParameters
 
 # By step and rank. Stage 1 is absent on one rank, then on both, where its decoder stays as it is.
 BATCHES = [

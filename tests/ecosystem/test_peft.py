@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ecosystem_networks import NETWORKS, STAGE, Network, copies, difference, filled, images, loss_of
-from multistage_diffusion.layers import StageConv2d, StageLinear
+from multistage_diffusion.networks.layers import StageConv2d, StageLinear
 
 pytestmark = pytest.mark.ecosystem
 peft = pytest.importorskip("peft", reason="needs peft: make test-ecosystem installs it")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ecosystem_networks import NETWORKS, STAGE, Network, copies, difference, filled, images
-from multistage_diffusion.layers import StageConv2d, StageLinear
+from multistage_diffusion.networks.layers import StageConv2d, StageLinear
 
 pytestmark = pytest.mark.ecosystem
 quantization = pytest.importorskip(

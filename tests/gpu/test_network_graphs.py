@@ -7,11 +7,11 @@ import torch
 
 import msd_kernels
 from helpers import waiting_is_an_error, warm_up
-from multistage_diffusion.cuda_graphs import GraphedNetwork
 from multistage_diffusion.networks import build
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.sampling.cuda_graphs import GraphedNetwork
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_cuda")]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion import checkpoints
-from multistage_diffusion.data import ImageData
-from multistage_diffusion.training import Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.trainer import Trainer
 
 TINY = {"family": "tiny", "image_size": 8}
 SMALL_UNET = {

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from multistage_diffusion import atomic_files
-from multistage_diffusion.atomic_files import check_replaceable, remove_abandoned, replacing, set_aside
+from multistage_diffusion.common import atomic_files
+from multistage_diffusion.common.atomic_files import check_replaceable, remove_abandoned, replacing, set_aside
 
 
 def test_the_new_content_shows_at_the_end_only(tmp_path):
@@ -97,7 +97,7 @@ def test_what_may_not_be_written_is_said(tmp_path, monkeypatch, protected, messa
 
 WRITER = """
 import sys, time
-from multistage_diffusion.atomic_files import replacing
+from multistage_diffusion.common.atomic_files import replacing
 with replacing(sys.argv[1]) as temporary:
     temporary.write_text("half of it")
     (temporary.parent / ".tmpAbCd").write_text("what a library writes beside it")

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
-from multistage_diffusion import checkpoints, cli, convert, networks, official
+from multistage_diffusion import cli, networks, official
 from multistage_diffusion.commands import train
+from multistage_diffusion.official import convert
 from multistage_diffusion.presets import TRAINABLE
-from multistage_diffusion.training import Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import SMALL_UNET, config_of, no_plots, one_thread, tiny_images  # noqa: F401 - fixtures
 
 UNETS = {
@@ -141,7 +143,7 @@ def test_an_old_run_loads_and_goes_on(old_run, monkeypatch):
     assert config.network["attn_resolutions"] == []
     assert config.differences({**saved, "steps": 3}) == []
     assert Trainer(config, old_run, data=tiny_images(), quiet=True).run(resume=True).step == 3
-    monkeypatch.setattr("multistage_diffusion.data.load_images", lambda *args, **kwargs: tiny_images())
+    monkeypatch.setattr("multistage_diffusion.data.images.load_images", lambda *args, **kwargs: tiny_images())
     assert cli.main(["train", "--out", str(old_run), "--resume", "--steps", "4", "--device", "cpu"]) == 0
     assert json.loads((old_run / "config.json").read_text())["network"]["attn_resolutions"] == []
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.augmentation import LABELS, Augmentation, transform
+from multistage_diffusion.data.augmentation import LABELS, Augmentation, transform
 
 
 def blob(size: int = 32, x: float = 0.0, y: float = 0.0) -> torch.Tensor:

@@ -7,10 +7,10 @@ import torch
 
 from msd_kernels import batch_invariant
 from multistage_diffusion import networks
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.samplers import generate, sampler_config
-from multistage_diffusion.schedules import LDM, VP
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.schedules import LDM, VP
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.sampling.samplers import generate, sampler_config
 
 STAGES = [2, 0, 2]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

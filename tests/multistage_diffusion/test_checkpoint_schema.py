@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from multistage_diffusion import checkpoints
-from multistage_diffusion.checkpoint_schema import read_kinds
-from multistage_diffusion.checkpoints import CheckpointError
 from multistage_diffusion.networks import build as build_network
-from multistage_diffusion.training import Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoint_schema import read_kinds
+from multistage_diffusion.training.checkpoints import CheckpointError
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import (  # noqa: F401
     SMALL_UNET,
     TinyNetwork,
@@ -31,7 +31,7 @@ from stand_ins import (  # noqa: F401
     trainer_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::multistage_diffusion.checkpoints.CheckpointWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::multistage_diffusion.training.checkpoints.CheckpointWarning")
 FILES = ("network", "ema", "optimizer")
 
 

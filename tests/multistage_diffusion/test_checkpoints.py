@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import forks
-from multistage_diffusion import checkpoints
-from multistage_diffusion.checkpoint_schema import kinds
-from multistage_diffusion.checkpoints import CheckpointError, CheckpointWarning
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoint_schema import kinds
+from multistage_diffusion.training.checkpoints import CheckpointError, CheckpointWarning
+from multistage_diffusion.training.config import differing_keys
 from stand_ins import TinyNetwork, build, one_thread  # noqa: F401
 
 
@@ -158,7 +159,7 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path, moment):
     done = run_python(
         f"""
         import os, signal, torch
-        from multistage_diffusion import checkpoints
+        from multistage_diffusion.training import checkpoints
         original = checkpoints.{moment}
         calls = []
         def killed(*arguments):
@@ -473,7 +474,7 @@ def test_optimizer_state_of_an_unknown_parameter():
 def test_differing_keys():
     saved = {"a": 1, "network": {"width": 4, "old": 0}, "same": [1]}
     given = {"a": 1, "network": {"width": 8, "new": 2}, "same": [1]}
-    assert checkpoints.differing_keys(saved, given) == [
+    assert differing_keys(saved, given) == [
         "network.new: not in the checkpoint, now 2",
         "network.old: 0 in the checkpoint, now missing",
         "network.width: 4 in the checkpoint, now 8",

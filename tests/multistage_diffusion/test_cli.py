@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import json
 import os
@@ -14,12 +13,16 @@ import torch
 from PIL import Image
 
 from broken_streams import on_a_full_disk, without_reader
-from multistage_diffusion import checkpoints, cli, data, metrics
+from multistage_diffusion import cli
 from multistage_diffusion.commands import load_commands, sample, train
+from multistage_diffusion.data import images as data
+from multistage_diffusion.noise.parsing import parse_stages
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
-from multistage_diffusion.run_log import RunLog
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import FolderWarning, Trainer
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.configure import FolderWarning, saved_settings
+from multistage_diffusion.training.run_log import RunLog
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import one_thread  # noqa: F401
 
 TINY = [
@@ -55,7 +58,7 @@ def command_names():
 
 
 def test_the_expected_commands_exist():
-    assert {"demo", "info", "sample", "train"} <= set(command_names())
+    assert {"info", "sample", "train"} <= set(command_names())
 
 
 @pytest.mark.parametrize("name", command_names())
@@ -98,7 +101,7 @@ def test_help_does_not_load_torch():
         ("train --out x --data nowhere", "nowhere"),
         (
             "train --out x --data digits --schedule vp --stages single --p-mean 0",
-            "--p-mean: only schedule edm has",
+            "--p-mean: only schedule edm or flow has",
         ),
         ("train --out x --data digits --preset uvit-cifar10 --schedule edm", "cut in t; give --stages, too"),
         (
@@ -106,7 +109,7 @@ def test_help_does_not_load_torch():
             "ncsnpp takes no classes; edm",
         ),
         ("train --out x --data digits --schedule vp --stages 2,3", "its lower end must lie below"),
-        ("train --out x --data digits --prediction v", 'for schedules other than "edm"'),
+        ("train --out x --data digits --prediction v", "prediction='v'; allowed with schedule edm: epsilon"),
         ("train --out x --data digits --augment 2", "augment=2.0 must be None or lie in 0..1"),
         ("train --out x --data digits --depth 5", "edm does not take these arguments"),
         ("train --out x --resume", "holds no run to resume"),
@@ -293,10 +296,10 @@ def test_a_configuration_that_is_damaged_is_taken_from_the_checkpoint(damage, ru
     with pytest.warns(
         FolderWarning, match=r"config\.json is damaged: .*that of the newest checkpoint is taken"
     ):
-        assert train._saved_config(args) == saved
+        assert saved_settings(args.out) == saved
     shutil.rmtree(out / "checkpoints")
     with pytest.warns(FolderWarning, match="there is no checkpoint to take another from"):
-        assert train._saved_config(args) is None
+        assert saved_settings(args.out) is None
 
 
 def train_arguments(*arguments):
@@ -313,7 +316,7 @@ def test_what_the_checkpoint_says_is_resumed(run, tmp_path):
     with pytest.warns(
         FolderWarning, match=r"lr: 0\.002 in the checkpoint, now 0\.5; the run goes on as the newest"
     ):
-        assert train._saved_config(train_arguments("--out", out, "--resume")) == saved | {
+        assert saved_settings(out) == saved | {
             "log_every": 3,
             "steps": 9,
         }
@@ -439,18 +442,14 @@ def test_the_network_is_told_of_the_augmentation():
 
 def test_parse_stages(tmp_path):
     inf = float("inf")
-    assert (
-        train.parse_stages("edm")
-        == train.parse_stages("2.5103,7.6577")
-        == train.parse_stages("0,2.5103,7.6577,inf")
-    )
-    assert train.parse_stages("single") == Stages.single()
-    assert train.parse_stages("single", "vp") == Stages.single("t")
-    assert train.parse_stages("0.4,0.6", "vp") == Stages.from_boundaries([0, 0.4, 0.6, 1], "t")
-    assert train.parse_stages("441,1000", "ldm") == Stages.from_boundaries([0, 441, 1000], "step")
+    assert parse_stages("edm") == parse_stages("2.5103,7.6577") == parse_stages("0,2.5103,7.6577,inf")
+    assert parse_stages("single") == Stages.single()
+    assert parse_stages("single", "vp") == Stages.single("t")
+    assert parse_stages("0.4,0.6", "vp") == Stages.from_boundaries([0, 0.4, 0.6, 1], "t")
+    assert parse_stages("441,1000", "ldm") == Stages.from_boundaries([0, 441, 1000], "step")
     path = tmp_path / "stages.json"
     Stages([[(0, 1), (2, inf)], [(1, 2)]]).save(path)
-    assert train.parse_stages(str(path)) == Stages.load(path)
+    assert parse_stages(str(path)) == Stages.load(path)
 
 
 # ---------------------------------------------------------------------------------------- sample, info, demo
@@ -499,44 +498,3 @@ def test_seed_list():
 def test_info(capsys):
     assert msd("info") == 0
     assert "torch" in capsys.readouterr().out.lower()
-
-
-def test_demo(tmp_path, capsys, monkeypatch):
-    # The real demo takes minutes; here a few steps of a tiny network, and one quick judge.
-    network = {
-        "encoder_widths": (8,),
-        "decoder_widths": (8, 8, 4),
-        "channel_mult": (1,),
-        "attn_resolutions": (),
-    }
-    tiny = dataclasses.replace(DIGITS, network={**DIGITS.network, **network})
-    monkeypatch.setitem(train.TRAINABLE, "digits", tiny)
-    monkeypatch.setattr(metrics, "evaluate_digits", lambda images: dict.fromkeys(JUDGED, 0.5))
-    monkeypatch.setattr(metrics, "digit_classifier", ZeroForEverything)
-    assert msd("demo", "--out", tmp_path / "demo", "--steps", 3, "--device", "cpu") == 0
-    assert "a classifier is sure of 50.0%" in capsys.readouterr().out
-    written = {p.name for p in (tmp_path / "demo").iterdir()}
-    assert {"samples.png", "loss.png", "metrics.json", "checkpoints"} <= written
-    result = json.loads((tmp_path / "demo" / "metrics.json").read_text())
-    assert result["steps"] == 3
-    assert sum(result["evaluations_per_stage"]) == 35
-    assert result["seconds"] > 0
-    assert result["asked_digit_share"] == 26 / 256  # seeds 0, 10, ..., 250
-    (tmp_path / "demo" / "samples.png").unlink()
-    assert msd("demo", "--out", tmp_path / "demo", "--steps", 3, "--device", "cpu") == 0  # measures again
-    assert (tmp_path / "demo" / "samples.png").exists()
-
-
-class ZeroForEverything:
-    def probabilities(self, images):
-        return torch.eye(10)[:1].expand(len(images), -1)
-
-
-JUDGED = (
-    "confident_share",
-    "confident_held_out",
-    "confident_noise",
-    "frechet_samples",
-    "frechet_held_out",
-    "frechet_noise",
-)

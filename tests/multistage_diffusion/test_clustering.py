@@ -25,7 +25,7 @@ from multistage_diffusion.clustering import (
     suggest_widths,
     sweep,
 )
-from multistage_diffusion.schedules import EDM, LDM, VP
+from multistage_diffusion.noise.schedules import EDM, LDM, VP
 
 SIGMAS = torch.tensor([0.02, 0.5, 1.0, 2.0, 4.0, 60.0], dtype=torch.float64)
 
@@ -391,13 +391,13 @@ def test_msd_cluster_of_floats_in_the_unit_range(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "ends", "--stages", "4"], "--method ends gives three stages, not --stages 4"),
+        (["--method", "ends", "--stages", "4"], "method ends gives three stages, not stages=4"),
         (["--method", "gradient"], "--method gradient and --run go together"),
         (["--method", "ends", "--level", "0.01"], "try a higher level"),
-        (["--level", "1"], "--level 1 must be below 1"),
-        (["--method", "optimal", "--level", "0.3"], "--level is for --method ends, not optimal"),
-        (["--min-levels", "2"], "--min-levels is for --method optimal and gradient, not ends"),
-        (["--method", "optimal", "--min-levels", "8"], "--grid 21 is too small: these stages need 24 levels"),
+        (["--level", "1"], "level=1 must be below 1"),
+        (["--method", "optimal", "--level", "0.3"], "level is for method ends, not optimal"),
+        (["--min-levels", "2"], "min_levels is for methods optimal and gradient, not ends"),
+        (["--method", "optimal", "--min-levels", "8"], "grid=21 is too small: these stages need 24 levels"),
         (["--budget", "inf"], "argument --budget: inf must be finite"),
         (["--seed", str(2**64)], "18446744073709551616 must be at most 18446744073709551615"),
     ],

@@ -22,7 +22,7 @@ from multistage_diffusion.clustering import (
     sweep,
 )
 from multistage_diffusion.clustering.pictures import plot_curves
-from multistage_diffusion.schedules import LDM, VP
+from multistage_diffusion.noise.schedules import LDM, VP
 
 SIGMAS = torch.tensor([0.02, 0.5, 2.0, 60.0], dtype=torch.float64)
 DATA = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5, 0.0]])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from importlib import metadata
 import pytest
 
 from multistage_diffusion import cli
-from multistage_diffusion.commands import demo, flops
+from multistage_diffusion.commands import flops
 
 EDM = ["flops", "--preset", "edm-cifar10"]
 
@@ -83,25 +81,6 @@ def test_a_package_that_is_missing_is_named_in_one_line():
     assert re.fullmatch(r"(warning.*\n)*msd train: ModuleNotFoundError: .*numpy.*\n", done.stderr), (
         done.stderr
     )
-
-
-def test_metrics_are_written_as_a_whole(tmp_path, monkeypatch):
-    """Where the disk is full, those of the run before stay."""
-
-    def cut_short(path, text):
-        path.write_bytes(text.encode()[:5])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    (tmp_path / "config.json").touch()
-    (tmp_path / "metrics.json").write_text("before")
-    monkeypatch.setattr("multistage_diffusion.commands.train.run", lambda args: 0)
-    monkeypatch.setattr(demo, "measure", lambda *_: {"train_seconds": 1.0})
-    monkeypatch.setattr(type(tmp_path), "write_text", cut_short)
-    args = cli.build_parser().parse_args(["demo", "--out", str(tmp_path), "--device", "cpu"])
-    with pytest.raises(OSError, match="No space left"):
-        demo.run(args)
-    assert (tmp_path / "metrics.json").read_text() == "before"
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.json"}
 
 
 def test_shares_of_the_presets_pass_the_check():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import StageConv2d, StageGroupNorm, StageLinear
+from multistage_diffusion.networks.layers import StageConv2d, StageGroupNorm, StageLinear
 
 WIDTHS = (12, 8, 4)
 MIXES = [

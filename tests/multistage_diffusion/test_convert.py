@@ -16,8 +16,9 @@ from edm_snapshots import persistence, snapshot
 from torch import nn
 
 from fixtures import config, group
-from multistage_diffusion import convert, networks, official
+from multistage_diffusion import networks, official
 from multistage_diffusion.cli import main
+from multistage_diffusion.official import convert
 
 EDM = config("edm", "a/")
 
@@ -232,7 +233,7 @@ def test_save_network_makes_folders_and_replaces_a_file_as_a_whole(tmp_path, mon
         path.write_bytes(b"the first bytes")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("multistage_diffusion.checkpoints.save_file", fill_disk)
+    monkeypatch.setattr("multistage_diffusion.training.checkpoints.save_file", fill_disk)
     with pytest.raises(OSError, match=r"model\.safetensors: No space left on device"):
         convert.save_network(path, network)
     assert path.read_bytes() == before

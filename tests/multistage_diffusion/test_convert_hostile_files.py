@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion import convert
+from multistage_diffusion.official import convert
 
 POINTER = struct.pack("<Q", 0x4141414141414140)
 RECONSTRUCT, SCALAR = np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fixtures import config, group
-from multistage_diffusion import convert, official
+from multistage_diffusion import official
 from multistage_diffusion.cli import main
+from multistage_diffusion.official import convert
 
 NAME = "enc.8x8_conv.weight"
 WEIGHT = group("edm", "a/sd/")[NAME]

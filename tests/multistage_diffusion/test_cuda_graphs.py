@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from multistage_diffusion import cuda_graphs
-from multistage_diffusion.cuda_graphs import GraphedFunction, GraphedNetwork
 from multistage_diffusion.networks import build
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.samplers import SamplerConfig, generate
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.sampling import cuda_graphs
+from multistage_diffusion.sampling.cuda_graphs import GraphedFunction, GraphedNetwork
+from multistage_diffusion.sampling.samplers import SamplerConfig, generate
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import (
     SMALL_UNET,
     TinyNetwork,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion.data import DataError, ImageData, load_images
+from multistage_diffusion.data.images import DataError, ImageData, load_images
 
 
 def write_png(path, array):

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import forks
-from multistage_diffusion import checkpoints, cli
-from multistage_diffusion.data_parallel import ProcessError, Processes
-from multistage_diffusion.run_log import RunLog
-from multistage_diffusion.training import Trainer
+from multistage_diffusion import cli
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.data_parallel import ProcessError, Processes
+from multistage_diffusion.training.run_log import RunLog
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import (
     SMALL_UNET,
     TinyNetwork,
@@ -37,8 +38,8 @@ HERE = Path(__file__).parent
 SCRIPT = """
 import json, os, signal, sys, time, traceback, torch
 torch.set_num_threads(1)
-from multistage_diffusion.data_parallel import Processes
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.training.data_parallel import Processes
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import SMALL_UNET, config_of, tiny_images
 Trainer._plot = lambda self: None
 

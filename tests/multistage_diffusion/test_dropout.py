@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multistage_diffusion.dropout import dropout
+from multistage_diffusion.networks.dropout import dropout
 
 ELEMENTS = 200_001  # no multiple of the elements per random number
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion.ema import EMA
+from multistage_diffusion.training.ema import EMA
 
 
 def weight(value):

@@ -16,10 +16,10 @@ from multistage_diffusion import networks, official
 from multistage_diffusion.cli import main
 from multistage_diffusion.commands import flops as command
 from multistage_diffusion.flops import NetworkCost, conditioning, count, expected
-from multistage_diffusion.layers import StageModule
-from multistage_diffusion.losses import denoising_loss
+from multistage_diffusion.networks.layers import StageModule
+from multistage_diffusion.noise.losses import denoising_loss
+from multistage_diffusion.noise.schedules import LDM, SCHEDULES, VP
 from multistage_diffusion.presets import PRESETS, Preset, evaluation_levels, find
-from multistage_diffusion.schedules import LDM, SCHEDULES, VP
 
 # The paper's networks, run in the reference implementation: GMACs per stage, of the unified baseline, its parameters
 # and those of the decoders in millions.

@@ -12,7 +12,7 @@ PROGRAM = """
 import resource
 import sys
 import torch
-from multistage_diffusion.host_memory import keep_freed_memory
+from multistage_diffusion.common.host_memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

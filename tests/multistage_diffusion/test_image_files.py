@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import DataError, load_images
+from multistage_diffusion.data.images import DataError, load_images
 
 
 def brightness(folder):

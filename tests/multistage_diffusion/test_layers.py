@@ -8,7 +8,8 @@ from torch import nn
 
 from msd_kernels import StageBatch
 from msd_kernels.runtime import processor
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.embeddings import FourierEmbedding
+from multistage_diffusion.networks.layers import (
     OnStages,
     PerStage,
     StageConv2d,
@@ -18,7 +19,6 @@ from multistage_diffusion.layers import (
     StageStridedConv2d,
     StageTable,
 )
-from multistage_diffusion.networks.embeddings import FourierEmbedding
 
 COUNTS, WIDTHS = (2, 0, 1), (8, 4, 12)
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from multistage_diffusion.losses import denoising_loss, edm_loss, edm_weight
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
-from multistage_diffusion.schedules import VP
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.noise.losses import denoising_loss, edm_loss, edm_weight
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.noise.schedules import VP
+from multistage_diffusion.noise.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork
 
 EDM = Stages.edm()

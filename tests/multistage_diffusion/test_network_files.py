@@ -24,12 +24,12 @@ from multistage_diffusion import (
     precondition,
     sampler_config,
 )
-from multistage_diffusion.checkpoints import write_tensors
 from multistage_diffusion.cli import main
-from multistage_diffusion.convert import CheckpointFileError, save_network
-from multistage_diffusion.samplers import schedule_of
-from multistage_diffusion.schedules import LDM
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.noise.schedules import LDM
+from multistage_diffusion.official.convert import CheckpointFileError, save_network
+from multistage_diffusion.sampling.samplers import schedule_of
+from multistage_diffusion.training.checkpoints import write_tensors
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import SMALL_UNET, config_of, tiny_images
 
 __all__ = ["persistence"]  # a fixture
@@ -178,7 +178,7 @@ def test_the_preconditionings_differ_so_much_that_a_wrong_one_shows():
         (["--preconditioning", "vp,epsilon_t=0.5,beta_d=nan"], "must be finite"),
         (["--preconditioning", "vp,prediction=v"], "the file says prediction='epsilon', not 'v'"),
         (["--preconditioning", "vp,beta_d"], "'beta_d' is no constant such as sigma_data=0.5"),
-        (["--preconditioning", "ddpm"], "'ddpm' is none of edm, vp, ve, iddpm, ldm"),
+        (["--preconditioning", "ddpm"], "'ddpm' is none of edm, vp, ve, ldm, flow, iddpm"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(options, message, persistence, tmp_path, capsys):

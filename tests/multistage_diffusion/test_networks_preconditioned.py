@@ -7,11 +7,15 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.losses import denoising_loss, edm_loss
-from multistage_diffusion.noise_levels import MixedNoise, StratifiedNoise
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner, stages_in_sigma
-from multistage_diffusion.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
-from multistage_diffusion.stages import Stages, StagesError
+from multistage_diffusion.noise.losses import denoising_loss, edm_loss
+from multistage_diffusion.noise.noise_levels import MixedNoise, StratifiedNoise
+from multistage_diffusion.noise.preconditioning import (
+    EDMPreconditioner,
+    SchedulePreconditioner,
+    stages_in_sigma,
+)
+from multistage_diffusion.noise.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
+from multistage_diffusion.noise.stages import Stages, StagesError
 from stand_ins import RecordingNetwork
 
 SIGMA = torch.tensor([0.05, 1.0, 30.0], dtype=torch.float64)
@@ -148,7 +152,7 @@ def test_uniform_steps_are_whole_steps_and_all_of_them():
     [
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["vp"], EDM()),
-            r"schedule must be VP, VE or LDM",
+            r"schedule must be VP, VE, LDM or FlowMatching",
         ),
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["vp"], VP(), "y"),
@@ -156,7 +160,7 @@ def test_uniform_steps_are_whole_steps_and_all_of_them():
         ),
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["ve"], VE(), "v"),
-            r"v not for VE\), got 'v' for ve",
+            r"must be one of epsilon, x0, got 'v' for ve",
         ),
         (lambda: Uniform(EDM()), r"needs a schedule in t or step, got one in sigma"),
         (lambda: Uniform(VP(), t_min=1), r"t_min=1 must be at least 0 and below 1"),
@@ -168,4 +172,4 @@ def test_bad_arguments_are_refused(call, message):
 
 
 def test_schedules_by_name():
-    assert SCHEDULES.keys() == {"vp", "ve", "edm", "ldm"}
+    assert SCHEDULES.keys() == {"vp", "ve", "edm", "ldm", "flow"}

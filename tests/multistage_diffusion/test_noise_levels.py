@@ -6,12 +6,12 @@ import torch
 
 from multistage_diffusion import cli
 from multistage_diffusion.commands import train
-from multistage_diffusion.noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
-from multistage_diffusion.preconditioning import stages_in_sigma
-from multistage_diffusion.schedules import LDM, VE, VP, LogNormal, Uniform
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.noise.noise_levels import MixedNoise, StratifiedNoise, SystematicNoise
+from multistage_diffusion.noise.preconditioning import stages_in_sigma
+from multistage_diffusion.noise.schedules import LDM, VE, VP, LogNormal, Uniform
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import assert_same_run, build, one_thread, tiny_images  # noqa: F401
 
 EDM = Stages.edm()

@@ -9,8 +9,8 @@ import torch
 
 from fixtures import config, group, relative_error
 from multistage_diffusion import networks, official
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
 
 # Outputs and gradients were recorded in float32, and the sums run in another order here: a few hundred roundings of
 # 6e-8 in sequence. The fixtures' own bound is 1e-5.

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion import plots
-from multistage_diffusion.plots import plot_bars, plot_loss, save_sample_grid
-from multistage_diffusion.run_log import RunLog
+from multistage_diffusion.common.plots import save_sample_grid
+from multistage_diffusion.training import loss_curves
+from multistage_diffusion.training.loss_curves import plot_loss
+from multistage_diffusion.training.run_log import RunLog
 
 
 def read(path):
@@ -91,7 +92,7 @@ def test_loss_tolerates_gaps_and_lines_that_are_no_records(tmp_path):
         {"step": True, "loss": 1.0},
     ]
     log = write_log(tmp_path / "log.jsonl", records, tail='{"step": 50, "lo\n\xff\0\n{"step": 50, "lo')
-    curves = plots._loss_curves(RunLog(log).read())
+    curves = loss_curves._loss_curves(RunLog(log).read())
     assert [(c.stage, c.steps.tolist(), c.losses.tolist()) for c in curves] == [
         (None, [10, 40], [0.5, 0.3]),
         (0, [20], [0.4]),
@@ -122,53 +123,30 @@ def test_loss_names_the_missing_log(tmp_path):
 def test_smoothing_is_the_mean_over_a_window_on_the_log_axis():
     steps = np.array([10.0, 11, 12, 20, 24, 100])
     losses = np.array([1.0, 2, 6, 4, 8, 5])
-    np.testing.assert_allclose(plots._smoothed(steps, losses, np.arange(6)), [3, 3, 3, 6, 6, 5])
-    np.testing.assert_allclose(plots._smoothed(steps, losses, np.array([2, 5])), [3, 5])
+    np.testing.assert_allclose(loss_curves._smoothed(steps, losses, np.arange(6)), [3, 3, 3, 6, 6, 5])
+    np.testing.assert_allclose(loss_curves._smoothed(steps, losses, np.array([2, 5])), [3, 5])
 
 
 def test_smoothing_keeps_what_is_small_beside_an_early_loss():
     steps = np.arange(1.0, 1001)
     losses = np.where(steps == 1, 1e20, 0.5)
-    smoothed = plots._smoothed(steps, losses, np.arange(1000))
+    smoothed = loss_curves._smoothed(steps, losses, np.arange(1000))
     np.testing.assert_allclose(smoothed[1:], 0.5)
 
 
 def test_thinning_keeps_both_ends_and_few_points():
-    shown = plots._thinned(np.arange(1.0, 200_001))
+    shown = loss_curves._thinned(np.arange(1.0, 200_001))
     assert (shown[0], shown[-1]) == (0, 199_999)
     assert 500 < len(shown) <= 1500
 
 
-def test_bars_are_blue_above_one_and_orange_below(tmp_path):
-    above = plot_bars([("a", 2.0, 0.1), ("b", 1.5, None)], tmp_path / "above.png")
-    below = plot_bars([("a", 0.5, 0.1)], tmp_path / "below.png", title="slower")
-    assert drawn_pixels(above, "#0072B2") > 1000
-    assert drawn_pixels(above, "#D55E00") == 0
-    assert drawn_pixels(below, "#0072B2") == 0
-    assert drawn_pixels(below, "#D55E00") > 1000
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "at least one"),
-        ([("a", 0.0, None)], "'a' must be positive"),
-        ([("a", float("nan"), None)], "'a' must be positive"),
-        ([("a", 1.0, -0.1)], "spread of 'a'"),
-    ],
-)
-def test_bars_refuse_wrong_rows(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
-        plot_bars(rows, tmp_path / "bars.png")
-
-
 def test_output_suffix_is_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"\.png or \.svg or \.pdf, given .*bars\.txt"):
-        plot_bars([("a", 1.0, None)], tmp_path / "bars.txt")
+    with pytest.raises(ValueError, match=r"\.png or \.svg or \.pdf, given .*loss\.txt"):
+        plot_loss(write_log(tmp_path / "log.jsonl", [{"step": 1, "loss": 1.0}]), tmp_path / "loss.txt")
     with pytest.raises(ValueError, match=r"end in \.png, given"):
         save_sample_grid(torch.zeros(1, 1, 2, 2), tmp_path / "grid.svg")
 
 
 def test_import_does_not_load_matplotlib():
-    code = "import sys, multistage_diffusion.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, multistage_diffusion.common.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from multistage_diffusion.networks import build
-from multistage_diffusion.preconditioning import EDMPreconditioner, edm_coefficients, precondition
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner, edm_coefficients, precondition
+from multistage_diffusion.noise.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork
 
 

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from multistage_diffusion import Stages, StagesError, convert, load_network, networks
-from multistage_diffusion.checkpoints import write_tensors
-from multistage_diffusion.convert import CheckpointFileError
-from multistage_diffusion.data import DataError, load_images
-from multistage_diffusion.network_limits import TooManyTensorsError, at_most
+from multistage_diffusion import Stages, StagesError, load_network, networks
+from multistage_diffusion.data.images import DataError, load_images
+from multistage_diffusion.networks.network_limits import TooManyTensorsError, at_most
+from multistage_diffusion.official import convert
+from multistage_diffusion.official.convert import CheckpointFileError
+from multistage_diffusion.training.checkpoints import write_tensors
 from stand_ins import SMALL_UNET
 
 SMALL = SMALL_UNET | {"decoder_widths": (8,), "channel_mult": (1,), "attn_resolutions": ()}
@@ -471,12 +472,12 @@ def test_a_deflated_array_of_gigabytes_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "images.npz"
     np.savez_compressed(path, images=np.zeros((1000, 1, 64, 64), np.uint8))
     assert load_images(path).num_images == 1000
-    monkeypatch.setattr("multistage_diffusion.data._LARGE_ARRAY", 1 << 20)
+    monkeypatch.setattr("multistage_diffusion.data.images._LARGE_ARRAY", 1 << 20)
     with pytest.raises(
         DataError, match=r"the array images of .* is of 4,096,128 bytes, deflated to .*, as no images are"
     ):
         load_images(path)
-    monkeypatch.setattr("multistage_diffusion.image_files.physical_memory", lambda: 1 << 20)
+    monkeypatch.setattr("multistage_diffusion.data.image_files.physical_memory", lambda: 1 << 20)
     with pytest.raises(DataError, match=r"would take 0\.0 GiB, this machine has 0\.0 GiB; take fewer"):
         load_images(path)
 
@@ -510,11 +511,11 @@ def test_files_and_sets_beyond_the_memory_are_refused(kind, tmp_path, monkeypatc
         with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in ("a.png", "b.png"):
                 archive.write(tmp_path / "images" / name, name)
-    monkeypatch.setattr("multistage_diffusion.image_files.physical_memory", lambda: 2 * 3 * 64 * 64 - 1)
+    monkeypatch.setattr("multistage_diffusion.data.image_files.physical_memory", lambda: 2 * 3 * 64 * 64 - 1)
     with pytest.raises(DataError, match=r"2 images of 64x64 in .* would take"):
         load_images(source)
     assert load_images(source, image_size=32).num_images == 2
-    monkeypatch.setattr("multistage_diffusion.image_files.LARGEST_FILE", 50)
+    monkeypatch.setattr("multistage_diffusion.data.image_files.LARGEST_FILE", 50)
     with pytest.raises(DataError, match=r"a\.png in .* cannot be read: it has \d+ bytes, more than 50"):
         load_images(source)
 
@@ -547,7 +548,8 @@ def test_a_file_of_another_format_under_an_images_name_starts_no_other_reader(tm
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from multistage_diffusion import CheckpointFileError, convert, load_network
+from multistage_diffusion import CheckpointFileError, load_network
+from multistage_diffusion.official import convert
 size = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 29),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 
-from multistage_diffusion import checkpoints
-from multistage_diffusion.checkpoints import CheckpointError
-from multistage_diffusion.run_log import RunLog
-from multistage_diffusion.training import RunError, Trainer
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.checkpoints import CheckpointError
+from multistage_diffusion.training.run_log import RunLog
+from multistage_diffusion.training.trainer import RunError, Trainer
 from stand_ins import build, one_thread, trainer_of, weights_of  # noqa: F401
 
 DRAWN = {"sample_every": 1, "sample_count": 1}

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from multistage_diffusion.run_lock import RunError, RunLock
+from multistage_diffusion.training.run_lock import RunError, RunLock
 
 HOLDER = """
 import sys, time
-from multistage_diffusion.run_lock import RunLock
+from multistage_diffusion.training.run_lock import RunLock
 RunLock(sys.argv[1]).acquire()
 print("has it", flush=True)
 time.sleep(600)

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from broken_streams import on_a_full_disk, without_reader
-from multistage_diffusion import run_log
-from multistage_diffusion.run_log import LogWarning, Progress, RunLog
+from multistage_diffusion.training import run_log
+from multistage_diffusion.training.run_log import LogWarning, Progress, RunLog
 
 RECORD = {"loss": 1.0, "loss_stage": [1.0, None], "images_per_second": 5.0, "lr": 0.1}
 

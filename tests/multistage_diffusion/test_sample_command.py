@@ -6,12 +6,14 @@ import torch
 from PIL import Image
 
 from msd_kernels.runtime import processor
-from multistage_diffusion import checkpoints, cli, networks, plots
+from multistage_diffusion import cli, networks
 from multistage_diffusion.commands.sample import check_output, write_samples, written_form
-from multistage_diffusion.data import load_images
+from multistage_diffusion.common import plots
+from multistage_diffusion.data.images import load_images
+from multistage_diffusion.noise.schedules import LDM, VP
 from multistage_diffusion.presets import find
-from multistage_diffusion.samplers import DDIMConfig, generate, sampler_config
-from multistage_diffusion.schedules import LDM, VP
+from multistage_diffusion.sampling.samplers import DDIMConfig, generate, sampler_config
+from multistage_diffusion.training import checkpoints
 from stand_ins import one_thread  # noqa: F401
 
 TINY = {
@@ -224,7 +226,9 @@ def test_channels_that_are_no_picture_are_refused_before_sampling(runs, tmp_path
         return model
 
     monkeypatch.setattr(checkpoints, "load_model", load_as_images)
-    monkeypatch.setattr("multistage_diffusion.samplers.generate", lambda *a, **k: pytest.fail("sampled"))
+    monkeypatch.setattr(
+        "multistage_diffusion.sampling.samplers.generate", lambda *a, **k: pytest.fail("sampled")
+    )
     assert msd_sample(runs / "ldm", "--out", tmp_path / "x.png") == 2
     assert "makes images of 5 channels, a .png grid has 1 or 3; write them as .npz" in capsys.readouterr().err
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.preconditioning import EDMPreconditioner
+from multistage_diffusion.networks import Takes
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import PRESETS, SAMPLERS
-from multistage_diffusion.samplers import (
+from multistage_diffusion.sampling.samplers import (
     SamplerConfig,
     SeededNoise,
     class_labels,
@@ -16,7 +18,6 @@ from multistage_diffusion.samplers import (
     require_seeds,
     sampler_config,
 )
-from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork
 
 
@@ -101,7 +102,7 @@ def test_whatever_stands_for_integers_is_a_seed(seeds):
 @pytest.mark.parametrize("seeds", [[0, 1.5], torch.tensor([0.0, 1.5]), ["7"], [None]])
 def test_seeds_that_are_no_integers_are_refused(seeds):
     network = RecordingNetwork()
-    network.label_dim = 3
+    network.takes = Takes(class_labels=3)
     for user, call in {
         "SeededNoise": lambda: SeededNoise(seeds, (1, 2, 2)),
         "generate": lambda: generate(network, seeds, (1, 2, 2)),

@@ -4,10 +4,13 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.dpm_solver import DDIMConfig, DPMMultistepConfig, DPMSinglestepConfig
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.networks import Takes
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.noise.schedules import EDM, LDM, VE, VP
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import PRESETS, SAMPLERS, evaluation_levels
-from multistage_diffusion.samplers import (
+from multistage_diffusion.sampling.dpm_solver import DDIMConfig, DPMMultistepConfig, DPMSinglestepConfig
+from multistage_diffusion.sampling.samplers import (
     SamplerConfig,
     SeededNoise,
     class_labels,
@@ -18,8 +21,6 @@ from multistage_diffusion.samplers import (
     sampler_config,
     schedule_of,
 )
-from multistage_diffusion.schedules import EDM, LDM, VE, VP
-from multistage_diffusion.stages import Stages
 from stand_ins import RecordingNetwork, TinyNetwork, one_thread  # noqa: F401
 
 SHAPE = (1, 4, 4)
@@ -129,7 +130,7 @@ def test_generate_cuts_the_conditioning_with_the_batch():
 def test_class_labels_take_turns_by_seed():
     network = RecordingNetwork()
     assert class_labels(network, [0, 1]) == {}
-    network.label_dim = 3
+    network.takes = Takes(class_labels=3)
     labels = class_labels(network, [4, 2, 0])["class_labels"]
     assert labels.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert class_labels(network, [4], 2)["class_labels"].tolist() == [[0, 0, 1]]

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion import schedules
 from multistage_diffusion.clustering.splits import Split
-from multistage_diffusion.noise_levels import StratifiedNoise, SystematicNoise
-from multistage_diffusion.preconditioning import SchedulePreconditioner, stages_in_sigma
+from multistage_diffusion.noise import schedules
+from multistage_diffusion.noise.noise_levels import StratifiedNoise, SystematicNoise
+from multistage_diffusion.noise.preconditioning import SchedulePreconditioner, stages_in_sigma
+from multistage_diffusion.noise.schedules import EDM, LDM, SCHEDULES, VE, VP, FlowMatching, Uniform
+from multistage_diffusion.noise.stages import Stages, StagesError
 from multistage_diffusion.presets import LDM_STAGES, PRESETS
-from multistage_diffusion.schedules import EDM, LDM, SCHEDULES, VE, VP, Uniform
-from multistage_diffusion.stages import Stages, StagesError
 from stand_ins import RecordingNetwork
 
 KINDS = [
@@ -26,6 +26,8 @@ KINDS = [
     VP(beta_d=1e-3, beta_min=1e-6),
     VE(),
     VE(1e-4, 1e4),
+    FlowMatching(),
+    FlowMatching(shift=3.0),
     LDM(),
     LDM(num_steps=2),
     LDM(num_steps=500),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.networks.stage_order import StageOrder
 
 
 def test_an_explicit_order_takes_over_others_of_its_counts():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from msd_kernels.dispatch import stage_weights
-from multistage_diffusion.networks import build, mixed_batch
-from multistage_diffusion.preconditioning import EDMPreconditioner
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.stage_parameters import FlatGradients, StageParameters, owned_parameters
-from multistage_diffusion.stages import Stages
+from multistage_diffusion.networks import build, stage_network
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training.parameters import FlatGradients, StageParameters, owned_parameters
 from stand_ins import TinyNetwork, one_thread  # noqa: F401
 
 UNET = {
@@ -287,7 +287,7 @@ def test_attached_to_an_optimizer_it_takes_away_the_gradients_of_absent_stages(g
 @pytest.fixture
 def several_processes(monkeypatch) -> None:
     """As if others trained the network, too."""
-    for module in (stage_weights, mixed_batch):
+    for module in (stage_weights, stage_network):
         monkeypatch.setattr(module, "several_processes", lambda: True)
 
 

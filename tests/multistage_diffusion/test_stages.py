@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.schedules import LogNormal
-from multistage_diffusion.stages import Stages, StagesError
+from multistage_diffusion.noise.schedules import LogNormal
+from multistage_diffusion.noise.stages import Stages, StagesError
 
 INF = math.inf
 

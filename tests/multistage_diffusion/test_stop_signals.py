@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from multistage_diffusion import checkpoints
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.trainer import Trainer
 from stand_ins import no_plots, one_thread, trainer_of  # noqa: F401
 
 

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from broken_streams import on_a_full_disk, without_reader
-from multistage_diffusion.streams import release, silence, tell
+from multistage_diffusion.common.streams import release, silence, tell
 
 
 def test_a_stream_that_works_is_told():

@@ -17,14 +17,16 @@ from PIL import Image
 import forks
 from broken_streams import without_reader
 from helpers import waiting_is_an_error
-from multistage_diffusion import checkpoints, networks, plots
-from multistage_diffusion.checkpoints import CheckpointError
-from multistage_diffusion.data import ImageData
-from multistage_diffusion.run_lock import RunLock
-from multistage_diffusion.run_log import LossWindow, RunLog, TrainingDiverged
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import PictureWarning, RunError, Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion import networks
+from multistage_diffusion.common import plots
+from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.training import checkpoints, loss_curves
+from multistage_diffusion.training.checkpoints import CheckpointError
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.run_lock import RunLock
+from multistage_diffusion.training.run_log import LossWindow, RunLog, TrainingDiverged
+from multistage_diffusion.training.trainer import PictureWarning, RunError, Trainer
 from stand_ins import (
     SMALL_UNET,
     TINY,
@@ -401,7 +403,7 @@ def test_log_truncation_drops_later_and_torn_records(tmp_path):
 RUN_SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(1)
-from multistage_diffusion.training import Trainer
+from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.networks import build
 from stand_ins import SMALL_UNET, config_of, tiny_images
 Trainer._plot = lambda self: None
@@ -509,9 +511,9 @@ def test_dropout_in_graphs_is_a_function_of_the_step(tmp_path, exact_cuda):
 
 def test_sample_grids_do_not_change_the_run(tmp_path, monkeypatch):
     grids = []
-    plots = type(sys)("multistage_diffusion.plots")
+    plots = type(sys)("multistage_diffusion.common.plots")
     plots.save_sample_grid = lambda images, path: grids.append((tuple(images.shape), path.name))
-    monkeypatch.setitem(sys.modules, "multistage_diffusion.plots", plots)
+    monkeypatch.setitem(sys.modules, "multistage_diffusion.common.plots", plots)
     trainer_of(tmp_path / "without").run()
     trainer_of(tmp_path / "with", sample_every=6, sample_count=4).run()
     assert grids == [((4, 1, 8, 8), "step-00000006.png"), ((4, 1, 8, 8), "step-00000012.png")]
@@ -527,12 +529,12 @@ def test_of_four_channels_the_grid_shows_three(tmp_path):
         assert image.mode == "RGB"
 
 
-@pytest.mark.parametrize("picture", ["save_sample_grid", "plot_loss"])
-def test_a_picture_that_fails_costs_no_training(tmp_path, monkeypatch, picture):
+@pytest.mark.parametrize(("module", "picture"), [(plots, "save_sample_grid"), (loss_curves, "plot_loss")])
+def test_a_picture_that_fails_costs_no_training(tmp_path, monkeypatch, module, picture):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(plots, picture, full)
+    monkeypatch.setattr(module, picture, full)
     monkeypatch.setattr(Trainer, "_plot", PLOT)
     with pytest.warns(PictureWarning, match=r"after step 2 is missing: OSError: .*No space left"):
         result = trainer_of(tmp_path, steps=2, sample_every=2, sample_count=1).run()

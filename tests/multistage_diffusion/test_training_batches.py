@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from multistage_diffusion.networks import build
-from multistage_diffusion.stage_order import StageOrder
-from multistage_diffusion.training_batches import DataOrder, TrainingBatches, deal, derive_seed
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.networks.stage_order import StageOrder
+from multistage_diffusion.training.batches import DataOrder, TrainingBatches, deal, derive_seed
+from multistage_diffusion.training.config import TrainingConfig
 from stand_ins import SMALL_UNET, TinyNetwork, one_thread, tiny_images  # noqa: F401
 
 UNET = {**SMALL_UNET, "channel_mult": (1,), "attn_resolutions": (), "augment_dim": 9, "label_dim": 3}

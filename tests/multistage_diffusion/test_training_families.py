@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion import checkpoints, cli
-from multistage_diffusion.data import ImageData
-from multistage_diffusion.losses import denoising_loss
-from multistage_diffusion.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion import cli
+from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.noise.losses import denoising_loss
+from multistage_diffusion.noise.preconditioning import EDMPreconditioner, SchedulePreconditioner
+from multistage_diffusion.noise.schedules import vp_sigma
+from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.presets import TRAINABLE
-from multistage_diffusion.schedules import vp_sigma
-from multistage_diffusion.stages import Stages
-from multistage_diffusion.training import RunError, Trainer
-from multistage_diffusion.training_config import TrainingConfig
+from multistage_diffusion.training import checkpoints
+from multistage_diffusion.training.config import TrainingConfig
+from multistage_diffusion.training.configure import configure
+from multistage_diffusion.training.trainer import RunError, Trainer
 from stand_ins import (  # noqa: F401
     RecordingNetwork,
     TinyNetwork,
@@ -229,7 +231,7 @@ def test_latents_for_images_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"schedule": "cosine"}, "schedule='cosine'; allowed: vp, ve, edm, ldm"),
-        ({"schedule": "edm", "prediction": "v"}, "prediction='v' is for schedules other"),
+        ({"schedule": "edm", "prediction": "v"}, "prediction='v'; allowed with schedule edm: epsilon"),
         ({"stages": Stages.single("step"), "stage_probabilities": None}, "needs stages of 't'"),
         ({"augment": 1.5}, "augment=1.5 must be None or lie in 0..1"),
         ({"augment": 0.1}, "needs a network that is told of it"),
@@ -298,3 +300,34 @@ def test_score_sde_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert msd("sample", "--run", run, "--num", 4, "--out", out, "--device", "cpu") == 0
     assert "20 network evaluations each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", ["unified", "separate"])
+@each_family
+def test_a_baseline_is_trained_on_the_noise_levels_of_the_multi_stage_model(name, variant):
+    preset = TRAINABLE[name]
+
+    def levels(variant: str):
+        config = TrainingConfig(network={"augment_dim": 9}, **preset.training_settings(variant))
+        assert TrainingConfig.from_json(config.to_json()) == config
+        return config.noise_levels().draw(64, torch.Generator().manual_seed(3))
+
+    baseline, multistage = levels(variant), levels("multistage")
+    assert torch.equal(baseline.sigma, multistage.sigma)
+    assert torch.equal(baseline.weight, multistage.weight)
+    assert baseline.counts == ((64,) if variant == "unified" else multistage.counts)
+
+
+def test_stages_or_sampling_of_ones_own_replace_those_of_the_baseline():
+    data = data_for("ncsnpp-cifar10")
+    unified = {
+        "preset": "ncsnpp-cifar10",
+        "variant": "unified",
+        "network": {"attn_resolutions": [8]},
+    }
+    assert configure(data, "x", **unified).drawn_stages == TRAINABLE["ncsnpp-cifar10"].stages()
+    for changes in ({"stages": "single"}, {"stage_sampling": "mixed"}):
+        config = configure(data, "x", **unified, **changes)
+        assert (config.drawn_stages, config.stage_sampling) == (None, "mixed")
+    resumed = configure(data, "x", saved=configure(data, "x", **unified).to_json(), steps=7)
+    assert resumed.drawn_stages == TRAINABLE["ncsnpp-cifar10"].stages()

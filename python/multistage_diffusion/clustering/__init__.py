@@ -2,6 +2,8 @@
 
 Noise levels belong together where the optimal denoisers of the data agree:
 
+    find_stages         all of it in one call: from images to stages
+
     similarity_matrix   how far they agree, for all pairs of noise levels
     split, sweep        the best stages of any number, exactly
     split_from_ends     the paper's three stages
@@ -9,14 +11,18 @@ Noise levels belong together where the optimal denoisers of the data agree:
     gradient_similarity, split_uniformly       the alternatives of the paper's ablation
 """
 
-from .gradients import gradient_similarity
-from .similarity import Similarity, similarity_matrix
-from .splits import Split, split, split_from_ends, split_uniformly, sweep
-from .widths import suggest_widths
+from multistage_diffusion.clustering.find import FoundStages, Rule, find_stages
+from multistage_diffusion.clustering.gradients import gradient_similarity
+from multistage_diffusion.clustering.similarity import Similarity, similarity_matrix
+from multistage_diffusion.clustering.splits import Split, split, split_from_ends, split_uniformly, sweep
+from multistage_diffusion.clustering.widths import suggest_widths
 
 __all__ = [
+    "FoundStages",
+    "Rule",
     "Similarity",
     "Split",
+    "find_stages",
     "gradient_similarity",
     "similarity_matrix",
     "split",

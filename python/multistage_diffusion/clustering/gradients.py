@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import integer
-from .similarity import Similarity, checked_sigmas, standard_error
+from multistage_diffusion.clustering.similarity import Similarity, checked_sigmas, standard_error
+from multistage_diffusion.common.checks import integer
 
 
 def gradient_similarity(
@@ -69,7 +69,7 @@ def gradient_similarity(
         directions /= norms
         cosines.append((directions @ directions.T).double().cpu())
     scores = torch.stack(cosines)
-    return Similarity(sigmas, scores.mean(0), standard_error(scores))
+    return Similarity(sigmas, scores.mean(0), standard_error(scores), scores=scores)
 
 
 def _loss_gradient(denoiser, parameters: list[Tensor], images: Tensor, noise: Tensor, sigma: float) -> Tensor:

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msd_kernels import optimal_denoiser
-
-from ..checks import integer
+from multistage_diffusion.common.checks import integer
 
 THRESHOLD = 2 / 256
 
@@ -37,12 +36,14 @@ class Similarity:
         standard_error: ``[L, L]`` of each entry, from the spread over the samples; NaN for a single sample.
         restored: ``[L]`` share of the data's variance that the optimal denoiser restores, from 1 at low to 0
             at high noise: |D* - mean|² / |y - mean|². None where not known.
+        scores: ``[S, L, L]`` of each sample, whose mean is ``matrix``. None where not known.
     """
 
     sigmas: Tensor
     matrix: Tensor
     standard_error: Tensor
     restored: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def similarity_matrix(
@@ -130,7 +131,7 @@ def similarity_matrix(
         scale = variance / images.shape[1] if form == "x0" else 1.0
         scores = 1 / (1 + scores / scale)
     restored = torch.cat(restored, dim=1).mean(1) / variance
-    return Similarity(sigmas, scores.mean(0), standard_error(scores), restored)
+    return Similarity(sigmas, scores.mean(0), standard_error(scores), restored, scores)
 
 
 def checked_sigmas(user: str, sigmas: Sequence[float] | Tensor) -> Tensor:

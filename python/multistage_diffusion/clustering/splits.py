@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import integer
-from ..schedules import Schedule
-from ..stages import Stages
-from .similarity import Similarity
+from multistage_diffusion.clustering.similarity import Similarity
+from multistage_diffusion.common.checks import integer
+from multistage_diffusion.noise.schedules import Schedule
+from multistage_diffusion.noise.stages import Stages
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checks import are_shares, integer
-from .similarity import Similarity
-from .splits import Split
+from multistage_diffusion.clustering.similarity import Similarity
+from multistage_diffusion.clustering.splits import Split
+from multistage_diffusion.common.checks import are_shares, integer
 
 MOST_CHANNELS = 2**31
 

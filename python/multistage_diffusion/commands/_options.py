@@ -8,6 +8,8 @@ import os
 import warnings
 from collections.abc import Callable
 
+SCHEDULE_NAMES = ("edm", "vp", "ve", "ldm", "flow")  # those of ``noise.schedules``, without torch
+
 
 def add_command(subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
     """A subcommand whose help begins with ``summary`` and ends with ``examples``."""

@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from ._options import add_command, add_machine_options, number, seed, set_up_machine, whole
+from multistage_diffusion.commands._options import (
+    SCHEDULE_NAMES,
+    add_command,
+    add_machine_options,
+    number,
+    seed,
+    set_up_machine,
+    whole,
+)
 
 EXAMPLES = """\
   msd cluster --data digits --schedule edm --measure smooth --method ends --out runs/stages
@@ -19,7 +26,7 @@ EXAMPLES = """\
 """
 
 OUTPUTS = ("stages.json", "similarity.npz", "similarity.png", "curves.png")
-METHODS = ("optimal", "ends", "uniform-t", "uniform-log-snr", "gradient")
+METHODS = ("optimal", "ends", "uniform-t", "uniform-log-snr", "gradient")  # of clustering.find, without torch
 
 
 def add_parser(subparsers):
@@ -57,7 +64,7 @@ def _add_stage_options(parser) -> None:
     group = parser.add_argument_group("stages")
     group.add_argument(
         "--schedule",
-        choices=("vp", "ve", "edm", "ldm"),
+        choices=SCHEDULE_NAMES,
         default="vp",
         help="the noise levels to compare, and their names; default: vp",
     )
@@ -139,65 +146,55 @@ def _add_similarity_options(parser) -> None:
 
 
 def run(args) -> None:
-    from .. import schedules
-    from ..atomic_files import check_replaceable
-    from ..clustering import sweep
-    from ..clustering.pictures import plot_curves, plot_matrix
-    from ..data import load_images
+    from multistage_diffusion.clustering import Rule, find_stages, sweep
+    from multistage_diffusion.clustering.pictures import plot_curves, plot_matrix
+    from multistage_diffusion.common.atomic_files import check_replaceable
+    from multistage_diffusion.data.images import load_images
 
-    _settle_method(args)
+    if (args.method == "gradient") != (args.source is not None):
+        raise ValueError("--method gradient and --run go together")
+    cut = {name: getattr(args, name) for name in ("stages", "method", "level", "min_levels", "grid")}
+    Rule(**cut)  # what is wrong with these shows before the images are loaded
     for name in OUTPUTS:
         check_replaceable(args.out / name, "--out")
-    schedule = schedules.SCHEDULES[args.schedule]()
     device = set_up_machine(args)
     images = load_images(args.data, image_size=args.image_size)
     with _process_group() as group:
-        similarity = _similarity(args, images, schedule, device, group)
-        if group is not None and group.rank() != 0:
+        first = group is None or group.rank() == 0
+        with _progress(first) as progress:
+            found = find_stages(
+                images,
+                args.schedule,
+                samples=args.samples,
+                form=args.form,
+                measure=args.measure,
+                threshold=args.threshold,
+                sigma_units=tuple(map(float, args.sigma_units.split(","))),
+                seed=args.seed,
+                denoiser=None if args.source is None else _denoiser(args.source, device),
+                device=device,
+                group=group,
+                progress=progress,
+                **cut,
+            )
+        if not first:
             return
-    found = _split(args, similarity, schedule)
-    by_sigma, own = found.stages(), found.stages(schedule)
+    similarity, schedule = found.similarity, found.schedule
+    own = found.split.stages(schedule)
     stages, numbers, matrix, curves = (args.out / name for name in OUTPUTS)
-    (own if args.variable == "own" else by_sigma).save(stages)
+    (own if args.variable == "own" else found.stages).save(stages)
     _save_numbers(similarity, schedule, numbers)
-    plot_matrix(similarity, found, matrix, schedule, title=f"{images.name}, {args.schedule}")
-    plot_curves(similarity, found, curves, level=args.level)
-    _print_stages(similarity, found, by_sigma, own, args.budget)
-    _print_sweep(sweep(similarity, min_levels=args.min_levels))
+    plot_matrix(similarity, found.split, matrix, schedule, title=f"{images.name}, {args.schedule}")
+    plot_curves(similarity, found.split, curves, level=found.rule.level)
+    _print_stages(found, own, args.budget)
+    _print_sweep(sweep(similarity, min_levels=found.rule.min_levels))
     print(f"{args.out}: {', '.join(OUTPUTS)}")
 
 
-def _settle_method(args) -> None:
-    """Fills in what was left out; raises ValueError for options that do not go together."""
-    if args.method is None:
-        args.method = "ends" if args.stages == 3 else "optimal"
-    if args.method == "ends" and args.stages != 3:
-        raise ValueError(f"--method ends gives three stages, not --stages {args.stages}")
-    if (args.method == "gradient") != (args.source is not None):
-        raise ValueError("--method gradient and --run go together")
-    if args.method == "ends":
-        args.level = 0.9 if args.level is None else args.level
-        if args.level >= 1:
-            raise ValueError(f"--level {args.level:g} must be below 1")
-    elif args.level is not None:
-        raise ValueError(f"--level is for --method ends, not {args.method}")
-    if args.min_levels is not None and args.method not in ("optimal", "gradient"):
-        raise ValueError(f"--min-levels is for --method optimal and gradient, not {args.method}")
-    args.min_levels = args.min_levels or 1
-    least = args.stages * args.min_levels
-    if least > args.grid:
-        raise ValueError(f"--grid {args.grid} is too small: these stages need {least} levels")
+def _denoiser(source: Path, device):
+    from multistage_diffusion.training.checkpoints import load_model
 
-
-def _split(args, similarity, schedule):
-    from ..clustering import split, split_from_ends, split_uniformly
-
-    if args.method == "ends":
-        return split_from_ends(similarity, args.level)
-    if args.method.startswith("uniform-"):
-        by = args.method.removeprefix("uniform-").replace("-", "_")
-        return split_uniformly(similarity, schedule, args.stages, by)
-    return split(similarity, args.stages, min_levels=args.min_levels)
+    return load_model(source, "ema", device).denoiser
 
 
 @contextmanager
@@ -213,48 +210,6 @@ def _process_group():
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
-
-
-def _similarity(args, images, schedule, device, group):
-    from ..clustering import similarity_matrix
-
-    sigmas = schedule.sigma(schedule.grid(args.grid))
-    with _progress(group is None or group.rank() == 0) as progress:
-        if args.method == "gradient":
-            return _gradient_similarity(args, images, sigmas, device, progress)
-        data_range = images.value_range if images.images.is_floating_point() else (-1.0, 1.0)
-        units = tuple(map(float, args.sigma_units.split(",")))
-        scale = (data_range[1] - data_range[0]) / (units[1] - units[0])
-        similarity = similarity_matrix(
-            images.images,
-            sigmas * scale,
-            num_samples=args.samples,
-            form=args.form,
-            measure=args.measure,
-            threshold=args.threshold,
-            data_range=data_range,
-            seed=args.seed,
-            device=device,
-            group=group,
-            progress=progress,
-        )
-    return replace(similarity, sigmas=sigmas)
-
-
-def _gradient_similarity(args, images, sigmas, device, progress):
-    import torch
-
-    from ..checkpoints import load_model
-    from ..clustering import gradient_similarity
-
-    if args.sigma_units != "-1,1":
-        raise ValueError("--method gradient: the model's data are in [-1, 1]; leave --sigma-units out")
-    denoiser = load_model(args.source, "ema", device).denoiser.eval()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.samples]
-    parameters = [p.requires_grad_(True) for p in denoiser.parameters()]
-    return gradient_similarity(
-        denoiser, parameters, images.sample(order).to(device), sigmas, seed=args.seed, progress=progress
-    )
 
 
 @contextmanager
@@ -276,7 +231,7 @@ def _progress(shown: bool):
 def _save_numbers(similarity, schedule, path: Path) -> None:
     import numpy as np
 
-    from ..atomic_files import replacing
+    from multistage_diffusion.common.atomic_files import replacing
 
     arrays = {
         "sigmas": similarity.sigmas,
@@ -290,16 +245,18 @@ def _save_numbers(similarity, schedule, path: Path) -> None:
         np.savez(temporary, **{name: values.numpy() for name, values in arrays.items()})
 
 
-def _print_stages(similarity, found, stages, own, budget: float) -> None:
+def _print_stages(result, own, budget: float) -> None:
     """The stages by sigma, and in the schedule's own variable."""
-    from ..clustering import suggest_widths
-    from ..schedules import log_snr
+    from multistage_diffusion.clustering import suggest_widths
+    from multistage_diffusion.noise.levels import log_snr
 
+    similarity, found, stages = result.similarity, result.split, result.stages
     columns = {"stage": [str(k) for k in range(len(stages))]}
     columns["sigma"] = [stages.describe(k) for k in range(len(stages))]
     if own.variable != "sigma":
         columns[own.variable] = [own.describe(k) for k in range(len(stages))]
     columns["log-SNR down to"] = [f"{float(log_snr(cut)):.4g}" for cut in found.cuts] + ["-inf"]
+    columns["cut in 95 %"] = [f"{low:.4g} to {high:.4g}" for low, high in result.confidence] + [""]
     columns["levels"] = [str(len(found.levels(k))) for k in range(len(stages))]
     blocks = (
         similarity.matrix[inside.start : inside.stop, inside.start : inside.stop]

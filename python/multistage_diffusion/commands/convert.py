@@ -7,12 +7,12 @@ import json
 import reprlib
 from pathlib import Path
 
-from ..atomic_files import check_replaceable
-from ..presets import PRESETS
-from ._options import add_command, number, wholes
+from multistage_diffusion.commands._options import SCHEDULE_NAMES, add_command, number, wholes
+from multistage_diffusion.common.atomic_files import check_replaceable
+from multistage_diffusion.presets import PRESETS
 
 FAMILIES = ("edm", "ncsnpp", "ldm", "uvit")
-PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm", "ldm")
+PRECONDITIONINGS = (*SCHEDULE_NAMES, "iddpm")
 USE = """\
   from multistage_diffusion import load_denoiser
   denoiser = load_denoiser("model.safetensors")  # D(x; sigma) with the file's own preconditioning and stages
@@ -103,7 +103,8 @@ def _number(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    from .. import convert, official
+    from multistage_diffusion import official
+    from multistage_diffusion.official import convert
 
     check_replaceable(args.out, "--out")
     config = _read_config(args.config) if args.config else None
@@ -128,8 +129,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _stages(args: argparse.Namespace, checkpoint):
     """--stages, whose boundaries are in the variable of the preconditioning that is used."""
-    from ..convert import schedule_name
-    from .train import parse_stages
+    from multistage_diffusion.noise.parsing import parse_stages
+    from multistage_diffusion.official.convert import schedule_name
 
     if args.stages is None:
         return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..checks import are_shares
-from ..presets import PRESETS, SAMPLERS
-from ._options import add_command, numbers, whole, wholes
+from multistage_diffusion.commands._options import add_command, numbers, whole, wholes
+from multistage_diffusion.common.checks import are_shares
+from multistage_diffusion.presets import PRESETS, SAMPLERS
 
 EXAMPLES = """\
   msd flops --preset edm-cifar10
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> dict:
     """Everything that the command prints, as JSON-able values; costs in multiply-accumulates."""
-    from ..flops import TRAINING, expected
-    from ..presets import find
+    from multistage_diffusion.flops import TRAINING, expected
+    from multistage_diffusion.presets import find
 
     preset = find(args.preset)
     stages = preset.stages()
@@ -119,8 +119,8 @@ def report(args: argparse.Namespace) -> dict:
 def _count(config: dict):
     import torch
 
-    from ..flops import count
-    from ..networks import build
+    from multistage_diffusion.flops import count
+    from multistage_diffusion.networks import build
 
     with torch.device("meta"):
         network = build(config)

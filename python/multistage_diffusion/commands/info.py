@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._options import add_command
+from multistage_diffusion.commands._options import add_command
 
 EXAMPLES = """\
   msd info                                         what is installed, and which backend serves which op

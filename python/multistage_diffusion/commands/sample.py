@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..presets import SAMPLERS
-from ._options import add_command, add_machine_options, number, seed, set_up_machine, whole
+from multistage_diffusion.commands._options import (
+    add_command,
+    add_machine_options,
+    number,
+    seed,
+    set_up_machine,
+    whole,
+)
+from multistage_diffusion.sampling.table import SAMPLERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +32,6 @@ EXAMPLES = """\
 several GPUs, each with its share of the seeds:
   torchrun --nproc-per-node 8 -m -- multistage_diffusion sample --run runs/cifar10 --num 50000 --out samples.npz
 """
-
-HEUN_SETTINGS = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise")
-SETTINGS = {
-    "heun": HEUN_SETTINGS,
-    "dpm-singlestep": ("denoise_to_zero",),
-    "dpm-multistep": ("denoise_to_zero",),
-    "ddim": ("eta", "denoise_to_zero"),
-}  # which options each sampler takes
 
 MOST_IMAGES = 10_000_000  # of one call: their seeds are a list
 
@@ -111,14 +110,20 @@ def _add_sampler_options(parser) -> None:
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        help="heun: EDM's; dpm-singlestep: DPM-Solver of order 3; dpm-multistep: DPM-Solver++(2M); ddim; "
-        "default: heun for a model of schedule edm, dpm-multistep for ldm, else dpm-singlestep",
+        help=f"{'; '.join(f'{name}: {sampler.title}' for name, sampler in SAMPLERS.items())}; "
+        "default: heun for a model of schedule edm, dpm-multistep for ldm, ddim for flow, else dpm-singlestep",
     )
     group.add_argument(
         "--steps",
         type=whole(1),
         metavar="N",
         help="network evaluations, 2 N - 1 of them for heun; default: 18 for heun, else 20",
+    )
+    group.add_argument(
+        "--spacing",
+        choices=("own", "karras", "log-snr"),
+        help="with dpm-multistep and ddim: steps evenly spaced in the schedule's own variable, in sigma^(1/7), or in "
+        "log-SNR; default: karras for edm, else own",
     )
     group.add_argument(
         "--denoise-to-zero",
@@ -208,7 +213,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def run(args) -> None:
-    from ..data_parallel import Processes
+    from multistage_diffusion.training.data_parallel import Processes
 
     with Processes.of_launcher() as processes:
         _sample(args, processes)
@@ -217,10 +222,17 @@ def run(args) -> None:
 def _sample(args, processes) -> None:
     import torch
 
-    from ..atomic_files import check_replaceable
-    from ..checkpoints import load_model
-    from ..cuda_graphs import GraphedNetwork
-    from ..samplers import class_labels, default_sampler, generate, require_seeds, sampler_config, schedule_of
+    from multistage_diffusion.common.atomic_files import check_replaceable
+    from multistage_diffusion.sampling.cuda_graphs import GraphedNetwork
+    from multistage_diffusion.sampling.samplers import (
+        class_labels,
+        default_sampler,
+        generate,
+        require_seeds,
+        sampler_config,
+        schedule_of,
+    )
+    from multistage_diffusion.training.checkpoints import load_model
 
     if args.seeds is not None and args.num is not None:
         raise ValueError("--seeds and --num exclude each other")
@@ -270,7 +282,7 @@ def _sample(args, processes) -> None:
 
 def given_settings(args) -> dict:
     """The sampler's options on the command line, as ``sampler_config`` takes them."""
-    names = dict.fromkeys(name for takes in SETTINGS.values() for name in takes)
+    names = dict.fromkeys(name for sampler in SAMPLERS.values() for name in sampler.settings)
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
@@ -281,13 +293,13 @@ def _sampler_of(settings: dict, sampler: str | None) -> str:
         ValueError: a setting that the sampler does not take; names the option and the samplers that do.
     """
     if sampler is None:
-        fitting = (name for name, takes in SETTINGS.items() if settings.keys() <= set(takes))
+        fitting = (name for name, known in SAMPLERS.items() if settings.keys() <= set(known.settings))
         sampler = next(fitting, None)
     if sampler is None:
         raise ValueError(f"{', '.join(map(_option, settings))}: no sampler takes all of these")
     for name in settings:
-        if name not in SETTINGS[sampler]:
-            others = " or ".join(other for other, takes in SETTINGS.items() if name in takes)
+        if name not in SAMPLERS[sampler].settings:
+            others = " or ".join(other for other, known in SAMPLERS.items() if name in known.settings)
             raise ValueError(f"{_option(name)} is for --sampler {others}, not for {sampler}")
     return sampler
 
@@ -346,8 +358,8 @@ def write_samples(path: Path, written: Tensor, seeds: Sequence[int], values: str
     """
     import numpy as np
 
-    from ..atomic_files import replacing
-    from ..plots import save_sample_grid
+    from multistage_diffusion.common.atomic_files import replacing
+    from multistage_diffusion.common.plots import save_sample_grid
 
     with replacing(path) as temporary:
         if path.suffix == ".png":

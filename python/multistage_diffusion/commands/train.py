@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-import math
-import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..presets import DIGITS, TRAINABLE, VARIANTS
-from ._options import (
+from multistage_diffusion.commands._options import (
+    SCHEDULE_NAMES,
     add_command,
     add_machine_options,
     number,
@@ -25,6 +21,7 @@ from ._options import (
     whole,
     wholes,
 )
+from multistage_diffusion.presets import DIGITS, TRAINABLE, VARIANTS
 
 EXAMPLES = """\
   msd train --data digits --out runs/digits --steps 2000
@@ -50,8 +47,7 @@ NETWORK_OPTIONS = (
     "num_heads",
     "patch_size",
 )
-DEFAULT_PRESET = "edm-cifar10"
-EDM_OPTIONS = ("P_mean", "P_std", "sigma_data")
+DEFAULT_PRESET = "edm-cifar10"  # of training.configure, without torch
 
 
 def add_parser(subparsers):
@@ -146,7 +142,8 @@ def _add_network_options(parser) -> None:
     group.add_argument(
         "--variant",
         choices=VARIANTS,
-        help="of the preset: multistage (default), one decoder for all noise levels, or a whole network per stage",
+        help="of the preset: multistage (default), one decoder for all noise levels, or a whole network per stage; "
+        "all are trained on the same noise levels unless asked otherwise",
     )
     group.add_argument(
         "--encoder-widths",
@@ -192,13 +189,13 @@ def _add_noise_options(parser) -> None:
     )
     group.add_argument(
         "--schedule",
-        choices=("edm", "vp", "ve", "ldm"),
+        choices=SCHEDULE_NAMES,
         help="how noise levels are drawn and told to the network; default: the preset's",
     )
     group.add_argument(
         "--prediction",
         choices=("epsilon", "x0", "v"),
-        help="what the network predicts, where the schedule is not edm; default: epsilon",
+        help="what the network predicts, where the schedule is not edm; default: epsilon, or v for flow",
     )
     group.add_argument(
         "--stages",
@@ -231,14 +228,25 @@ def _add_noise_options(parser) -> None:
         type=float,
         dest="P_mean",
         metavar="X",
-        help="mean of ln sigma, of schedule edm; default: the preset's",
+        help="mean of ln sigma, of schedules edm and flow; default: the preset's, 0 for flow",
     )
     group.add_argument(
         "--p-std",
         type=number(above=0),
         dest="P_std",
         metavar="X",
-        help="its standard deviation; default: the preset's",
+        help="its standard deviation; default: the preset's, 1 for flow",
+    )
+    group.add_argument(
+        "--shift",
+        type=number(above=0),
+        metavar="X",
+        help="of schedule flow: multiplies sigma, so that more times lie where there is more noise; default: 1",
+    )
+    group.add_argument(
+        "--time-sampling",
+        choices=("logit-normal", "uniform"),
+        help="of schedule flow: how times are drawn; default: logit-normal",
     )
     group.add_argument(
         "--sigma-data",
@@ -292,7 +300,7 @@ def run(args) -> int:
         with _stopped_at_once():
             return _run(args)
     except _Stopped as stopped:
-        from ..streams import tell
+        from multistage_diffusion.common.streams import tell
 
         name = signal.Signals(stopped.number).name
         tell(f"msd train: stopped by {name} before the first step; {args.out} can be used again", sys.stderr)
@@ -327,22 +335,23 @@ def _stopped_at_once() -> Iterator[None]:
 
 
 def _run(args) -> int:
-    from ..data_parallel import Processes
+    from multistage_diffusion.training.data_parallel import Processes
 
     with Processes.of_launcher() as processes:
         return _train(args, processes)
 
 
 def _train(args: argparse.Namespace, processes) -> int:
-    from ..data import load_images
-    from ..host_memory import keep_freed_memory
-    from ..streams import tell
-    from ..training import Trainer
+    from multistage_diffusion.common.host_memory import keep_freed_memory
+    from multistage_diffusion.common.streams import tell
+    from multistage_diffusion.data.images import load_images
+    from multistage_diffusion.training.configure import saved_settings
+    from multistage_diffusion.training.trainer import train
 
     device = set_up_machine(args)
     if device.type == "cpu":
         keep_freed_memory()
-    saved = _saved_config(args) if args.resume else None
+    saved = saved_settings(args.out) if args.resume else None
     source = args.data or (saved or {}).get("data")
     if source is None:
         raise ValueError(f"{args.out} holds no run to resume; give --data to start one")
@@ -350,10 +359,15 @@ def _train(args: argparse.Namespace, processes) -> int:
     values = args.values or (saved or {}).get("values", "images")
     data = load_images(source, image_size=image_size, values=values)
     config = make_config(args, saved, source, data)
-    trainer = Trainer(
-        config, args.out, data=data, device=device, processes=processes, cuda_graphs=args.cuda_graphs
+    result = train(
+        config,
+        data,
+        args.out,
+        resume=args.resume,
+        device=device,
+        processes=processes,
+        cuda_graphs=args.cuda_graphs,
     )
-    result = trainer.run(resume=args.resume)
     stopped = 0 if result.stopped_by is None else 128 + result.stopped_by
     if not processes.is_first:
         return stopped
@@ -372,164 +386,51 @@ def _train(args: argparse.Namespace, processes) -> int:
     return stopped
 
 
-def _saved_config(args) -> dict | None:
-    """What config.json of the run says, or its newest checkpoint where that file is lost or damaged; None if there is
-    no run. What may not change between a run and its continuation is the checkpoint's."""
-    from .. import checkpoints
-    from ..training import FolderWarning
-    from ..training_config import TrainingConfig, free_keys
-
-    path = args.out / "config.json"
-    newest = checkpoints.latest_config(args.out / "checkpoints")
-    if newest is not None:
-        TrainingConfig.from_json(newest)  # raises what is wrong with it
-    try:
-        config = TrainingConfig.read(path)
-    except FileNotFoundError:
-        return newest
-    except ValueError as error:
-        instead = (
-            "that of the newest checkpoint is taken"
-            if newest
-            else "there is no checkpoint to take another from"
-        )
-        warnings.warn(f"the configuration {path} is damaged: {error}; {instead}", FolderWarning, stacklevel=2)
-        return newest
-    saved = config.to_json()
-    if newest and (differences := config.differences(newest)):
-        text = (
-            f"{path} is of another run than the checkpoints: {'; '.join(differences)}; "
-            "the run goes on as the newest checkpoint says"
-        )
-        warnings.warn(text, FolderWarning, stacklevel=2)
-        return {**newest, **{name: saved[name] for name in free_keys(newest)}}
-    return saved
-
-
 def make_config(args: argparse.Namespace, saved: dict | None, source: str, data):
     """The configuration: that of the run being resumed or of the preset, changed by what was given."""
-    from ..networks import in_effect
-    from ..stages import Stages
-    from ..training_config import TrainingConfig
+    from multistage_diffusion.training.config import TrainingConfig
+    from multistage_diffusion.training.configure import run_settings
 
-    if saved is not None and args.preset is None:
-        if args.variant is not None:
-            raise ValueError("--variant: is that of a preset; give --preset, too")
-        values = {**saved, "stages": Stages.from_json(saved["stages"])}
-        network = in_effect(saved["network"])
-    else:
-        values, network = _from_preset(args, source, data)
-    network |= _given(args, NETWORK_OPTIONS)
-    if args.class_conditional:
-        network["label_dim"] = _classes(source, data, network["family"])
-    values |= _given(args, TrainingConfig.__dataclass_fields__)
-    values |= {"network": _complete(network), "data": _from_anywhere(source)}
-    schedule = values.get("schedule", "edm")
-    if args.stages is not None:
-        values["stages"] = parse_stages(args.stages, schedule)
-    values |= {name: None for name in ("augment", "sample_every") if getattr(args, name) == "none"}
+    if saved is not None and args.preset is None and args.variant is not None:
+        raise ValueError("--variant: is that of a preset; give --preset, too")
+    settings = _given(args, TrainingConfig.__dataclass_fields__)
     if args.warmup_kimg is not None:
-        values["warmup_images"] = round(1000 * args.warmup_kimg)
+        settings["warmup_images"] = round(1000 * args.warmup_kimg)
     if args.ema_kimg is not None:
-        values["ema_halflife_images"] = 1000 * args.ema_kimg
-    if args.kimg is not None:
-        values["steps"] = max(1, math.ceil(1000 * args.kimg / values["batch_size"]))
-    _check_schedule(args, schedule, values["stages"].variable)
+        settings["ema_halflife_images"] = 1000 * args.ema_kimg
+    values = run_settings(
+        data,
+        source,
+        preset=args.preset,
+        variant=args.variant,
+        saved=saved,
+        network=_given(args, NETWORK_OPTIONS),
+        class_conditional=bool(args.class_conditional),
+        stages=args.stages,
+        kimg=args.kimg,
+        **settings,
+    )
+    _check_schedule(args, values.get("schedule", "edm"), values["stages"].variable)
     return TrainingConfig(**values)
-
-
-def _from_anywhere(source: str) -> str:
-    """The data as any working directory names it, for a run that is resumed from another one."""
-    return source if source == "digits" else os.path.abspath(source)
-
-
-def _classes(source: str, data, family: str) -> int:
-    """The number of classes for ``--class-conditional``."""
-    from ..networks import FAMILIES
-
-    able = [name for name, kind in FAMILIES.items() if "label_dim" in inspect.signature(kind).parameters]
-    if family not in able:
-        raise ValueError(f"--class-conditional: {family} takes no classes; {', '.join(able)} do")
-    if data.labels is None:
-        raise ValueError(f"--class-conditional: the images of {source} have no labels")
-    return int(data.labels.max()) + 1
-
-
-def _from_preset(args: argparse.Namespace, source: str, data) -> tuple[dict, dict]:
-    """Settings of the run and of the network, as a preset has them for these data."""
-    from ..augmentation import LABELS
-    from ..networks import FAMILIES
-
-    preset = TRAINABLE[args.preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
-    variant = args.variant or "multistage"
-    values = preset.training_settings(variant)
-    if args.stages is not None or args.stage_sampling in ("mixed", "systematic"):
-        values.pop("stage_probabilities", None)  # those of the preset's own stages and sampling
-    if args.values == "latents":
-        values.pop("augment", None)  # meant for images
-    channels = {"in_channels": data.channels, "out_channels": data.channels}
-    taken = inspect.signature(FAMILIES[preset.network["family"]]).parameters
-    network = preset.config(variant, image_size=data.image_size, **_given(args, NETWORK_OPTIONS))
-    network |= {name: value for name, value in channels.items() if name in taken}
-    if "augment_dim" in taken:
-        augment = values.get("augment") if args.augment is None else args.augment
-        network["augment_dim"] = 0 if augment in (None, "none") else len(LABELS)
-    return values, network
 
 
 def _check_schedule(args: argparse.Namespace, schedule: str, variable: str) -> None:
     """Raises ValueError for an option that the schedule would ignore, and for stages in another schedule's variable."""
-    from ..schedules import SCHEDULES
+    from multistage_diffusion.noise.schedules import SCHEDULES
 
     if variable not in ("sigma", SCHEDULES[schedule].variable):
         raise ValueError(f"--schedule {schedule}: the stages are cut in {variable}; give --stages, too")
-    given = [name for name in EDM_OPTIONS if getattr(args, name) is not None]
-    if schedule != "edm" and given:
-        options = ", ".join(f"--{name.lower().replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: only schedule edm has this; the schedule is {schedule}")
+    for name in sorted({name for kind in SCHEDULES.values() for name in kind.settings}):
+        if getattr(args, name) is not None and name not in SCHEDULES[schedule].settings:
+            owners = " or ".join(other for other, kind in SCHEDULES.items() if name in kind.settings)
+            option = f"--{name.lower().replace('_', '-')}"
+            raise ValueError(f"{option}: only schedule {owners} has this; the schedule is {schedule}")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict:
-    """The options of these names that were on the command line and need no more than copying."""
+    """The options of these names that were on the command line and need no more than copying; "none" is None."""
     found = {name: getattr(args, name, None) for name in names if name not in ("stages", "data")}
-    return {name: value for name, value in found.items() if value not in (None, "none")}
-
-
-def _complete(network: dict) -> dict:
-    """The network's configuration with every default filled in, so that a run does not depend on defaults."""
-    import torch
-
-    from ..networks import build
-
-    with torch.device("meta"):
-        return build(network).config
-
-
-def parse_stages(text: str, schedule: str = "edm"):
-    """The stages of "edm", "single", a stages.json, or boundaries in the schedule's variable.
-
-    The ends of what the variable covers may be left out of the boundaries.
-    """
-    from ..schedules import SCHEDULES
-    from ..stages import Stages
-
-    variable = SCHEDULES[schedule].variable
-    if text == "edm":
-        return Stages.edm()
-    if text == "single":
-        return Stages.single(variable)
-    if text.endswith(".json"):
-        return Stages.load(text)
-    try:
-        edges = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f'--stages {text}: give "edm", "single", a .json file, or boundaries such as 2.5103,7.6577'
-        ) from None
-    low, high = SCHEDULES[schedule]().domain
-    edges = edges if edges[0] == low else [low, *edges]
-    edges = edges if edges[-1] == high else [*edges, high]
-    return Stages.from_boundaries(edges, variable)
+    return {name: None if value == "none" else value for name, value in found.items() if value is not None}
 
 
 def probability_or_none(text: str) -> float | str:

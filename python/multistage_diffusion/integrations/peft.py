@@ -12,7 +12,13 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch, grouped_linear
-from multistage_diffusion.layers import PerStage, StageConv2d, StageLinear, StageModule, fan_in_uniform
+from multistage_diffusion.networks.layers import (
+    PerStage,
+    StageConv2d,
+    StageLinear,
+    StageModule,
+    fan_in_uniform,
+)
 
 __all__ = ["LoraStage", "on_stage_layers"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 
-from multistage_diffusion.layers import PerStage, StageConv2d, StageLinear
+from multistage_diffusion.networks.layers import PerStage, StageConv2d, StageLinear
 
 __all__ = ["QuantizedPerStage", "quantize_stages_"]
 

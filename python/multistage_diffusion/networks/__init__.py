@@ -8,20 +8,22 @@ from torch import nn
 
 from multistage_diffusion.networks.edm import EDMUNet
 from multistage_diffusion.networks.ldm import LDMUNet
-from multistage_diffusion.networks.mixed_batch import StageNetwork
 from multistage_diffusion.networks.ncsnpp import NCSNpp
+from multistage_diffusion.networks.stage_network import Features, StageNetwork, Takes
+from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.networks.uvit import UViT
-from multistage_diffusion.stage_order import StageOrder
 
 FAMILIES = {network.family: network for network in (EDMUNet, NCSNpp, LDMUNet, UViT)}
 
 __all__ = [
     "FAMILIES",
     "EDMUNet",
+    "Features",
     "LDMUNet",
     "NCSNpp",
     "StageNetwork",
     "StageOrder",
+    "Takes",
     "UViT",
     "build",
     "in_effect",

@@ -10,8 +10,8 @@ from functools import partial
 from torch import nn
 
 from msd_kernels import StageBatch, grouped_linear, resample2d
-from multistage_diffusion.dropout import dropout
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.dropout import dropout
+from multistage_diffusion.networks.layers import (
     BOX,
     Initialiser,
     StageConv2d,
@@ -22,7 +22,7 @@ from multistage_diffusion.layers import (
     on_stages,
     xavier_uniform,
 )
-from multistage_diffusion.stage_module import is_sharded
+from multistage_diffusion.networks.stage_module import is_sharded
 
 SKIP_SCALE = math.sqrt(0.5)
 ZERO = xavier_uniform(1e-5)

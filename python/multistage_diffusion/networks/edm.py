@@ -12,30 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
-    BOX,
-    StageAttention,
-    StageConv2d,
-    StageGroupNorm,
-    StageLinear,
-    Widths,
-    xavier_uniform,
-)
-from multistage_diffusion.networks.blocks import (
-    SKIP_SCALE,
-    ZERO,
-    BlockStyle,
-    DecoderLevel,
-    EncoderLevel,
-    OutputHead,
-    Projections,
-    ResidualBlock,
-    ResidualInput,
-    SkipInput,
-    decoder_blocks,
-    encoder_blocks,
-    take_last,
-)
+from multistage_diffusion.networks.blocks import SKIP_SCALE, ZERO, BlockStyle, ResidualInput, SkipInput
 from multistage_diffusion.networks.embeddings import (
     EmbeddingMLP,
     FourierEmbedding,
@@ -44,14 +21,21 @@ from multistage_diffusion.networks.embeddings import (
     drop_labels,
     label_batch,
 )
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
-from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.networks.layers import (
+    BOX,
+    StageAttention,
+    StageConv2d,
+    StageGroupNorm,
+    StageLinear,
+    Widths,
+    xavier_uniform,
+)
+from multistage_diffusion.networks.unet import UNet
 
 __all__ = ["EDMUNet"]
 
 ATTENTION = xavier_uniform(math.sqrt(0.2))
 MIN_CHANNELS_PER_GROUP, EPS = 4, 1e-6
-ATTENDING = (16,)
 
 EMBEDDING_TYPES = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 ENCODER_TYPES = {"standard": None, "skip": SkipInput, "residual": ResidualInput}
@@ -80,12 +64,14 @@ def attention(channels: Widths, max_groups: int = 16) -> StageAttention:
     )
 
 
-class EDMUNet(StageNetwork):
+class EDMUNet(UNet):
     """U-Net with a shared encoder and one decoder per stage; a batch may mix samples of all stages.
 
     ``decoder_widths`` with one entry is the unified network; as many ``encoder_widths`` as ``decoder_widths`` are
     separate networks, one per stage. The defaults are the DDPM++ network for CIFAR-10; NCSN++ has
     ``embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1)``.
+
+    ``noise`` is c_noise = ln(σ) / 4. Without class labels all of them are zero.
 
     Args:
         image_size: height and width of the images, divisible by 2 to the number of levels less one.
@@ -113,6 +99,8 @@ class EDMUNet(StageNetwork):
     """
 
     family = "edm"
+    attending = (16,)
+    middle_in_decoders = True
 
     def __init__(
         self,
@@ -137,180 +125,57 @@ class EDMUNet(StageNetwork):
         resample_filter: Sequence[float] = BOX,
         max_groups: int = 16,
     ) -> None:
-        encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult, resample_filter = tuple(channel_mult), tuple(resample_filter)
-        if attn_resolutions is None:
-            attn_resolutions = present(ATTENDING, image_size, channel_mult)
-        super().__init__(
-            {
-                "image_size": image_size,
-                "in_channels": in_channels,
-                "out_channels": out_channels,
-                "encoder_widths": list(encoder_widths),
-                "decoder_widths": list(decoder_widths),
-                "channel_mult": list(channel_mult),
-                "num_blocks": num_blocks,
-                "attn_resolutions": list(attn_resolutions),
-                "dropout": dropout,
-                "channel_mult_emb": channel_mult_emb,
-                "label_dim": label_dim,
-                "augment_dim": augment_dim,
-                "label_dropout": label_dropout,
-                "embedding_type": embedding_type,
-                "channel_mult_noise": channel_mult_noise,
-                "encoder_type": encoder_type,
-                "decoder_type": decoder_type,
-                "resample_filter": list(resample_filter),
-                "max_groups": max_groups,
-            },
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            encoder_widths=encoder_widths,
-            decoder_widths=decoder_widths,
-        )
-        check_levels("EDMUNet", image_size, channel_mult, num_blocks, attn_resolutions)
+        super().__init__(locals())
         _check_type("embedding_type", embedding_type, EMBEDDING_TYPES)
         _check_type("encoder_type", encoder_type, ENCODER_TYPES)
         _check_type("decoder_type", decoder_type, DECODER_TYPES)
-        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
-        self.image_sizes = [image_size >> level for level in range(len(channel_mult))]
-        emb = tuple(w * channel_mult_emb for w in encoder_widths)
-        noise = tuple(w * channel_mult_noise for w in encoder_widths)
+        self.label_dropout = label_dropout
+        emb = tuple(w * channel_mult_emb for w in self.encoder_widths)
+        noise = tuple(w * channel_mult_noise for w in self.encoder_widths)
         self.map_noise = EMBEDDING_TYPES[embedding_type](noise)
         self.map_label = StageLinear((label_dim,) * len(noise), noise) if label_dim else None
         self.map_augment = (
             StageLinear((augment_dim,) * len(noise), noise, bias=False) if augment_dim else None
         )
         self.map_layers = EmbeddingMLP(noise, emb)
-        style = {
-            "norm": partial(norm, max_groups=max_groups),
-            "attention": partial(attention, max_groups=max_groups),
-            "dropout": dropout,
-            "scale": SKIP_SCALE,
-            "filter": resample_filter,
-        }
-        self.enc = nn.ModuleDict()
-        skips = self._add_encoder(encoder_widths, BlockStyle(emb, **style))
-        self.dec = nn.ModuleDict()
-        self._add_decoder(decoder_widths, BlockStyle(self.per_decoder(emb), **style), skips)
+        style = partial(
+            BlockStyle,
+            norm=partial(norm, max_groups=max_groups),
+            attention=partial(attention, max_groups=max_groups),
+            dropout=dropout,
+            scale=SKIP_SCALE,
+            filter=tuple(resample_filter),
+        )
+        self.add_levels(emb, style)
 
-    def _add_encoder(self, widths: Widths, style: BlockStyle) -> list[Widths]:
-        """Adds the encoder's levels and returns the channels of the skips that they leave."""
-        config = self.config
-        image = (self.in_channels,) * len(widths)
-        input_type = ENCODER_TYPES[config["encoder_type"]]
-        self.conv = StageConv2d(image, widths, 3)
-        channels, pyramid, skips = widths, image, [widths]
-        for level, mult in enumerate(config["channel_mult"]):
-            size = self.image_sizes[level]
-            down = input = None
-            if level > 0:
-                down = ResidualBlock(channels, channels, style, resample="down")
-                skips.append(channels)
-                if input_type is not None:
-                    input = input_type(pyramid, channels, style.filter)
-                    pyramid = channels if input_type is ResidualInput else image
-            out = tuple(w * mult for w in widths)
-            attends = size in config["attn_resolutions"]
-            blocks = encoder_blocks(channels, out, style, config["num_blocks"], skips, attention=attends)
-            channels = out
-            self.enc[f"{size}x{size}"] = EncoderLevel(down, blocks, input)
-        return skips
+    def image_input(
+        self, pyramid: Widths, channels: Widths, style: BlockStyle
+    ) -> tuple[nn.Module | None, Widths]:
+        kind = ENCODER_TYPES[self.config["encoder_type"]]
+        if kind is None:
+            return None, pyramid
+        return kind(pyramid, channels, style.filter), channels if kind is ResidualInput else pyramid
 
-    def _add_decoder(self, widths: Widths, style: BlockStyle, skips: list[Widths]) -> None:
-        config = self.config
-        image = (self.out_channels,) * self.num_stages
-        skips = [self.per_decoder(channels) for channels in skips]
-        channels, coarsest = skips[-1], len(config["channel_mult"]) - 1
-        for level in range(coarsest, -1, -1):
-            size, mult = self.image_sizes[level], config["channel_mult"][level]
-            if level == coarsest:
-                entry = [
-                    ResidualBlock(channels, channels, style, attention=True),
-                    ResidualBlock(channels, channels, style),
-                ]
-            else:
-                entry = [ResidualBlock(channels, channels, style, resample="up")]
-            out = tuple(w * mult for w in widths)
-            attends = [False] * config["num_blocks"] + [size in config["attn_resolutions"]]
-            blocks = decoder_blocks(channels, out, style, skips, attends)
-            channels = out
-            makes_image = level == 0 or config["decoder_type"] == "skip"
-            head = OutputHead(style.norm(channels), image, filter=style.filter) if makes_image else None
-            self.dec[f"{size}x{size}"] = DecoderLevel(entry, blocks, head)
+    def makes_image(self, level: int) -> bool:
+        return level == 0 or self.config["decoder_type"] == "skip"
 
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        stage: Sequence[int] | Tensor | StageOrder,
-        *,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Runs a mixed batch.
-
-        Args:
-            x: ``[B, in_channels, image_size, image_size]``, in any floating dtype.
-            noise: ``[B]``, c_noise = ln(σ) / 4.
-            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
-            class_labels: ``[B, label_dim]``, one-hot or soft; None: no class, as labels of 0.
-            augment_labels: ``[B, augment_dim]``; None: no augmentation.
-
-        Returns:
-            ``[B, out_channels, image_size, image_size]`` in the caller's order and in the dtype of ``x``.
-
-        Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
-
-        Raises:
-            ValueError: shapes, devices or stage ids that do not fit.
-            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
-        """
-        return self.mixed(x, noise, stage, class_labels=class_labels, augment_labels=augment_labels)
-
-    def prepared(
-        self, batch: int, *, class_labels: Tensor | None, augment_labels: Tensor | None
-    ) -> dict[str, Tensor | None]:
+    def prepared(self, conditioning: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """In training, drops some samples' class labels."""
-        if self.training:
-            class_labels = drop_labels(class_labels, self.label_dropout)
-        return {"class_labels": class_labels, "augment_labels": augment_labels}
+        if not self.training:
+            return conditioning
+        return conditioning | {"class_labels": drop_labels(conditioning["class_labels"], self.label_dropout)}
 
-    def run(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        counts: Widths,
-        dtype: torch.dtype,
-        *,
-        class_labels: Tensor | None,
-        augment_labels: Tensor | None,
-    ) -> Tensor:
-        encoder_counts = self.encoder_counts(counts)
-        emb = self._embed(noise, encoder_counts, dtype, class_labels, augment_labels)
-        pyramid = StageBatch.from_dense(x, encoder_counts)
-        skips, projections = [self.conv(pyramid)], Projections(emb).inside(self.enc)
-        for level in self.enc.values():
-            features, pyramid = level(skips[-1], projections, pyramid=pyramid)
-            skips += features
-        projections = Projections(self.to_decoders(counts, emb)).inside(self.dec)
-        h, image = self.to_decoders(counts, skips[-1]), None
-        skips = [self.to_decoders(counts, skip) for skip in skips]
-        for level in self.dec.values():
-            h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image)
-        return image.dense()
-
-    def _embed(self, noise, counts, dtype, class_labels, augment_labels) -> StageBatch:
+    def embedding(
+        self, noise: Tensor, counts: Widths, dtype: torch.dtype, conditioning: dict[str, Tensor | None]
+    ) -> StageBatch:
+        class_labels, augment_labels = conditioning["class_labels"], conditioning["augment_labels"]
         if class_labels is not None:
             class_labels = class_labels * math.sqrt(self.label_dim)
         elif self.label_dim:
             class_labels = torch.zeros(sum(counts), self.label_dim, dtype=dtype, device=noise.device)
         emb = self.map_noise(noise, counts).to(dtype)
-        emb = add(emb, label_batch("EDMUNet", "class_labels", class_labels, self.map_label, counts, dtype))
-        emb = add(
-            emb, label_batch("EDMUNet", "augment_labels", augment_labels, self.map_augment, counts, dtype)
-        )
+        emb = add(emb, label_batch(class_labels, self.map_label, counts, dtype))
+        emb = add(emb, label_batch(augment_labels, self.map_augment, counts, dtype))
         return self.map_layers(emb)
 
 

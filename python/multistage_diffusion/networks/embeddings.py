@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import Initialiser, StageLinear, StageModule, Widths
+from multistage_diffusion.networks.layers import Initialiser, StageLinear, StageModule, Widths
 
 MAX_POSITIONS = 10_000
 
@@ -89,21 +89,10 @@ class EmbeddingMLP(nn.Module):
 
 
 def label_batch(
-    network: str, name: str, labels: Tensor | None, layer: StageLinear | None, counts: Sequence[int], dtype
+    labels: Tensor | None, layer: StageLinear | None, counts: Sequence[int], dtype: torch.dtype
 ) -> StageBatch | None:
-    """``layer(labels)``, one vector per sample; None where no labels were given.
-
-    Raises:
-        ValueError: labels for a network without such labels, or of another shape than ``[B, in_features]``.
-    """
-    if labels is None:
-        return None
-    if layer is None:
-        raise ValueError(f"{network}: the network was built without {name}, but some were given")
-    expected = (sum(counts), layer.in_features[0])
-    if tuple(labels.shape) != expected:
-        raise ValueError(f"{network}: {name} must be {list(expected)}, got {list(labels.shape)}")
-    return layer(StageBatch.from_dense(labels.to(dtype), counts))
+    """``layer(labels)``, one vector per sample; None where no labels were given."""
+    return None if labels is None else layer(StageBatch.from_dense(labels.to(dtype), counts))
 
 
 def drop_labels(labels: Tensor | None, probability: float) -> Tensor | None:

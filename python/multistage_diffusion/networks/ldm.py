@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.blocks import BlockStyle, Resample
+from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding, label_batch
+from multistage_diffusion.networks.layers import (
     StageAttention,
     StageConv2d,
     StageGroupNorm,
@@ -21,28 +23,13 @@ from multistage_diffusion.layers import (
     on_stages,
     xavier_uniform,
 )
-from multistage_diffusion.networks.blocks import (
-    BlockStyle,
-    DecoderLevel,
-    EncoderLevel,
-    OutputHead,
-    Projections,
-    Resample,
-    ResidualBlock,
-    decoder_blocks,
-    encoder_blocks,
-    take_last,
-)
-from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding, label_batch
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
 from multistage_diffusion.networks.transformer import SpatialTransformer
-from multistage_diffusion.stage_order import StageOrder
+from multistage_diffusion.networks.unet import UNet
 
 __all__ = ["LDMUNet"]
 
 GROUPS, EPS, TRANSFORMER_EPS = 32, 1e-5, 1e-6
 EMB_MULT = 4
-ATTENDING = (8, 16, 32)
 ZERO = xavier_uniform(1e-5)
 
 
@@ -51,12 +38,14 @@ def norm(channels: Widths, eps: float = EPS) -> StageGroupNorm:
     return StageGroupNorm(channels, (GROUPS,) * len(channels), eps=eps)
 
 
-class LDMUNet(StageNetwork):
+class LDMUNet(UNet):
     """U-Net of latent diffusion with shared encoder and middle and one decoder per stage; a batch may mix all stages.
 
     ``decoder_widths`` with one entry is the unified network; as many ``encoder_widths`` as ``decoder_widths`` are
     separate networks. The defaults are the network for CelebA-HQ 256. With ``context_dim`` every attention is a
     spatial transformer that looks at the context, too.
+
+    ``noise`` is the integer steps 0 to 999.
 
     Args:
         image_size: height and width of the latents, divisible by 2 to the number of levels less one.
@@ -84,6 +73,8 @@ class LDMUNet(StageNetwork):
     """
 
     family = "ldm"
+    attending = (8, 16, 32)
+    needed = ("class_labels", "context")
 
     def __init__(
         self,
@@ -105,59 +96,56 @@ class LDMUNet(StageNetwork):
         adaptive_scale: bool = False,
         reduced_attention: bool = False,
     ) -> None:
-        encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult = tuple(channel_mult)
-        if attn_resolutions is None:
-            attn_resolutions = present(ATTENDING, image_size, channel_mult)
-        super().__init__(
-            {
-                "image_size": image_size,
-                "in_channels": in_channels,
-                "out_channels": out_channels,
-                "encoder_widths": list(encoder_widths),
-                "decoder_widths": list(decoder_widths),
-                "channel_mult": list(channel_mult),
-                "num_blocks": num_blocks,
-                "attn_resolutions": list(attn_resolutions),
-                "head_channels": head_channels,
-                "num_heads": num_heads,
-                "dropout": dropout,
-                "context_dim": context_dim,
-                "transformer_depth": transformer_depth,
-                "label_dim": label_dim,
-                "adaptive_scale": adaptive_scale,
-                "reduced_attention": reduced_attention,
-            },
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            encoder_widths=encoder_widths,
-            decoder_widths=decoder_widths,
-        )
-        check_levels("LDMUNet", image_size, channel_mult, num_blocks, attn_resolutions)
-        self.label_dim, self.context_dim = label_dim, context_dim
-        emb = tuple(EMB_MULT * w for w in encoder_widths)
-        stages = len(encoder_widths)
-        self.embed_noise = PositionalEmbedding(encoder_widths, endpoint=False, cosine_first=True)
-        self.embed = EmbeddingMLP(encoder_widths, emb, initialise=fan_in_uniform)
+        super().__init__(locals())
+        emb = tuple(EMB_MULT * w for w in self.encoder_widths)
+        stages = len(self.encoder_widths)
+        self.embed_noise = PositionalEmbedding(self.encoder_widths, endpoint=False, cosine_first=True)
+        self.embed = EmbeddingMLP(self.encoder_widths, emb, initialise=fan_in_uniform)
         labels = ((context_dim,) * stages if context_dim else emb) if label_dim else None
         self.embed_label = (
             StageLinear((label_dim,) * stages, labels, bias=False, initialise=fan_in_uniform)
             if labels
             else None
         )
-        style = {
-            "norm": norm,
-            "attention": self._attention,
-            "dropout": dropout,
-            "adaptive_scale": adaptive_scale,
-            "initialise": fan_in_uniform,
-            "initialise_last": ZERO,
-        }
-        self.enc = nn.ModuleDict()
-        skips = self._add_encoder(encoder_widths, BlockStyle(emb, **style))
-        self.dec = nn.ModuleDict()
-        self._add_decoder(decoder_widths, BlockStyle(self.per_decoder(emb), **style), skips)
+        style = partial(
+            BlockStyle,
+            norm=norm,
+            attention=self._attention,
+            dropout=dropout,
+            adaptive_scale=adaptive_scale,
+            initialise=fan_in_uniform,
+            initialise_last=ZERO,
+        )
+        self.add_levels(emb, style)
+
+    def downsample(self, channels: Widths, style: BlockStyle) -> Resample:
+        return Resample(StageStridedConv2d(channels, channels, 3, padding=1, initialise=style.initialise))
+
+    def upsample(self, channels: Widths, style: BlockStyle) -> Resample:
+        return Resample(StageConv2d(channels, channels, 3, resample="up", initialise=style.initialise))
+
+    def decoder_attention(self, level: int, channels: Widths) -> list[nn.Module | None]:
+        """After every block."""
+        attending, count = self._attending_stages()[level], self.config["num_blocks"] + 1
+        return [on_stages(self._attention, attending, channels) for _ in range(count)]
+
+    def tokens(
+        self, counts: Widths, dtype: torch.dtype, conditioning: dict[str, Tensor | None]
+    ) -> StageBatch | None:
+        context = conditioning["context"]
+        if context is not None:
+            return StageBatch.from_dense(context.to(dtype).transpose(1, 2)[..., None], counts)
+        if not self.context_dim:
+            return None
+        return label_batch(conditioning["class_labels"], self.embed_label, counts, dtype)
+
+    def embedding(
+        self, noise: Tensor, counts: Widths, dtype: torch.dtype, conditioning: dict[str, Tensor | None]
+    ) -> StageBatch:
+        labels = None
+        if not self.context_dim:
+            labels = label_batch(conditioning["class_labels"], self.embed_label, counts, dtype)
+        return self.embed(self.embed_noise(noise, counts).to(dtype), labels)
 
     def _attention(self, channels: Widths) -> StageAttention | SpatialTransformer:
         heads = tuple(self._heads(c) for c in channels)
@@ -189,51 +177,6 @@ class LDMUNet(StageNetwork):
             )
         return heads
 
-    def _add_encoder(self, widths: Widths, style: BlockStyle) -> list[Widths]:
-        """Adds the encoder and the middle, and returns the channels of the skips that they leave."""
-        config = self.config
-        self.conv = StageConv2d((self.in_channels,) * len(widths), widths, 3, initialise=fan_in_uniform)
-        channels, skips = widths, [widths]
-        for level, mult in enumerate(config["channel_mult"]):
-            size = self.image_size >> level
-            down = None
-            if level > 0:
-                down = Resample(
-                    StageStridedConv2d(channels, channels, 3, padding=1, initialise=fan_in_uniform)
-                )
-                skips.append(channels)
-            out = tuple(w * mult for w in widths)
-            attends = size in config["attn_resolutions"]
-            blocks = encoder_blocks(channels, out, style, config["num_blocks"], skips, attention=attends)
-            channels = out
-            self.enc[f"{size}x{size}"] = EncoderLevel(down, blocks)
-        self.middle = nn.ModuleList(
-            [
-                ResidualBlock(channels, channels, style, attention=True),
-                ResidualBlock(channels, channels, style),
-            ]
-        )
-        return skips
-
-    def _add_decoder(self, widths: Widths, style: BlockStyle, skips: list[Widths]) -> None:
-        config = self.config
-        skips = [self.per_decoder(channels) for channels in skips]
-        channels, coarsest = skips[-1], len(config["channel_mult"]) - 1
-        attending = self._attending_stages()
-        for level in range(coarsest, -1, -1):
-            size, mult = self.image_size >> level, config["channel_mult"][level]
-            up = partial(StageConv2d, resample="up", initialise=fan_in_uniform)
-            entry = [] if level == coarsest else [Resample(up(channels, channels, 3))]
-            out = tuple(w * mult for w in widths)
-            attention = [
-                on_stages(self._attention, attending[level], out) for _ in range(config["num_blocks"] + 1)
-            ]
-            blocks = decoder_blocks(channels, out, style, skips, attention)
-            channels = out
-            image = (self.out_channels,) * self.num_stages
-            head = OutputHead(norm(channels), image, initialise=ZERO) if level == 0 else None
-            self.dec[f"{size}x{size}"] = DecoderLevel(entry, blocks, head)
-
     def _attending_stages(self) -> list[Widths]:
         """Per level, the stages whose decoders have attention."""
         config = self.config
@@ -252,82 +195,3 @@ class LDMUNet(StageNetwork):
                 if level:
                     downsampling //= 2  # never reset: this is the reference's structure
         return [tuple(stages) for stages in attending]
-
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        stage: Sequence[int] | Tensor | StageOrder,
-        *,
-        context: Tensor | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Runs a mixed batch.
-
-        Args:
-            x: ``[B, in_channels, image_size, image_size]``, noisy latents, in any floating dtype.
-            noise: ``[B]``, the integer steps 0 to 999.
-            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
-            context: ``[B, tokens, context_dim]``; needed if there is a context and no classes.
-            class_labels: ``[B, label_dim]``, one-hot; needed if there are classes.
-
-        Returns:
-            ``[B, out_channels, image_size, image_size]`` in the caller's order and in the dtype of ``x``.
-
-        Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
-
-        Raises:
-            ValueError: shapes, devices or stage ids that do not fit.
-            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
-        """
-        return self.mixed(x, noise, stage, context=context, class_labels=class_labels)
-
-    def prepared(
-        self, batch: int, *, context: Tensor | None, class_labels: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        if self.label_dim and class_labels is None:
-            raise ValueError(f"LDMUNet: class_labels [{batch}, {self.label_dim}] are needed, got none")
-        takes_context = self.context_dim and not self.label_dim
-        if not takes_context and context is not None:
-            raise ValueError("LDMUNet: the network was built without context, but some was given")
-        if takes_context:
-            given = None if context is None else list(context.shape)
-            fits = given is not None and len(given) == 3 and given[2] == self.context_dim
-            if not fits or given[1] < 1:
-                raise ValueError(
-                    f"LDMUNet: context must be [{batch}, tokens, {self.context_dim}], "
-                    f"got {'none' if given is None else given}"
-                )
-        return {"context": context, "class_labels": class_labels}
-
-    def run(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        counts: Widths,
-        dtype: torch.dtype,
-        *,
-        context: Tensor | None,
-        class_labels: Tensor | None,
-    ) -> Tensor:
-        encoder_counts = self.encoder_counts(counts)
-        labels = label_batch("LDMUNet", "class_labels", class_labels, self.embed_label, encoder_counts, dtype)
-        extra, tokens = (None, labels) if self.context_dim else (labels, None)
-        if context is not None:
-            tokens = StageBatch.from_dense(context.to(dtype).transpose(1, 2)[..., None], encoder_counts)
-        emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype), extra)
-        skips = [self.conv(StageBatch.from_dense(x, encoder_counts))]
-        projections = Projections(emb).inside(self.enc, self.middle)
-        for level in self.enc.values():
-            features, _ = level(skips[-1], projections, context=tokens)
-            skips += features
-        h = skips[-1]
-        for block in self.middle:
-            h = block(h, projections, context=tokens)
-        h, emb, tokens = (self.to_decoders(counts, batch) for batch in (h, emb, tokens))
-        projections = Projections(emb).inside(self.dec)
-        skips = [self.to_decoders(counts, skip) for skip in skips]
-        image = None
-        for level in self.dec.values():
-            h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image, context=tokens)
-        return image.dense()

@@ -12,34 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.blocks import SKIP_SCALE, BlockStyle, ResidualInput
+from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding
+from multistage_diffusion.networks.layers import (
     StageAttention,
     StageConv2d,
     StageGroupNorm,
     Widths,
     xavier_uniform,
 )
-from multistage_diffusion.networks.blocks import (
-    SKIP_SCALE,
-    BlockStyle,
-    DecoderLevel,
-    EncoderLevel,
-    OutputHead,
-    Projections,
-    ResidualBlock,
-    ResidualInput,
-    decoder_blocks,
-    encoder_blocks,
-    take_last,
-)
-from multistage_diffusion.networks.embeddings import EmbeddingMLP, PositionalEmbedding
-from multistage_diffusion.networks.mixed_batch import StageNetwork, check_levels, present
+from multistage_diffusion.networks.unet import UNet
 
 __all__ = ["NCSNpp"]
 
 ATTENTION, ZERO = xavier_uniform(0.1**0.5), xavier_uniform(1e-5)
 MIN_CHANNELS_PER_GROUP, EPS = 4, 1e-6
-ATTENDING = (16,)
 EMB_MULT = 4
 
 
@@ -61,11 +48,13 @@ def attention(channels: Widths, max_groups: int = 16, scale: float = SKIP_SCALE)
     )
 
 
-class NCSNpp(StageNetwork):
+class NCSNpp(UNet):
     """NCSN++ with a shared encoder and one decoder per stage; a batch may mix samples of all stages.
 
     ``decoder_widths`` with one entry is the unified network; as many ``encoder_widths`` as ``decoder_widths`` are
     separate networks. The defaults are the deep network for CIFAR-10.
+
+    ``noise`` is 999 t with the SDE's time t in [0, 1].
 
     Args:
         image_size: height and width of the images, divisible by 2 to the number of levels less one.
@@ -88,6 +77,7 @@ class NCSNpp(StageNetwork):
     """
 
     family = "ncsnpp"
+    attending = (16,)
 
     def __init__(
         self,
@@ -105,124 +95,28 @@ class NCSNpp(StageNetwork):
         centered: bool = True,
         max_groups: int = 16,
     ) -> None:
-        encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        channel_mult = tuple(channel_mult)
-        if attn_resolutions is None:
-            attn_resolutions = present(ATTENDING, image_size, channel_mult)
-        super().__init__(
-            {
-                "image_size": image_size,
-                "in_channels": in_channels,
-                "encoder_widths": list(encoder_widths),
-                "decoder_widths": list(decoder_widths),
-                "channel_mult": list(channel_mult),
-                "num_blocks": num_blocks,
-                "attn_resolutions": list(attn_resolutions),
-                "dropout": dropout,
-                "resample_filter": list(resample_filter),
-                "skip_rescale": skip_rescale,
-                "centered": centered,
-                "max_groups": max_groups,
-            },
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=in_channels,
-            encoder_widths=encoder_widths,
-            decoder_widths=decoder_widths,
-        )
-        check_levels("NCSNpp", image_size, channel_mult, num_blocks, attn_resolutions)
-        emb = tuple(EMB_MULT * w for w in encoder_widths)
+        super().__init__(locals())
+        emb = tuple(EMB_MULT * w for w in self.encoder_widths)
         scale = SKIP_SCALE if skip_rescale else 1.0
-        style = {
-            "norm": partial(norm, max_groups=max_groups),
-            "attention": partial(attention, max_groups=max_groups, scale=scale),
-            "dropout": dropout,
-            "scale": scale,
-            "filter": tuple(resample_filter),
-        }
-        self.embed_noise = PositionalEmbedding(encoder_widths)
-        self.embed = EmbeddingMLP(encoder_widths, emb)
-        self.enc = nn.ModuleDict()
-        skips = self._add_encoder(encoder_widths, BlockStyle(emb, **style))
-        self.dec = nn.ModuleDict()
-        self._add_decoder(decoder_widths, BlockStyle(self.per_decoder(emb), **style), skips)
-
-    def _add_encoder(self, widths: Widths, style: BlockStyle) -> list[Widths]:
-        """Adds the encoder and the middle, and returns the channels of the skips that they leave."""
-        config = self.config
-        image = (self.in_channels,) * len(widths)
-        self.conv = StageConv2d(image, widths, 3)
-        channels, pyramid, skips = widths, image, [widths]
-        for level, mult in enumerate(config["channel_mult"]):
-            size = self.image_size >> level
-            down = input = None
-            if level > 0:
-                down = ResidualBlock(channels, channels, style, resample="down")
-                input = ResidualInput(pyramid, channels, style.filter, scale=style.scale)
-                pyramid = channels
-                skips.append(channels)
-            out = tuple(w * mult for w in widths)
-            attends = size in config["attn_resolutions"]
-            blocks = encoder_blocks(channels, out, style, config["num_blocks"], skips, attention=attends)
-            channels = out
-            self.enc[f"{size}x{size}"] = EncoderLevel(down, blocks, input)
-        self.middle = nn.ModuleList(
-            [
-                ResidualBlock(channels, channels, style, attention=True),
-                ResidualBlock(channels, channels, style),
-            ]
+        self.embed_noise = PositionalEmbedding(self.encoder_widths)
+        self.embed = EmbeddingMLP(self.encoder_widths, emb)
+        style = partial(
+            BlockStyle,
+            norm=partial(norm, max_groups=max_groups),
+            attention=partial(attention, max_groups=max_groups, scale=scale),
+            dropout=dropout,
+            scale=scale,
+            filter=tuple(resample_filter),
         )
-        return skips
+        self.add_levels(emb, style)
 
-    def _add_decoder(self, widths: Widths, style: BlockStyle, skips: list[Widths]) -> None:
-        config = self.config
-        image = (self.out_channels,) * self.num_stages
-        skips = [self.per_decoder(channels) for channels in skips]
-        channels, coarsest = skips[-1], len(config["channel_mult"]) - 1
-        for level in range(coarsest, -1, -1):
-            size, mult = self.image_size >> level, config["channel_mult"][level]
-            entry = [] if level == coarsest else [ResidualBlock(channels, channels, style, resample="up")]
-            out = tuple(w * mult for w in widths)
-            attends = [False] * config["num_blocks"] + [size in config["attn_resolutions"]]
-            blocks = decoder_blocks(channels, out, style, skips, attends)
-            channels = out
-            head = OutputHead(style.norm(channels), image) if level == 0 else None
-            self.dec[f"{size}x{size}"] = DecoderLevel(entry, blocks, head)
+    def image_input(self, pyramid: Widths, channels: Widths, style: BlockStyle) -> tuple[nn.Module, Widths]:
+        return ResidualInput(pyramid, channels, style.filter, scale=style.scale), channels
 
-    def forward(self, x: Tensor, noise: Tensor, stage: Sequence[int] | Tensor) -> Tensor:
-        """Runs a mixed batch.
+    def centered(self, x: Tensor) -> Tensor:
+        return x if self.config["centered"] else 2 * x - 1
 
-        Args:
-            x: ``[B, in_channels, image_size, image_size]``, in any floating dtype.
-            noise: ``[B]``, 999 t with the SDE's time t in [0, 1].
-            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
-
-        Returns:
-            ``[B, in_channels, image_size, image_size]`` in the caller's order and in the dtype of ``x``.
-
-        Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
-
-        Raises:
-            ValueError: shapes, devices or stage ids that do not fit.
-            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
-        """
-        return self.mixed(x, noise, stage)
-
-    def run(self, x: Tensor, noise: Tensor, counts: Widths, dtype: torch.dtype) -> Tensor:
-        encoder_counts = self.encoder_counts(counts)
-        emb = self.embed(self.embed_noise(noise, encoder_counts).to(dtype))
-        pyramid = StageBatch.from_dense(x if self.config["centered"] else 2 * x - 1, encoder_counts)
-        skips, projections = [self.conv(pyramid)], Projections(emb).inside(self.enc, self.middle)
-        for level in self.enc.values():
-            features, pyramid = level(skips[-1], projections, pyramid=pyramid)
-            skips += features
-        h = skips[-1]
-        for block in self.middle:
-            h = block(h, projections)
-        h, emb = self.to_decoders(counts, h), self.to_decoders(counts, emb)
-        projections = Projections(emb).inside(self.dec)
-        skips = [self.to_decoders(counts, skip) for skip in skips]
-        image = None
-        for level in self.dec.values():
-            h, image = level(h, projections, take_last(skips, len(level.blocks)), image=image)
-        return image.dense()
+    def embedding(
+        self, noise: Tensor, counts: Widths, dtype: torch.dtype, conditioning: dict[str, Tensor | None]
+    ) -> StageBatch:
+        return self.embed(self.embed_noise(noise, counts).to(dtype))

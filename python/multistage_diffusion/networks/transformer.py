@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.layers import (
     Initialiser,
     StageAttention,
     StageConv2d,

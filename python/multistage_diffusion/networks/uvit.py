@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from msd_kernels import StageBatch
-from multistage_diffusion.layers import (
+from multistage_diffusion.networks.embeddings import PositionalEmbedding, label_batch
+from multistage_diffusion.networks.layers import (
     StageConv2d,
     StageLayerNorm,
     StageLinear,
@@ -18,10 +19,8 @@ from multistage_diffusion.layers import (
     Widths,
     normal,
 )
-from multistage_diffusion.networks.embeddings import PositionalEmbedding, label_batch
-from multistage_diffusion.networks.mixed_batch import StageNetwork
+from multistage_diffusion.networks.stage_network import Features, StageNetwork
 from multistage_diffusion.networks.transformer import FeedForward, TransformerBlock, self_attention
-from multistage_diffusion.stage_order import StageOrder
 
 __all__ = ["UViT"]
 
@@ -50,6 +49,8 @@ class UViT(StageNetwork):
     is the unified network; as many ``encoder_widths`` as ``decoder_widths`` are separate networks. The defaults are
     the network for CIFAR-10.
 
+    ``noise`` is 999 t with the SDE's time t in [0, 1].
+
     Args:
         image_size: height and width of the images, a multiple of ``patch_size``.
         in_channels: channels of the images.
@@ -69,6 +70,7 @@ class UViT(StageNetwork):
     """
 
     family = "uvit"
+    needed = ("class_labels",)
 
     def __init__(
         self,
@@ -85,29 +87,10 @@ class UViT(StageNetwork):
         final_conv: bool = True,
         label_dim: int = 0,
     ) -> None:
-        encoder_widths, decoder_widths = tuple(encoder_widths), tuple(decoder_widths)
-        super().__init__(
-            {
-                "image_size": image_size,
-                "in_channels": in_channels,
-                "encoder_widths": list(encoder_widths),
-                "decoder_widths": list(decoder_widths),
-                "depth": depth,
-                "num_heads": num_heads,
-                "patch_size": patch_size,
-                "mlp_ratio": mlp_ratio,
-                "qkv_bias": qkv_bias,
-                "final_conv": final_conv,
-                "label_dim": label_dim,
-            },
-            image_size=image_size,
-            in_channels=in_channels,
-            out_channels=in_channels,
-            encoder_widths=encoder_widths,
-            decoder_widths=decoder_widths,
-        )
+        super().__init__(locals())
+        encoder_widths, decoder_widths = self.encoder_widths, self.decoder_widths
         _check_sizes(image_size, patch_size, depth, num_heads, encoder_widths + decoder_widths)
-        self.label_dim, self.patch_size = label_dim, patch_size
+        self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.extras = 2 if label_dim else 1
         block = {"num_heads": num_heads, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias}
@@ -135,48 +118,18 @@ class UViT(StageNetwork):
         self.predict = StageLinear(channels, patch, initialise=INITIALISE)
         self.final_conv = StageConv2d(image, image, 3) if final_conv else None
 
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        stage: Sequence[int] | Tensor | StageOrder,
-        *,
-        class_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Runs a mixed batch.
-
-        Args:
-            x: ``[B, in_channels, image_size, image_size]``, in any floating dtype.
-            noise: ``[B]``, 999 t with the SDE's time t in [0, 1].
-            stage: one stage id per sample, on the host, in any order; or a :class:`StageOrder`.
-            class_labels: ``[B, label_dim]``, one-hot; needed if and only if there are classes.
-
-        Returns:
-            ``[B, in_channels, image_size, image_size]`` in the caller's order and in the dtype of ``x``.
-
-        Runs in the dtype of autocast where it is on, in that of the parameters elsewhere.
-
-        Raises:
-            ValueError: shapes, devices or stage ids that do not fit.
-            TypeError: what is no tensor or of a wrong dtype; stage ids that are no integers.
-        """
-        return self.mixed(x, noise, stage, class_labels=class_labels)
-
-    def prepared(self, batch: int, *, class_labels: Tensor | None) -> dict[str, Tensor | None]:
-        if self.label_dim and class_labels is None:
-            raise ValueError(f"UViT: class_labels [{batch}, {self.label_dim}] are needed, got none")
-        return {"class_labels": class_labels}
-
-    def run(
-        self, x: Tensor, noise: Tensor, counts: Widths, dtype: torch.dtype, *, class_labels: Tensor | None
-    ) -> Tensor:
-        h = self._tokens(x, noise, self.encoder_counts(counts), dtype, class_labels)
+    def run_encoder(self, x: Tensor, noise: Tensor, conditioning: dict[str, Tensor | None], counts: Widths):
+        h = self._tokens(x, noise, self.encoder_counts(counts), conditioning["class_labels"])
         skips = []
         for block in self.in_blocks:
             h = block(h)
             skips.append(h)
-        h = self.middle(h)
-        h, skips = self.to_decoders(counts, h), [self.to_decoders(counts, skip) for skip in skips]
+        return self.middle(h), skips, None, None
+
+    def run_decoder(self, features: Features) -> Tensor:
+        counts = features.order.counts
+        h = self.to_decoders(counts, features.state)
+        skips = [self.to_decoders(counts, skip) for skip in features.skips]
         for block in self.out_blocks:
             h = block(h, skips.pop())
         patches = StageBatch.from_segments([segment[:, :, self.extras :] for segment in h.segments()])
@@ -185,15 +138,11 @@ class UViT(StageNetwork):
             return image
         return self.final_conv(StageBatch.from_dense(image, self.encoder_counts(counts))).dense()
 
-    def _tokens(self, x, noise, counts, dtype, class_labels) -> StageBatch:
+    def _tokens(self, x: Tensor, noise: Tensor, counts: Widths, class_labels: Tensor | None) -> StageBatch:
         """The class, the time and the patches, as the pixels of a feature map of width 1."""
-        first = [self.embed_time(noise, counts).to(dtype)]
+        first = [self.embed_time(noise, counts).to(x.dtype)]
         if self.embed_label is not None:
-            first.insert(
-                0, label_batch("UViT", "class_labels", class_labels, self.embed_label, counts, dtype)
-            )
-        elif class_labels is not None:
-            raise ValueError("UViT: the network was built without class_labels, but some were given")
+            first.insert(0, label_batch(class_labels, self.embed_label, counts, x.dtype))
         patches = self.embed_patches(StageBatch.from_dense(x, counts))
         parts = [batch.segments() for batch in (*first, patches)]
         tokens = [torch.cat([part.flatten(2) for part in stage], dim=2) for stage in zip(*parts, strict=True)]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.layers import OnStages, StageModule
-from multistage_diffusion.network_limits import at_most
 from multistage_diffusion.networks import build as build_network
+from multistage_diffusion.networks.layers import OnStages, StageModule
+from multistage_diffusion.networks.network_limits import at_most
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
 from multistage_diffusion.official.entries import Family, Place, tensors
 from multistage_diffusion.official.unpickling import shown

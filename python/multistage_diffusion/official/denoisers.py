@@ -14,19 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.official.pickles import Record
-from multistage_diffusion.preconditioning import (
+from multistage_diffusion.noise.preconditioning import (
     PRECONDITIONINGS,
     Preconditioner,
     as_json,
+    constants_of,
+    denoiser_of,
     differences,
     precondition,
     require_known,
     stages_in_sigma,
 )
+from multistage_diffusion.noise.schedules import Schedule
+from multistage_diffusion.noise.stages import Stages, StagesError
+from multistage_diffusion.official.pickles import Record
 from multistage_diffusion.presets import PRESETS, Preset
-from multistage_diffusion.schedules import Schedule
-from multistage_diffusion.stages import Stages, StagesError
 
 __all__ = ["KeptDenoiser", "denoiser", "of_betas", "of_record"]
 
@@ -73,7 +75,12 @@ def of_record(record: Record) -> dict[str, object] | None:
             raise ValueError(f"the preconditioner's {name} is no number")
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"the preconditioner's {name} is a huge number")
-    return {"schedule": schedule, **found, **({} if schedule == "edm" else {"prediction": "epsilon"})}
+    return {"schedule": schedule, **found, **_usual_prediction(schedule)}
+
+
+def _usual_prediction(schedule: str) -> dict[str, str]:
+    """That of the reference's networks; nothing where it is no constant of the denoiser."""
+    return {"prediction": "epsilon"} if "prediction" in constants_of(schedule) else {}
 
 
 def of_betas(betas: Tensor) -> dict[str, object] | None:
@@ -127,7 +134,7 @@ def denoiser(
     constants.pop("schedule", None)
     require_known("convert", name, constants)
     usual = ", but for the prediction, which is the usual one"
-    known = name == "edm" or "prediction" in constants
+    known = _usual_prediction(name).keys() <= constants.keys()
     source = (
         f"as the file says{'' if known else usual}"
         if said
@@ -159,9 +166,8 @@ def schedule_name(
 
 def _schedule(name: str, constants: Mapping[str, object]) -> Schedule:
     """The schedule with its constants; EDM's are the preconditioner's."""
-    own = {} if name == "edm" else {key: value for key, value in constants.items() if key != "prediction"}
     try:
-        return PRECONDITIONINGS[name](**own)
+        return denoiser_of(name).schedule_with(PRECONDITIONINGS[name], constants)
     except TypeError as error:
         raise ValueError(f"convert: a constant of {name} is of another type: {error}") from error
 
@@ -216,7 +222,7 @@ def _of_interval(interval: object, family: str, schedule: Schedule) -> Stages | 
     EDM names sigma, score SDE and U-ViT times, latent diffusion the first step of every following stage, and the number
     of steps.
     """
-    variable = {"edm": "sigma", "ldm": "step"}.get(family, "t")
+    variable = PRECONDITIONINGS[published_by(family).schedule].variable
     if variable != schedule.variable:
         return None
     try:

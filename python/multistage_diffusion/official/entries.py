@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.layers import OnStages, StageModule
+from multistage_diffusion.networks.layers import OnStages, StageModule
 from multistage_diffusion.official.unpickling import shown
 
 View = Callable[[Tensor], Tensor]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from multistage_diffusion.layers import OnStages, StageAttention, StageCrossAttention
 from multistage_diffusion.networks.blocks import ResidualBlock
+from multistage_diffusion.networks.layers import OnStages, StageAttention, StageCrossAttention
 from multistage_diffusion.networks.ldm import LDMUNet
 from multistage_diffusion.networks.transformer import SpatialTransformer
 from multistage_diffusion.official.entries import Arguments, Entry, Family, part, weights

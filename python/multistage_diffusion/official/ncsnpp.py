@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multistage_diffusion.layers import StageAttention
 from multistage_diffusion.networks.blocks import ResidualBlock
+from multistage_diffusion.networks.layers import StageAttention
 from multistage_diffusion.networks.ncsnpp import NCSNpp
 from multistage_diffusion.official.entries import Arguments, Entry, Family, part, weights
 

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .unpickling import Builder, CheckpointFileError, Filled, checked_key, interpret, refused
+from multistage_diffusion.official.unpickling import (
+    Builder,
+    CheckpointFileError,
+    Filled,
+    checked_key,
+    interpret,
+    refused,
+)
 
 __all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors", "screen_pickles"]
 

@@ -1,0 +1,1 @@
+"""Noise: schedules, the stages of their levels, draws of levels, preconditioning and losses."""

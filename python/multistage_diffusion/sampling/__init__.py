@@ -1,0 +1,1 @@
+"""Samplers, the plans of their steps, and networks captured in CUDA graphs."""

@@ -1,0 +1,264 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import digit_classifier as module
+from digit_classifier import DigitClassifier, digit_classifier, digit_halves
+from digit_metrics import evaluate_digits, frechet_distance
+
+NUM = 1000
+
+
+@pytest.fixture(scope="session")
+def classifier() -> DigitClassifier:
+    return digit_classifier(seed=0)
+
+
+@pytest.fixture(scope="session")
+def held_out() -> torch.Tensor:
+    data = digit_halves()[1]
+    return data.sample(range(data.num_images))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def with_moments(mean, cov, num, seed):
+    """`num` vectors whose sample mean and covariance are exactly these."""
+    rows = torch.randn(num, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rows -= rows.mean(0)
+    whitened = rows @ torch.linalg.inv(torch.linalg.cholesky(rows.T @ rows / (num - 1))).T
+    return whitened @ torch.linalg.cholesky(cov).T + mean
+
+
+def test_frechet_distance_of_commuting_covariances_is_the_closed_form():
+    mean_a, mean_b = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
+    std_a, std_b = torch.tensor([1.0, 2.0, 0.1]).double(), torch.tensor([3.0, 0.5, 0.1]).double()
+    a = with_moments(mean_a, std_a.square().diag(), 50, 0)
+    b = with_moments(mean_b, std_b.square().diag(), 40, 1)
+    expected = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_frechet_distance_of_two_dimensional_gaussians_is_the_closed_form():
+    cov_a = torch.tensor([[2.0, 0.7], [0.7, 1.0]]).double()
+    cov_b = torch.tensor([[1.0, -0.4], [-0.4, 3.0]]).double()
+    zero = torch.zeros(2).double()
+    product = cov_a @ cov_b
+    # For a 2x2 matrix, the trace of the square root is sqrt(trace + 2 sqrt(determinant)).
+    cross = (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt()
+    expected = cov_a.trace() + cov_b.trace() - 2 * cross
+    given = frechet_distance(with_moments(zero, cov_a, 30, 0), with_moments(zero, cov_b, 30, 1))
+    assert given == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize(("num", "dim"), [(100, 8), (20, 48), (2, 5)])
+def test_frechet_distance_to_itself_is_zero(num, dim, generator):
+    features = 30 * torch.randn(num, dim, generator=generator) + 100
+    features[:, 0] = 0  # a feature that never varies
+    scale = float(features.double().var(0).sum())
+    assert frechet_distance(features, features) <= 1e-10 * scale  # float64 rounding, relative to the variance
+
+
+@pytest.mark.parametrize(("num", "dim"), [(100, 8), (20, 48)])
+def test_frechet_distance_adds_the_square_of_a_translation(num, dim, generator):
+    features = torch.randn(num, dim, generator=generator, dtype=torch.float64)
+    shift = torch.randn(dim, generator=generator, dtype=torch.float64)
+    assert frechet_distance(features, features + shift) == pytest.approx(
+        float(shift.square().sum()), rel=1e-9
+    )
+
+
+def test_frechet_distance_is_symmetric_and_takes_arrays(generator):
+    a = torch.randn(40, 12, generator=generator).double()
+    b = a.new_empty(30, 12).normal_(generator=generator) * torch.linspace(0, 2, 12) + 1
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b.numpy(), a.numpy()), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (np.zeros((4, 3)), np.zeros((4, 2)), "3 features, features_b has 2"),
+        (np.zeros((1, 3)), np.zeros((4, 3)), r"features_a must be .* given shape \[1, 3\]"),
+        (np.zeros((4, 3)), np.zeros(3), r"features_b must be .* given shape \[3\]"),
+        (np.zeros((4, 3)), np.full((4, 3), np.nan), "features_b holds"),
+        (np.zeros((4, 0)), np.zeros((4, 0)), r"D at least 1, given shape \[4, 0\]"),
+        (np.eye(4, 3) * 1e160, np.zeros((4, 3)), "too large, their squares overflow float64"),
+        (np.full((4, 3), 1e160), np.zeros((4, 3)), "too large, their squares overflow float64"),
+    ],
+)
+def test_frechet_distance_refuses_wrong_features(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(a, b)
+
+
+def test_frechet_distance_refuses_complex_features():
+    with pytest.raises(TypeError, match=r"features_b must be real, given torch\.complex128"):
+        frechet_distance(np.zeros((4, 3)), np.zeros((4, 3), dtype=complex))
+
+
+def test_frechet_distance_takes_arrays_that_are_reversed(generator):
+    a, b = torch.randn(2, 30, 5, generator=generator, dtype=torch.float64).numpy()
+    assert frechet_distance(a[::-1], b[:, ::-1]) == pytest.approx(
+        frechet_distance(a, b[:, ::-1].copy()), rel=1e-9
+    )
+
+
+def test_halves_share_no_image():
+    reference, held_out = digit_halves()
+    assert (reference.num_images, held_out.num_images) == (898, 899)
+    whole = {bytes(image.numpy()) for image in reference.images}
+    assert not any(bytes(image.numpy()) in whole for image in held_out.images)
+
+
+def test_classifier_labels_held_out_digits(classifier):
+    assert classifier.accuracy >= 0.97  # measured: 0.984 to 0.997 over seeds
+
+
+def test_classifier_is_confident_of_held_out_digits(classifier, held_out):
+    assert classifier.confident_share(held_out) >= 0.85  # measured: 0.92 to 0.94
+
+
+def test_classifier_is_not_confident_of_noise(classifier, generator):
+    shape = (NUM, 1, 16, 16)
+    noises = {
+        "Gaussian": torch.randn(shape, generator=generator),
+        "faint Gaussian": 0.3 * torch.randn(shape, generator=generator),
+        "uniform": 2 * torch.rand(shape, generator=generator) - 1,
+        "salt and pepper": (torch.rand(shape, generator=generator) < 0.3).float() * 2 - 1,
+        "coarse": F.interpolate(torch.randn(NUM, 1, 8, 8, generator=generator), scale_factor=2),
+    }
+    shares = {name: classifier.confident_share(noise) for name, noise in noises.items()}
+    assert max(shares.values()) <= 0.01, shares  # measured: 0
+
+
+def test_classifier_is_not_confident_of_flat_images(classifier):
+    flat = torch.linspace(-1, 1, 101).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+    assert classifier.confident_share(flat) == 0
+
+
+def test_classifier_is_not_confident_of_blurred_mixtures(classifier, generator):
+    data = digit_halves()[1]
+    first, second = torch.randint(data.num_images, (2, 4 * NUM), generator=generator)
+    differ = data.labels[first] != data.labels[second]
+    mixture = 0.5 * (data.sample(first[differ]) + data.sample(second[differ]))
+    blurred = F.avg_pool2d(F.pad(mixture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    assert classifier.confident_share(blurred) <= 0.05
+
+
+def test_classifier_is_not_confident_of_noise_with_the_spectrum_of_digits(classifier, held_out, generator):
+    """Digits with random phases have every statistic of second order of digits, and were not trained on."""
+    noise = torch.fft.rfft2(torch.randn(held_out.shape, generator=generator))
+    scrambled = torch.fft.irfft2(torch.fft.rfft2(held_out + 1).abs() * noise / noise.abs()) - 1
+    assert classifier.confident_share(scrambled) <= 0.08
+
+
+def test_classifier_is_less_confident_the_noisier_the_digits(classifier, held_out, generator):
+    noise = torch.randn(held_out.shape, generator=generator)
+    shares = [classifier.confident_share(held_out + sigma * noise) for sigma in (0, 0.3, 0.5, 1)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] <= 0.01
+
+
+def test_classifier_is_trained_once(classifier):
+    assert digit_classifier() is classifier
+    assert digit_classifier(0, image_size=16) is classifier
+
+
+def test_probabilities_and_features_have_their_shapes(classifier, held_out):
+    probabilities = classifier.probabilities(held_out[:5])
+    assert probabilities.shape == (5, 10)
+    assert bool((probabilities.sum(1) <= 1 + 1e-6).all())
+    assert classifier.features(held_out[:5]).shape == (5, 48)
+    assert not probabilities.requires_grad
+
+
+def test_classifier_clamps_what_a_sampler_overshoots(classifier, held_out):
+    overshooting = torch.where(held_out == 1, held_out + 0.5, held_out)
+    assert torch.equal(classifier.probabilities(overshooting), classifier.probabilities(held_out))
+
+
+def test_classifier_trains_under_inference_mode_and_repeats(monkeypatch):
+    monkeypatch.setattr(module, "_STEPS", 5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with torch.inference_mode():
+        first = module._trained_classifier.__wrapped__(3, 8)
+    second = module._trained_classifier.__wrapped__(3, 8)
+    other = module._trained_classifier.__wrapped__(4, 8)
+    images = digit_halves(8)[0].sample(range(20))
+    assert torch.equal(first.features(images), second.features(images))
+    assert not torch.equal(first.features(images), other.features(images))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_evaluation_ranks_digits_above_noisy_digits_above_noise(classifier, generator):
+    reference = digit_halves()[0]
+    digits = reference.sample(torch.randperm(reference.num_images, generator=generator)[:256])
+    noisy = digits + 0.4 * torch.randn(digits.shape, generator=generator)
+    noise = torch.randn(digits.shape, generator=generator)
+    results = [evaluate_digits(samples, classifier=classifier) for samples in (digits, noisy, noise)]
+    distances = [result["frechet_samples"] for result in results]
+    shares = [result["confident_share"] for result in results]
+    assert distances == sorted(distances)
+    assert distances[0] < 2 * results[0]["frechet_held_out"]
+    assert distances[2] > 10 * results[0]["frechet_held_out"]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] >= 0.85
+    assert shares[2] <= 0.01
+
+
+def test_histogram_counts_the_digits(classifier, held_out):
+    data = digit_halves()[1]
+    sevens = held_out[data.labels == 7]
+    histogram = evaluate_digits(sevens, classifier=classifier)["class_histogram"]
+    assert histogram[7] >= 0.9 * len(sevens)
+    assert sum(histogram) == len(sevens)
+
+
+def test_evaluation_reports_what_it_promises(classifier, held_out):
+    result = evaluate_digits(held_out[:100])
+    assert set(result) == {
+        "num_samples",
+        "confident_share",
+        "confident_held_out",
+        "confident_noise",
+        "frechet_samples",
+        "frechet_held_out",
+        "frechet_noise",
+        "classifier_accuracy",
+        "class_histogram",
+    }
+    labels = classifier.probabilities(held_out[:100]).argmax(1).tolist()
+    assert result["class_histogram"] == [labels.count(digit) for digit in range(10)]
+    assert result["num_samples"] == 100
+    assert result["classifier_accuracy"] == classifier.accuracy
+    assert result["frechet_noise"] > 10 * result["frechet_held_out"]
+    assert evaluate_digits(held_out[:100]) == result
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "message"),
+    [
+        (torch.zeros(4, 1, 32, 32), ValueError, r"must be 16x16, given 32x32; .*digit_classifier"),
+        (torch.zeros(4, 3, 16, 16), ValueError, r"given shape \[4, 3, 16, 16\]"),
+        (torch.zeros(4, 16, 16), ValueError, r"given shape \[4, 16, 16\]"),
+        (torch.zeros(0, 1, 16, 16), ValueError, r"given shape \[0, 1, 16, 16\]"),
+        (torch.zeros(1, 1, 16, 16), ValueError, "at least 2, given 1"),
+        (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), TypeError, "given torch.uint8"),
+        (np.zeros((4, 1, 16, 16)), TypeError, "given ndarray"),
+        (torch.full((4, 1, 16, 16), torch.inf), ValueError, "4 of 4 images hold"),
+    ],
+)
+def test_evaluation_refuses_wrong_samples(samples, error, message):
+    with pytest.raises(error, match=message):
+        evaluate_digits(samples)
+
+
+@pytest.mark.parametrize("image_size", [4, 18, 64])
+def test_classifier_refuses_other_image_sizes(image_size):
+    with pytest.raises(ValueError, match=f"multiple of 4 from 8 to 32, given {image_size}"):
+        digit_classifier(image_size=image_size)
