@@ -110,7 +110,7 @@ PYBIND11_MODULE(_native, m) {
                     const std::string&, const msd::Types<1>&>());
   m.def("winograd_forward", &winograd_forward, msd::WithoutLock(),
         "(layout, stages to compute, [x, skip, sample_bias, residual], weight per stage, bias per "
-        "stage or none, scale, [y, outliers])");
+        "stage, scale, [y, outliers])");
   m.def("winograd_input_gradient", &winograd_input_gradient, msd::WithoutLock(),
         "(layout, stages to compute, dy, weight per stage, [dx, dskip, outliers])");
   m.def("winograd_weight_gradient", &winograd_weight_gradient, msd::WithoutLock(),

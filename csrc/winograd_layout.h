@@ -49,11 +49,11 @@ class WinogradLayout {
     }
   }
 
-  // Inputs: x, skip, sample_bias, residual. Outputs: y, outliers. Biases: none, or all.
+  // Inputs: x, skip, sample_bias, residual. Outputs: y, outliers.
   ConvJob forward(const Sizes& stages, const Addresses<4>& inputs, const Stages& weight,
                   const Stages& bias, double scale, const Addresses<2>& outputs) const {
-    require(weight.size() == counts_.size() && (bias.empty() || bias.size() == counts_.size()),
-            "winograd: needs a weight per stage");
+    require(weight.size() == counts_.size() && bias.size() == counts_.size(),
+            "winograd: needs a weight and a bias per stage");
     ConvJob job;
     job.size = size_;
     job.scale = static_cast<float>(scale);
@@ -62,7 +62,7 @@ class WinogradLayout {
       set_sources(stage, inputs[0], inputs[1], s);
       stage.out[0] = target(output(outputs[0], s));
       stage.weight = at(weight[s]);
-      stage.bias = bias.empty() ? nullptr : at(bias[s]);
+      stage.bias = at(bias[s]);
       stage.sample_bias = part(inputs[2], offsets_[s].sample_channels);
       stage.residual = output(inputs[3], s).data;
       job.stages.push_back(stage);

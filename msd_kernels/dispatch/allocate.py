@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import mul
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def wanted_gradients(
 
 def group_norm_outputs(x: Tensor, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
     """``y`` like ``x``, ``mean`` and ``rstd`` with one entry per sample and group."""
-    mean = x.new_empty(sum(map(mul, layout.counts, layout.groups)), dtype=wide(x.dtype))
+    mean = x.new_empty(sum(layout.stat_sizes), dtype=wide(x.dtype))
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 

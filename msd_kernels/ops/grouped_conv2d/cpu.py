@@ -150,12 +150,6 @@ def _compiled(layout: Conv2dLayout, x: Tensor) -> Any:
     return compiled_layout(load("cpu").module.WinogradLayout, layout, x)
 
 
-def _converted(tensors: Sequence[Tensor], dtype: torch.dtype, layout: Conv2dLayout) -> list[Tensor]:
-    """As the kernels read them; those of stages without samples, which they do not, as they are."""
-    converted = stage_weights.converted(tensors, dtype, layout.counts) if tensors else ()
-    return [own if t is None else t for t, own in zip(converted, tensors, strict=True)]
-
-
 def grouped_conv2d(
     x: Tensor,
     skip: Tensor | None,
@@ -171,7 +165,7 @@ def grouped_conv2d(
     shares = _Shares.of(layout, x.dtype)
 
     def run(outliers: Tensor) -> None:
-        parameters = [_converted(tensors, x.dtype, layout) for tensors in (weight, bias)]
+        parameters = [stage_weights.converted(tensors, x.dtype, layout.counts) for tensors in (weight, bias)]
         load("cpu").module.winograd_forward(
             _compiled(layout, x),
             shares.own,
@@ -238,7 +232,7 @@ def _source_gradients(
     layout = shares.layout
 
     def run(outliers: Tensor) -> None:
-        converted = _converted(weight, x.dtype, layout)
+        converted = stage_weights.converted(weight, x.dtype, layout.counts)
         load("cpu").module.winograd_input_gradient(
             _compiled(layout, x),
             shares.own,
@@ -272,9 +266,8 @@ def _weight_gradients(
     ]
 
     def run(outliers: Tensor) -> None:
-        gradients = [w if gradient is None else gradient for w, gradient in zip(weight, found, strict=True)]
         load("cpu").module.winograd_weight_gradient(
-            _compiled(layout, x), own, addresses(dy, x, skip), addresses(*gradients), address(outliers)
+            _compiled(layout, x), own, addresses(dy, x, skip), addresses(*found), address(outliers)
         )
 
     left = {part.stage for part in (shares.outliers(run) if own else ())}
