@@ -7,106 +7,24 @@ import json
 
 import pytest
 import torch
+from tiny_networks import (
+    BATCH,
+    STAGES,
+    TINY,
+    each_configuration,
+    float64_is_served_by_the_library,  # noqa: F401 (a fixture)
+    inputs,
+    labels_for,
+    tiny,
+)
 
 from msd_kernels import grouped_linear
-from multistage_diffusion.flops import conditioning
 from multistage_diffusion.networks import blocks, build
 from multistage_diffusion.networks.layers import StageModule
-from multistage_diffusion.networks.stage_network import StageNetwork, Takes
+from multistage_diffusion.networks.stage_network import StageNetwork
 from multistage_diffusion.networks.stage_order import StageOrder
 from multistage_diffusion.noise.preconditioning import EDMPreconditioner
 from multistage_diffusion.noise.stages import Stages
-
-STAGES = [2, 0, 1, 0, 2, 0]
-BATCH = len(STAGES)
-
-UNET = {"encoder_widths": (8,), "decoder_widths": (12, 8, 4), "channel_mult": (1, 2), "num_blocks": 1}
-TINY = {
-    "edm": UNET | {"attn_resolutions": (4,), "dropout": 0.0},
-    "ncsnpp": UNET | {"attn_resolutions": (4,), "dropout": 0.0},
-    "ldm": UNET | {"encoder_widths": (32,), "decoder_widths": (64, 32, 32), "attn_resolutions": (4,)},
-    "uvit": {"encoder_widths": (16,), "decoder_widths": (24, 16, 8), "depth": 4, "num_heads": 2},
-}
-NCSNPP_OF_EDM = {
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "resample_filter": (1, 3, 3, 1),
-    "channel_mult_noise": 2,
-}
-# What the constructors are tried with beyond the reference's fixtures: family and changes.
-CONFIGURATIONS = {
-    "edm": ("edm", {}),
-    "edm separate": ("edm", {"encoder_widths": (12, 8, 4)}),
-    "edm unified": ("edm", {"decoder_widths": (8,)}),
-    "edm labels": ("edm", {"label_dim": 3, "augment_dim": 2}),
-    "edm one level": ("edm", {"channel_mult": (2,), "attn_resolutions": (8,)}),
-    "edm three levels": ("edm", {"channel_mult": (1, 2, 3), "num_blocks": 2, "attn_resolutions": (8, 2)}),
-    "edm NCSN++": ("edm", NCSNPP_OF_EDM),
-    "edm NCSN++ separate": ("edm", NCSNPP_OF_EDM | {"encoder_widths": (12, 8, 4)}),
-    "edm skips": ("edm", {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)}),
-    "edm block without a projection in one stage": (
-        "edm",
-        {"decoder_widths": (16, 8, 4), "channel_mult": (1, 2)},
-    ),
-    "ncsnpp": ("ncsnpp", {}),
-    "ncsnpp separate": ("ncsnpp", {"encoder_widths": (12, 8, 4)}),
-    "ncsnpp unified": ("ncsnpp", {"decoder_widths": (8,), "centered": False, "skip_rescale": False}),
-    "ncsnpp three levels": (
-        "ncsnpp",
-        {"channel_mult": (1, 2, 1), "num_blocks": 2, "attn_resolutions": (8, 4)},
-    ),
-    "ldm": ("ldm", {}),
-    "ldm separate": ("ldm", {"encoder_widths": (64, 32, 32)}),
-    "ldm unified": ("ldm", {"decoder_widths": (32,), "num_heads": 4}),
-    "ldm as the reference": (
-        "ldm",
-        {"reduced_attention": True, "attn_resolutions": (4, 8), "context_dim": 6},
-    ),
-    "ldm context": ("ldm", {"context_dim": 6, "transformer_depth": 2}),
-    "ldm class as context": ("ldm", {"context_dim": 6, "label_dim": 3}),
-    "ldm class in the embedding": ("ldm", {"label_dim": 3, "adaptive_scale": True}),
-    "ldm context separate": ("ldm", {"context_dim": 6, "encoder_widths": (64, 32, 32)}),
-    "uvit": ("uvit", {}),
-    "uvit separate": ("uvit", {"encoder_widths": (24, 16, 8)}),
-    "uvit unified": ("uvit", {"decoder_widths": (16,), "qkv_bias": True, "final_conv": False}),
-    "uvit classes": ("uvit", {"label_dim": 3, "patch_size": 4, "depth": 5}),
-}
-each_configuration = pytest.mark.parametrize(
-    ("family", "changes"), CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys()
-)
-
-
-def tiny(family: str = "edm", **changes) -> StageNetwork:
-    """A tiny network in float64 whose every path is open: no weight is near zero."""
-    torch.manual_seed(0)
-    network = build({"family": family, "image_size": 8} | TINY[family] | changes).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return network
-
-
-def inputs(batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randn(batch, generator=generator, dtype=torch.float64)
-
-
-def labels_for(network: StageNetwork, batch: int = BATCH) -> dict[str, torch.Tensor]:
-    """Random labels and context of the shapes that the network takes."""
-    generator = torch.Generator().manual_seed(3)
-    zeros = conditioning(network, batch)
-    return {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in zeros.items()}
-
-
-@pytest.fixture(autouse=True)
-def _float64_is_served_by_the_library():
-    """The compiled CPU kernels take no float64."""
-    from msd_kernels.dispatch import backends
-
-    with backends.use("library"):
-        yield
 
 
 @each_configuration
@@ -536,116 +454,3 @@ def test_tangents_and_torch_func_go_through_a_network(family):
     )({name: p.detach() for name, p in parameters.items()})
     for name, parameter in parameters.items():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
-
-
-OTHER_STAGES = [0, 0, 2, 1, 1, 2]
-
-
-@each_configuration
-def test_decoding_what_was_encoded_is_a_call(family, changes):
-    network = tiny(family, **changes)
-    x, noise = inputs()
-    stages = STAGES if network.num_stages == 3 else [0] * BATCH
-    labels = labels_for(network)
-    assert torch.equal(
-        network.decode(network.encode(x, noise, stages, **labels)), network(x, noise, stages, **labels)
-    )
-
-
-@each_configuration
-def test_the_same_features_serve_the_decoders_of_other_stages(family, changes):
-    network = tiny(family, **changes)
-    x, noise = inputs()
-    labels = labels_for(network)
-    stages, others = (ids if network.num_stages == 3 else [0] * BATCH for ids in (STAGES, OTHER_STAGES))
-    features = network.encode(x, noise, stages, **labels)
-    if not network.shared_encoder:
-        with pytest.raises(ValueError, match="every stage has an encoder of its own"):
-            network.decode(features, stage=others)
-        return
-    # A shared encoder is told of no stage, so these are the features of the other stages as well; the float64 sums of
-    # the encoder go over the samples in another order.
-    torch.testing.assert_close(
-        network.decode(features, stage=others), network(x, noise, others, **labels), rtol=1e-10, atol=1e-10
-    )
-    order = StageOrder.of(others, network.num_stages, BATCH)
-    assert torch.equal(network.decode(features, stage=order), network.decode(features, stage=others))
-    again = network.decode(features, stage=stages)
-    assert torch.equal(again, network.decode(features))
-
-
-@each_configuration
-def test_decoders_may_be_told_of_other_noise(family, changes):
-    network = tiny(family, **changes)
-    x, noise = inputs()
-    labels = labels_for(network)
-    stages, others = (ids if network.num_stages == 3 else [0] * BATCH for ids in (STAGES, OTHER_STAGES))
-    features = network.encode(x, noise, stages, **labels)
-    if family == "uvit":
-        with pytest.raises(ValueError, match="told of the noise by the encoder alone"):
-            network.decode(features, noise=noise + 1)
-        return
-    assert torch.equal(network.decode(features, noise), network.decode(features))
-    if not network.shared_encoder:
-        others = stages
-    told = network.decode(features, noise + 1, None if others is stages else others)
-    # The features of the one noise, and what the encoder says of the other noise and stages.
-    other = network.encode(x, noise + 1, others, **labels)
-    moved = network.encode(x, noise, others, **labels)
-    expected = network.decode(moved._replace(emb=other.emb))
-    torch.testing.assert_close(told, expected, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(told, network.decode(moved))
-
-
-def test_gradients_of_all_decodings_reach_the_encoder():
-    network = tiny()
-    x, noise = inputs()
-    cotangent = torch.randn_like(x)
-    features = network.encode(x, noise, STAGES)
-    both = network.decode(features) + network.decode(features, stage=OTHER_STAGES)
-    (both * cotangent).sum().backward()
-    shared = [p.grad.clone() for p in network.parameters()]
-    network.zero_grad()
-    apart = network(x, noise, STAGES) + network(x, noise, OTHER_STAGES)
-    (apart * cotangent).sum().backward()
-    for (name, parameter), gradient in zip(network.named_parameters(), shared, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-10, msg=name)
-
-
-def test_features_decode_in_the_dtype_of_their_autocast():
-    network = tiny().float()
-    x, noise = (t.float() for t in inputs())
-    with torch.autocast("cpu", torch.bfloat16):
-        features, expected = network.encode(x, noise, STAGES), network(x, noise, STAGES)
-    assert features.state.values.dtype == torch.bfloat16
-    assert torch.equal(network.decode(features), expected)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"noise": torch.zeros(5)}, r"noise must be \[6\], one value per sample, got \[5\]"),
-        ({"stage": [0] * 5}, "got 5 ids for 6 samples"),
-        ({"stage": [3] * 6}, r"ids must lie in 0\.\.2, got 3"),
-    ],
-)
-def test_noise_and_stages_that_do_not_fit_the_features_are_refused(given, message):
-    network = tiny()
-    features = network.encode(*inputs(), STAGES)
-    with pytest.raises(ValueError, match=message):
-        network.decode(features, **given)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "takes"),
-    [
-        ("edm", {"label_dim": 3, "augment_dim": 2}, (3, 2, 0)),
-        ("ncsnpp", {}, (0, 0, 0)),
-        ("ldm", {"context_dim": 6}, (0, 0, 6)),
-        ("ldm", {"context_dim": 6, "label_dim": 3}, (3, 0, 0)),
-        ("uvit", {"label_dim": 3}, (3, 0, 0)),
-    ],
-)
-def test_a_network_declares_what_it_takes(family, changes, takes):
-    assert tiny(family, **changes).takes == (*takes, True)
-    assert Takes.of(torch.nn.Linear(1, 1)) == (0, 0, 0, False)
