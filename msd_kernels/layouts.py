@@ -5,10 +5,10 @@ The fields of a layout are arguments of the registered op, in this order; nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionLayout",
     "Conv2dLayout",
     "GroupNormLayout",
+    "Layout",
     "LinearLayout",
     "Resample2dLayout",
     "flatten_heads",
@@ -31,20 +32,41 @@ __all__ = [
 SAME, HALF, MEAN, SUM = range(4)
 # No tile of a kernel reaches over more rows, those of a row that is written to 2×2 pixels counted each.
 MOST_ROWS = 1024
+# What one layout keeps; streams, for which plans are kept apart, come and go.
+MOST_DERIVED = 256
+
+Derived = TypeVar("Derived")
 
 
-class _Conv2dFields(NamedTuple):
-    counts: tuple[int, ...]
-    channels: tuple[int, ...]
-    skip_channels: tuple[int, ...]
-    out_channels: tuple[int, ...]
-    height: int
-    width: int
-    kernel: int
-    resample: str
+class Layout(tuple):
+    """What all layouts are besides tuples: they keep what is derived from them."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), tuple(self)
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """``make()``, which depends on nothing but this layout and ``key``; made once. Never None."""
+        kept = self._derived
+        found = kept.get(key)
+        if found is None:
+            if len(kept) >= MOST_DERIVED:
+                kept.clear()
+            found = kept[key] = make()
+        return found
 
 
-class Conv2dLayout(_Conv2dFields):
+def layout(fields: type) -> type:
+    """A decorator: the NamedTuple as a :class:`Layout`, with its cached properties, which NamedTuple alone breaks."""
+    members = {name: member for name, member in vars(fields).items() if name != "__slots__"}
+    return type(fields.__name__, (fields, Layout), members)
+
+
+@layout
+class Conv2dLayout(NamedTuple):
     """Of a call of :func:`msd_kernels.grouped_conv2d`.
 
     Attributes:
@@ -55,10 +77,19 @@ class Conv2dLayout(_Conv2dFields):
         resample: ``"none"``, or what happens to the sources first: ``"up"`` or ``"down"``.
     """
 
-    @property
-    def stages(self) -> Iterator[int]:
+    counts: tuple[int, ...]
+    channels: tuple[int, ...]
+    skip_channels: tuple[int, ...]
+    out_channels: tuple[int, ...]
+    height: int
+    width: int
+    kernel: int
+    resample: str
+
+    @cached_property
+    def stages(self) -> list[int]:
         """The stages that have samples."""
-        return (stage for stage, count in enumerate(self.counts) if count)
+        return [stage for stage, count in enumerate(self.counts) if count]
 
     @property
     def taps(self) -> int:
@@ -77,33 +108,33 @@ class Conv2dLayout(_Conv2dFields):
         height, width = self.out_size
         return height * width
 
-    @property
+    @cached_property
     def in_channels(self) -> tuple[int, ...]:
         """Of both sources together."""
         return tuple(c + d for c, d in zip(self.channels, self.skip_channels, strict=True))
 
-    @property
+    @cached_property
     def weight_sizes(self) -> list[int]:
         """Elements of each stage's weight."""
         taps = self.taps
         return [size * taps for size in products(self.out_channels, self.in_channels)]
 
-    @property
+    @cached_property
     def weight_shapes(self) -> list[tuple[int, int, int, int]]:
         """Of each stage."""
         k = self.kernel
         return [(o, i, k, k) for o, i in zip(self.out_channels, self.in_channels, strict=True)]
 
-    @property
+    @cached_property
     def bias_shapes(self) -> list[tuple[int]]:
         return [(o,) for o in self.out_channels]
 
-    @property
+    @cached_property
     def sample_sizes(self) -> list[int]:
         """Of each stage's biases of single samples."""
         return products(self.counts, self.out_channels)
 
-    @property
+    @cached_property
     def out_sizes(self) -> list[int]:
         """Of each stage's output."""
         pixels = self.out_pixels
@@ -178,6 +209,7 @@ class Affine(NamedTuple):
     shift: Tensor | None = None
 
 
+@layout
 class GroupNormLayout(NamedTuple):
     """Of a call of :func:`msd_kernels.group_norm`.
 
@@ -198,32 +230,32 @@ class GroupNormLayout(NamedTuple):
     eps: float
     silu: bool
 
-    @property
+    @cached_property
     def sizes(self) -> GroupNormLayout:
         """What a launch is planned from."""
         return self._replace(eps=0.0, silu=False)
 
-    @property
+    @cached_property
     def widest_group(self) -> int:
         """Channels of the largest group."""
         return max(c // g for c, g in zip(self.channels, self.groups, strict=True))
 
-    @property
+    @cached_property
     def sample_sizes(self) -> list[int]:
         """Samples times channels, per stage."""
         return products(self.counts, self.channels)
 
-    @property
+    @cached_property
     def weight_shapes(self) -> list[tuple[int]]:
         """Of each stage's weight, and of its bias."""
         return [(c,) for c in self.channels]
 
-    @property
+    @cached_property
     def stat_sizes(self) -> list[int]:
         """Means of each stage."""
         return products(self.counts, self.groups)
 
-    @property
+    @cached_property
     def x_sizes(self) -> list[int]:
         """Elements of each stage."""
         return [size * self.spatial for size in self.sample_sizes]
@@ -237,6 +269,7 @@ class GroupNormLayout(NamedTuple):
         ]
 
 
+@layout
 class AttentionLayout(NamedTuple):
     """Of a call of :func:`msd_kernels.attention`.
 
@@ -320,6 +353,7 @@ class AttentionLayout(NamedTuple):
         ]
 
 
+@layout
 class LinearLayout(NamedTuple):
     """Of a call of :func:`msd_kernels.grouped_linear`.
 
@@ -332,37 +366,37 @@ class LinearLayout(NamedTuple):
     in_features: tuple[int, ...]
     out_features: tuple[int, ...]
 
-    @property
+    @cached_property
     def in_sizes(self) -> list[int]:
         """Elements of each stage's input."""
         return products(self.rows, self.in_features)
 
-    @property
+    @cached_property
     def out_sizes(self) -> list[int]:
         """Of each stage's output."""
         return products(self.rows, self.out_features)
 
-    @property
+    @cached_property
     def weight_shapes(self) -> list[tuple[int, int]]:
         """Of each stage."""
         return list(zip(self.out_features, self.in_features, strict=True))
 
-    @property
+    @cached_property
     def bias_shapes(self) -> list[tuple[int]]:
         return [(o,) for o in self.out_features]
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Of the forward pass: two per multiply-add. Each gradient of a factor needs as many."""
         return sum(self.stage_flops)
 
-    @property
+    @cached_property
     def stage_flops(self) -> list[int]:
         """The part of each stage."""
         stages = zip(self.rows, self.in_features, self.out_features, strict=True)
         return [2 * n * i * o for n, i, o in stages]
 
-    @property
+    @cached_property
     def conv2d(self) -> Conv2dLayout:
         """The convolution that this is: of kernel 1, on maps of one pixel."""
         return Conv2dLayout(
@@ -380,6 +414,7 @@ class LinearLayout(NamedTuple):
         return [part.view(n, o) for part, n, o in zip(parts, self.rows, self.out_features, strict=True)]
 
 
+@layout
 class Resample2dLayout(NamedTuple):
     """Of a call of :func:`msd_kernels.resample2d`.
 
@@ -408,7 +443,12 @@ class Resample2dLayout(NamedTuple):
     out_width: int
     channels_last: bool
 
-    @property
+    @cached_property
+    def sizes(self) -> Resample2dLayout:
+        """What a launch is planned from."""
+        return self._replace(taps=(), upward=False, stride=1)
+
+    @cached_property
     def adjoint(self) -> Resample2dLayout:
         """Of the gradient: the op is linear, and its adjoint is the same op in the other direction."""
         return self._replace(
@@ -419,7 +459,7 @@ class Resample2dLayout(NamedTuple):
             out_width=self.width,
         )
 
-    @property
+    @cached_property
     def out_elements(self) -> int:
         """Of the output, all stages together."""
         return sum(products(self.counts, self.channels)) * self.out_height * self.out_width

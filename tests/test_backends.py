@@ -10,7 +10,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from msd_kernels import BackendError, FallbackWarning, StageBatch, explain, group_norm, grouped_linear
+from msd_kernels import (
+    BackendError,
+    FallbackWarning,
+    StageBatch,
+    explain,
+    group_norm,
+    grouped_linear,
+    layouts,
+)
 from msd_kernels.dispatch.backends import NAMES, VARIABLE, Candidate, OpBackends, forced_backend, use
 from msd_kernels.ops import group_norm as group_norm_op
 from msd_kernels.runtime import launch
@@ -19,6 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FAST, SLOW, PLAIN = (SimpleNamespace(name=name) for name in ("fast", "slow", "plain"))
 
 
+@layouts.layout
 class Size(NamedTuple):
     """The layout of the op that is tested here."""
 

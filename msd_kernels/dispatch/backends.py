@@ -15,18 +15,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from msd_kernels.layouts import Layout
 
 __all__ = ["NAMES", "BackendError", "Explanation", "FallbackWarning", "use"]
 
 NAMES = ("reference", "cpu", "triton", "cuda", "library")
 VARIABLE = "MSD_KERNELS_BACKEND"
 
-# Choices to remember per op: a step repeats its calls.
-MOST_CHOSEN = 4096
 # The ops that have backends, for settings that name one.
 _ops: set[str] = set()
 # The choice of this thread or task alone. Autograd runs CUDA backwards in threads of its own, hence `own_choice`.
@@ -76,7 +76,7 @@ class Call(NamedTuple):
     op: str
     device: torch.device
     dtype: torch.dtype
-    layout: Any = None
+    layout: Layout | None = None
     backward: bool = False
 
 
@@ -116,26 +116,25 @@ class OpBackends:
     op: str
     candidates: Sequence[Candidate]
     _warned: set[tuple[str, str]] = field(default_factory=set)
-    _chosen: dict[tuple, ModuleType] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ops.add(self.op)
 
-    def choose(self, x: Tensor, layout: Any = None, *, backward: bool = False) -> ModuleType:
+    def choose(self, x: Tensor, layout: Layout | None = None, *, backward: bool = False) -> ModuleType:
         """The implementation that serves a call on ``x``.
 
         Raises:
             BackendError: the forced backend cannot serve it.
         """
-        key = (_setting(), x.device, x.dtype, layout, backward)
-        implementation = self._chosen.get(key)
-        if implementation is None:
-            with _current(x.device):
-                implementation = self._choose(Call(self.op, *key[1:]))
-            if len(self._chosen) >= MOST_CHOSEN:
-                self._chosen.clear()
-            self._chosen[key] = implementation
-        return implementation
+        device, dtype = x.device, x.dtype
+
+        def find() -> ModuleType:
+            with _current(device):
+                return self._choose(Call(self.op, device, dtype, layout, backward))
+
+        return (
+            find() if layout is None else layout.derived((self.op, _setting(), device, dtype, backward), find)
+        )
 
     def _choose(self, call: Call) -> ModuleType:
         forced = forced_backend(self.op)
@@ -151,7 +150,7 @@ class OpBackends:
                 skipped.append((candidate.name, reason))
         raise BackendError(f"{self.op}: no backend serves this call: {dict(skipped)}")
 
-    def explain(self, x: Tensor, layout: Any = None) -> Explanation:
+    def explain(self, x: Tensor, layout: Layout | None = None) -> Explanation:
         """Names the backend that serves a call on ``x`` and the reason why each other one does not."""
         with _current(x.device):
             return self._explain(Call(self.op, x.device, x.dtype, layout))

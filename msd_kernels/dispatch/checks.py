@@ -3,62 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from operator import index
 
 import torch
 from torch import Tensor
 
-from msd_kernels import _private
-from msd_kernels.dispatch.operator import PLAIN
 from msd_kernels.stage_batch import StageBatch, as_integer, fixed_shape
 
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class LayoutCache:
-    """The layouts of calls that passed their checks: a step repeats its calls, and checking takes longer than this.
-
-    A call is known by what checks look at in its tensors (shapes, dtypes, devices, strides of the first) and by its
-    settings. Nothing is remembered while compiling or tracing or under a mode, where sizes may be symbolic.
-    """
-
-    MOST = 4096
-
-    def __init__(self) -> None:
-        self._layouts: dict[Hashable, tuple] = {}
-
-    def find(self, check: Callable[[], tuple], tensors: Sequence[Tensor | None], settings: tuple) -> tuple:
-        """``check()``, which looks at ``tensors`` and ``settings``, or what it has returned for such a call.
-
-        Settings that are equal must mean the same: no integers that may be floats.
-        """
-        if (
-            torch.compiler.is_compiling()
-            or _private.dispatch_modes()
-            or _private.is_tracing()
-            or tensors[0] is None
-            or not PLAIN.issuperset(map(type, tensors))
-        ):
-            return check()
-        key = (
-            tensors[0].stride(),
-            settings,
-            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
-        )
-        layout = None
-        with suppress(TypeError):  # settings that cannot be hashed, like lists
-            layout = self._layouts.get(key)
-        if layout is None:
-            layout = check()
-            with suppress(TypeError):
-                if len(self._layouts) >= self.MOST:
-                    self._layouts.clear()
-                self._layouts[key] = layout
-        return layout
 
 
 def require_floating(op: str, name: str, tensor: Tensor) -> None:

@@ -16,11 +16,11 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from msd_kernels import _private
 from msd_kernels.dispatch import arguments, flops
 from msd_kernels.dispatch.backends import FallbackWarning, own_choice, use
+from msd_kernels.dispatch.layout_cache import LAYOUTS, PLAIN
 
 # Calls to remember per op: a compiled step repeats its calls.
 MOST_PASSED = 4096
@@ -38,8 +38,6 @@ if _private.AROUND_THE_DISPATCHER:
         _private.DispatchKeySet(key).raw_repr()
         for key in (_private.DispatchKey.CPU, _private.DispatchKey.CUDA)
     )
-# Types of tensors that nobody has overridden, and of an absent one.
-PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 class Form:
@@ -84,7 +82,7 @@ class Form:
         if self._layout is None:
             return flat
         fields = (tuple(f) if isinstance(f, list) else f for f in flat[self._at : self._end])
-        return (*flat[: self._at], self._layout(*fields), *flat[self._end :])
+        return (*flat[: self._at], LAYOUTS.same(self._layout(*fields)), *flat[self._end :])
 
     def settings(self, flat: Sequence[Any]) -> Sequence[Any]:
         """The layout of the dispatcher's arguments, and what follows it; all arguments where there is no layout."""

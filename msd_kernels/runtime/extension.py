@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from msd_kernels.layouts import Layout
 
 PACKAGE = Path(__file__).resolve().parent.parent
 REPORT = "_build_report.json"
@@ -27,8 +28,6 @@ TYPE_CODES = {
     torch.float64: 4,
     None: 0,
 }
-# Training draws new counts at every step, so layouts come and go.
-MOST_LAYOUTS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,10 @@ def load(name: str) -> Library:
         return Library(name, None, f"{file.name} does not load: {error}")
 
 
-def compiled_layout(kind: type, layout: Sequence[Any], *tensors: Tensor | None) -> Any:
+def compiled_layout(kind: type, layout: Layout, *tensors: Tensor | None) -> Any:
     """A layout and its tensors' types as the kernels take them; made once. ``kind`` is its class in their module."""
-    return _compiled_layout(kind, layout, *[t if t is None else t.dtype for t in tensors])
-
-
-@lru_cache(MOST_LAYOUTS)
-def _compiled_layout(kind: type, layout: Sequence[Any], *dtypes: torch.dtype | None) -> Any:
-    return kind(*layout, [TYPE_CODES[dtype] for dtype in dtypes])
+    key = (kind, *[t if t is None else t.dtype for t in tensors])
+    return layout.derived(key, lambda: kind(*layout, [TYPE_CODES[dtype] for dtype in key[1:]]))
 
 
 def addresses(*tensors: Tensor | None) -> list[int]:

@@ -20,8 +20,8 @@ from msd_kernels.runtime.launch import launch
 
 Plan = TypeVar("Plan")
 
-# Plans that one op may keep; a training run draws new counts at every step, so they come and go.
-MAX_PLANS = 4096
+# Shapes that one op may keep the formulas of.
+MAX_SHAPES = 4096
 # Numbers that the kernel takes by value that writes them.
 CELLS_AT_ONCE = 64
 
@@ -97,7 +97,7 @@ def _kernels() -> ModuleType:
 
 
 def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callable[..., Plan]:
-    """Caches the plans of a layout, which comes first, for a device, which comes last.
+    """Keeps the plans of a layout, which comes first, on it, for a device, which comes last.
 
     ``build`` is called once per shapes, with formulas in the place of the layout's counts, and returns what makes the
     plan of the counts.
@@ -106,7 +106,6 @@ def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callab
     is: the graph writes its tables in each replay.
     """
     of_counts: dict[tuple, Callable[[Sequence[int]], Plan]] = {}
-    plans: dict[tuple, Plan] = {}
 
     def make(arguments: tuple) -> Plan:
         layout = arguments[0]
@@ -115,7 +114,7 @@ def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callab
         key = present, layout[:place], layout[place + 1 :], arguments[1:]
         found = of_counts.get(key)
         if found is None:
-            if len(of_counts) >= MAX_PLANS:
+            if len(of_counts) >= MAX_SHAPES:
                 of_counts.clear()
             formulas = layout._replace(counts=Recording(counts).counts)
             found = of_counts[key] = build(formulas, *arguments[1:])
@@ -128,12 +127,6 @@ def cached_plan(build: Callable[..., Callable[[Sequence[int]], Plan]]) -> Callab
             if torch.cuda.is_current_stream_capturing():
                 return make(arguments)
             stream = torch.cuda.current_stream(device).cuda_stream
-        key = (stream, *arguments)
-        found = plans.get(key)
-        if found is None:
-            if len(plans) >= MAX_PLANS:
-                plans.clear()
-            found = plans[key] = make(arguments)
-        return found
+        return arguments[0].derived((build, stream, *arguments[1:]), lambda: make(arguments))
 
     return plan

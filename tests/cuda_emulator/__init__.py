@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 from msd_kernels.dispatch.backends import OpBackends
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.runtime import cuda
 
 HERE = Path(__file__).resolve().parent
@@ -117,7 +118,7 @@ def served_by(emulator: Emulator, backends: OpBackends) -> Iterator[None]:
     backends.candidates = [
         replace(c, devices=("cpu",), cannot=lambda call: None) if c.name == "cuda" else c for c in before
     ]
-    backends._chosen.clear()
+    LAYOUTS.clear()
     replaced = mock.patch.object
     try:
         # There are no streams.
@@ -128,4 +129,4 @@ def served_by(emulator: Emulator, backends: OpBackends) -> Iterator[None]:
             yield
     finally:
         backends.candidates = before
-        backends._chosen.clear()
+        LAYOUTS.clear()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import stage_batch
 from msd_kernels import StageBatch, group_norm, grouped_conv2d
-from msd_kernels.dispatch.checks import LayoutCache
+from msd_kernels.dispatch.layout_cache import LayoutCache
 from msd_kernels.dispatch.operator import _observed
 
 
@@ -94,7 +94,7 @@ def test_checked_calls_are_checked_once_per_layout(generator):
     remembered = LayoutCache()
     x = torch.randn(2, 4, generator=generator)
     for tensor, setting in [(x, 1), (x + 1, 1), (x, 2), (x[:1], 1), (x.double(), 1), (x.t(), 1), (x, 1)]:
-        found = remembered.find(partial(check, tensor, setting), (tensor,), (setting,))
+        found = remembered.find("op", partial(check, tensor, setting), (tensor,), (setting,))
         assert found == (tensor.shape[0],)
     assert seen == [((2, 4), 1), ((2, 4), 2), ((1, 4), 1), ((2, 4), 1), ((4, 2), 1)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from msd_kernels.dispatch import allocate, arguments, autocast, autodiff, checks, sharding, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import AttentionLayout, flatten_heads, view_heads
@@ -133,7 +134,7 @@ def _prepare(q, k=None, v=None, *, num_heads=1, scale=None, layout=None):
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None:
             checks.require_like(OP, name, tensor, q)
-    return (q, k, v), AttentionLayout(*shape, order, scale)
+    return (q, k, v), LAYOUTS.same(AttentionLayout(*shape, order, scale))
 
 
 def _prepare_packed(q, num_heads, layout):

@@ -21,6 +21,7 @@ from msd_kernels.dispatch import (
 )
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
 from msd_kernels.dispatch.dtypes import wide
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.ops.group_norm import cpu, cuda, library, reference, triton
@@ -31,8 +32,6 @@ __all__ = ["group_norm"]
 
 OP = "group_norm"
 ACTIVATIONS = (None, "silu")
-
-_DENSE_LAYOUTS, _STAGE_LAYOUTS = checks.LayoutCache(), checks.LayoutCache()
 
 BACKENDS = OpBackends(
     OP,
@@ -121,7 +120,7 @@ def _prepare(x, num_groups, weight=None, bias=None, eps=1e-5, *, scale=None, shi
         tensors, layout = _prepare_stage_batch(x, weight, bias, scale, shift, *settings)
     else:
         given = (x, weight, bias, scale, shift)
-        layout = _DENSE_LAYOUTS.find(lambda: _dense_layout(*given, *settings), given, settings)
+        layout = LAYOUTS.find(OP, lambda: _dense_layout(*given, *settings), given, settings)
         tensors = (x, scale, shift, *([] if t is None else [t] for t in (weight, bias)))
     if tensors[0].is_cuda:
         *singles, weight, bias = tensors
@@ -142,7 +141,8 @@ def _prepare_stage_batch(x, weight, bias, scale, shift, *settings):
             checks.require_stage_batch(OP, name, batch)
     batches = (x, scale, shift)
     singles = tuple(None if t is None else t.values for t in batches)
-    layout = _STAGE_LAYOUTS.find(
+    layout = LAYOUTS.find(
+        OP,
         lambda: _stage_layout(singles, weight, bias, batches, weight_shapes, bias_shapes, *settings),
         (*singles, *weight, *bias),
         (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msd_kernels.dispatch import allocate, arguments, autocast, autodiff, checks, stage_weights, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Conv2dLayout, resampled_size
@@ -19,8 +20,6 @@ __all__ = ["grouped_conv2d"]
 
 OP = "grouped_conv2d"
 RESAMPLE = (None, "up", "down")
-
-_LAYOUTS = checks.LayoutCache()
 
 BACKENDS = OpBackends(
     OP,
@@ -115,7 +114,8 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     weight, bias = autocast.weights(device, weight), autocast.weights(device, bias)
     layouts = (None if t is None else t.layout for t in batches)
     settings = (*layouts, len(weight), bias_shapes is None, resample)
-    layout = _LAYOUTS.find(
+    layout = LAYOUTS.find(
+        OP,
         lambda: _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample),
         (*singles, *weight, *bias),
         settings,

@@ -84,7 +84,7 @@ def slower(call: Call) -> str | None:
     """Why the library's loop over the stages is preferred to one launch, or None."""
     if call.device.type != "cuda":
         return triton_launch.slower_than_others(call.device.type)
-    stages = len(list(call.layout.stages))
+    stages = len(call.layout.stages)
     if stages < 2:
         return f"{stages} non-empty stage: one library call is one launch too"
     rule = tuned.crossover(tuned.architecture_of(call.device), call.op)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msd_kernels.dispatch import allocate, arguments, autocast, autodiff, checks, stage_weights, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import LinearLayout
@@ -18,8 +19,6 @@ from msd_kernels.stage_batch import StageBatch, fixed_shape
 __all__ = ["grouped_linear"]
 
 OP = "grouped_linear"
-
-_LAYOUTS = checks.LayoutCache()
 
 BACKENDS = OpBackends(
     OP,
@@ -82,7 +81,8 @@ def _prepare(x, weight, bias=None, *, counts=None) -> tuple[StageBatch, tuple, L
     device = batch.device.type
     (values,) = autocast.to_lower_precision(device, batch.values)
     weight, bias = autocast.weights(device, weight), autocast.weights(device, bias)
-    layout = _LAYOUTS.find(
+    layout = LAYOUTS.find(
+        OP,
         lambda: _layout(values, weight, bias, batch, weight_shapes, bias_shapes),
         (values, *weight, *bias),
         (batch.layout, len(weight), bias_shapes is None),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msd_kernels.dispatch import allocate, arguments, autocast, checks, sharding, tracing
 from msd_kernels.dispatch.backends import Candidate, Explanation, OpBackends
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.dispatch.operator import operator
 from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Resample2dLayout
@@ -123,7 +124,8 @@ def _prepare(x, filter, up=1, down=1) -> tuple[Tensor, Resample2dLayout]:
     (flat,) = autocast.to_lower_precision(flat.device.type, flat)
     taps = tuple(up * tap for tap in taps)
     sizes = (height, width, out_height, out_width)
-    return flat, Resample2dLayout(taps, up == 2, max(up, down), counts, channels, *sizes, channels_last)
+    layout = Resample2dLayout(taps, up == 2, max(up, down), counts, channels, *sizes, channels_last)
+    return flat, LAYOUTS.same(layout)
 
 
 def _normalised(filter) -> list[float]:

@@ -145,7 +145,7 @@ def _kernels() -> ModuleType:
 def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:
     """The flat output of :func:`msd_kernels.resample2d`."""
     y = x.new_empty(layout.out_elements)
-    made = plan(layout._replace(taps=(), upward=False, stride=1), x.device)
+    made = plan(layout.sizes, x.device)
     if made.tiles.tiles:
         launch(
             _kernels()._resample2d_kernel, made.tiles.tiles, x,
