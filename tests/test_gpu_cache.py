@@ -12,6 +12,7 @@ import torch
 from helpers import import_benchmarks
 from msd_kernels.layouts import GroupNormLayout
 from msd_kernels.runtime import launch as triton_launch
+from msd_kernels.runtime import tuned
 
 import_benchmarks()
 
@@ -65,7 +66,7 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
     from msd_kernels.ops.group_norm import triton as group_norm
 
     layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (3, 8, 20), 81, True, 1e-5, False)
-    constants = group_norm.tile_constants(layout)
+    constants = group_norm.tile_constants(layout, tuned.group_norm(90))
     assert constants.items() <= dict(forward.options).items()
     assert dict(backward.options)["SILU"] is True
     assert parameters.arguments == (FLOAT, FLOAT, HALF, HALF, TABLE)

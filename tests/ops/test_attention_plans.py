@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from msd_kernels.dispatch.backends import Call
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.layouts import AttentionLayout, view_heads
 from msd_kernels.ops.attention import PACKED_ORDERS, triton
 from msd_kernels.ops.attention import plan as plans
@@ -148,7 +149,7 @@ def test_offsets_are_64_bit():
 
 
 def test_plans_are_cached_per_shapes():
-    assert make(EDM) is make(AttentionLayout(*EDM))
+    assert make(LAYOUTS.same(EDM)) is make(LAYOUTS.same(AttentionLayout(*EDM)))
     assert make(EDM) is not make(EDM._replace(counts=(1, 1, 1)))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from helpers import import_benchmarks
 from msd_kernels.dispatch.backends import Call
+from msd_kernels.dispatch.layout_cache import LAYOUTS
 from msd_kernels.layouts import Conv2dLayout
 from msd_kernels.ops.grouped_conv2d import plan as problems
 from msd_kernels.ops.grouped_conv2d import triton
@@ -136,7 +137,7 @@ def planned(layout: Conv2dLayout, arithmetic: str = "half", itemsize: int = 2, b
 
 
 def test_plans_are_cached_per_shapes():
-    assert planned(EDM) is planned(Conv2dLayout(*EDM))
+    assert planned(LAYOUTS.same(EDM)) is planned(LAYOUTS.same(Conv2dLayout(*EDM)))
     assert planned(EDM) is not planned(EDM._replace(counts=(1, 1, 1)))
 
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from msd_kernels.layouts import GroupNormLayout
-from msd_kernels.ops.group_norm.triton import FIELDS, WARPS, tile_constants
+from msd_kernels.ops.group_norm.triton import FIELDS, tile_constants
+from msd_kernels.runtime import tuned
 from msd_kernels.runtime.compilation import Compilation
 from msd_kernels.runtime.table import find_problem
 
@@ -291,7 +292,8 @@ def compilations(architecture: int) -> Iterator[Compilation]:
             for channels_last in (True, False):
                 ones = (1,) * len(channels)
                 layout = GroupNormLayout(ones, channels, groups, SPATIAL, channels_last, 0.0, True)
-                constants = tile_constants(layout)
+                constants = tile_constants(layout, tuned.group_norm(architecture))
+                options = {"num_warps": constants.pop("num_warps")}
                 for direction, kernel in kernels.items():
                     arguments = {**shared, **dict.fromkeys(POINTERS[direction], dtype)}
                     yield Compilation(
@@ -299,7 +301,7 @@ def compilations(architecture: int) -> Iterator[Compilation]:
                         f"{dtype} {name} {'nhwc' if channels_last else 'nchw'}",
                         {k: v for k, v in arguments.items() if k in kernel.arg_names},
                         {**constants, "SILU": True, "PROBLEMS": 4},
-                        {"num_warps": WARPS},
+                        options,
                     )
     kernel = _group_norm_parameters_kernel
     arguments = {k: v for k, v in shared.items() if k in kernel.arg_names}

@@ -18,6 +18,7 @@ from torch import Tensor
 from msd_kernels.dispatch import allocate
 from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.runtime import tuned
 from msd_kernels.runtime.launch import cannot_run, launch, slower_than_others
 from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
@@ -33,11 +34,8 @@ FIELDS = (
     "stats",  # first element in mean and rstd
 )
 
-TILE = {True: 4096, False: 1024}  # elements in flight per program, channels last or not: more would spill
 MAX_COLUMNS = 4096  # widest block of channels
-BLOCK_CHANNELS = 64  # channels that an NHWC block is filled up to with whole groups: 128 bytes in 16 bits
 VECTOR = 8  # channels of a 16-byte load in 16 bits
-WARPS = 8
 
 
 class Plan(NamedTuple):
@@ -46,7 +44,7 @@ class Plan(NamedTuple):
     Attributes:
         blocks: one tile per sample and block of groups.
         parameters: one tile per block of channels, also for stages without samples.
-        constants: the kernels' constexprs.
+        constants: the kernels' constexprs and warps.
     """
 
     blocks: Table
@@ -70,8 +68,9 @@ def slower(call: Call) -> str | None:
 @cached_plan
 def plan(layout: GroupNormLayout, device: torch.device) -> Callable[[Sequence[int]], Plan]:
     """The tables of one layout's sizes."""
-    stages = _stages(layout)
-    constants = tile_constants(layout)
+    parameters = tuned.group_norm(tuned.architecture_of(device))
+    stages = _stages(layout, _groups_per_block(layout, parameters))
+    constants = tile_constants(layout, parameters)
     columns = constants["BC"]
     per_sample = [{**s, "tiles": s["samples"] * -(-s["groups"] // s["groups_per_block"])} for s in stages]
     per_channel = [{**s, "tiles": -(-s["channels"] // columns)} for s in stages]
@@ -79,43 +78,45 @@ def plan(layout: GroupNormLayout, device: torch.device) -> Callable[[Sequence[in
     return lambda counts: Plan(*tables.at(counts, device)[0], constants)
 
 
-def tile_constants(layout: GroupNormLayout) -> dict[str, int]:
+def tile_constants(layout: GroupNormLayout, parameters: tuned.GroupNormParameters) -> dict[str, int]:
     """The kernels' constexprs for a layout: a tile of BP pixels by BC channels that hold up to GB groups.
 
-    Stages whose blocks fit BLOCK_CHANNELS have the same tile whatever other stages they are launched with, and so the
-    same bits as alone.
+    Stages whose blocks fit ``parameters.block_channels`` have the same tile whatever other stages they are launched
+    with, and so the same bits as alone.
     """
-    per_block = _groups_per_block(layout)
+    per_block = _groups_per_block(layout, parameters)
+    tile = parameters.tile if layout.channels_last else parameters.planar_tile
     blocks = [b * (c // g) for b, c, g in zip(per_block, layout.channels, layout.groups, strict=True)]
-    columns = _power_of_two(max(BLOCK_CHANNELS if layout.channels_last else 1, *blocks))
+    columns = _power_of_two(max(parameters.block_channels if layout.channels_last else 1, *blocks))
     return {
         "CHANNELS_LAST": layout.channels_last,
-        "BP": max(1, min(_power_of_two(layout.spatial), TILE[layout.channels_last] // columns)),
+        "BP": max(1, min(_power_of_two(layout.spatial), tile // columns)),
         "BC": columns,
         "GB": _power_of_two(max(per_block)),
         "ALIGN": math.gcd(8, *layout.channels, *blocks),
+        "num_warps": parameters.warps,
     }
 
 
-def _groups_per_block(layout: GroupNormLayout) -> list[int]:
+def _groups_per_block(layout: GroupNormLayout, parameters: tuned.GroupNormParameters) -> list[int]:
     """Whole groups per program: one where each is contiguous (NCHW), else blocks that begin where wide loads can."""
     if not layout.channels_last:
         return [1] * len(layout.groups)
-    return [_aligned_groups(c // g, g) for c, g in zip(layout.channels, layout.groups, strict=True)]
+    most = parameters.block_channels
+    return [_aligned_groups(c // g, g, most) for c, g in zip(layout.channels, layout.groups, strict=True)]
 
 
-def _aligned_groups(width: int, groups: int) -> int:
+def _aligned_groups(width: int, groups: int, most: int) -> int:
     unit = VECTOR // math.gcd(VECTOR, width)
-    if unit * width > 2 * BLOCK_CHANNELS:
-        return max(1, min(groups, BLOCK_CHANNELS // width))
-    return min(groups, max(unit, BLOCK_CHANNELS // width // unit * unit))
+    if unit * width > 2 * most:
+        return max(1, min(groups, most // width))
+    return min(groups, max(unit, most // width // unit * unit))
 
 
-def _stages(layout: GroupNormLayout) -> list[dict[str, int]]:
-    """One row per stage: its sizes and where it starts in every buffer."""
+def _stages(layout: GroupNormLayout, blocks: Sequence[int]) -> list[dict[str, int]]:
+    """One row per stage: its sizes, the groups of its blocks, and where it starts in every buffer."""
     rows = []
     start = {"x": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
-    blocks = _groups_per_block(layout)
     for n, c, g, b in zip(layout.counts, layout.channels, layout.groups, blocks, strict=True):
         rows.append({"channels": c, "groups": g, "groups_per_block": b, "samples": n, **start})
         sizes = {"x": n * c * layout.spatial, "per_sample": n * c, "per_channel": c, "stats": n * g}
@@ -142,7 +143,7 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
         launch(
             _kernels()._group_norm_forward_kernel, blocks.tiles, x,
             x, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
-            SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
+            SILU=layout.silu, PROBLEMS=blocks.problems, **planned.constants,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -167,7 +168,7 @@ def group_norm_backward(
         launch(
             _kernels()._group_norm_backward_kernel, blocks.tiles, x,
             dy, x, mean, rstd, *affine, dx, dscale, dshift, *parts, blocks.values, layout.spatial,
-            SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
+            SILU=layout.silu, PROBLEMS=blocks.problems, **planned.constants,
         )  # fmt: skip
     if dweight is not None or dbias is not None:
         launch(

@@ -21,7 +21,7 @@ from msd_kernels.layouts import MEAN, SAME, SUM, Conv2dLayout, starts
 from msd_kernels.runtime.formulas import compiled, maximum, minimum
 from msd_kernels.runtime.launch import multiprocessors
 from msd_kernels.runtime.plan_cache import Tables
-from msd_kernels.runtime.tuned import Launch, ProductParameters, Tile, WgradParameters
+from msd_kernels.runtime.tuned import Launch, ProductParameters, SumParameters, Tile, WgradParameters
 
 # Columns of the tables. The kernels take their field numbers from here.
 PRODUCT_FIELDS = (
@@ -70,9 +70,6 @@ WIDE, NARROW, PIXEL_SUMS = range(3)
 
 # Pixels per partial sum of the bias gradient where nobody asks for the sums per sample.
 SUM_CHUNK = 1024
-# Partial sums that one program of the kernel that adds them up adds at once, and elements that it owns: of weights and
-# of sums per sample, which have few terms, and of biases, which have many.
-SUM_BLOCK, SUM_BLOCK_BIAS = (4, 1024), (32, 64)
 TO_WEIGHT, TO_BIAS, TO_SAMPLE_BIAS = range(3)
 # Tiles that a weight gradient is cut into at least, if there are pixels enough: several waves of any GPU.
 WGRAD_TILES = 1024
@@ -194,10 +191,10 @@ def arithmetic_constants(layout: Conv2dLayout, arithmetic: str, itemsize: int) -
     }
 
 
-def sum_constants() -> dict[str, int]:
+def sum_constants(parameters: SumParameters) -> dict[str, int]:
     """Constants of the kernel that adds up partial sums."""
     names = ("BLOCK_TERMS", "BLOCK", "BIAS_BLOCK_TERMS", "BIAS_BLOCK")
-    return dict(zip(names, (*SUM_BLOCK, *SUM_BLOCK_BIAS), strict=True))
+    return dict(zip(names, parameters, strict=True))
 
 
 def tile_constants(wide: Tile | None, narrow: Tile | None) -> dict[str, int]:
@@ -300,7 +297,7 @@ def wgrad_plan(
     want_weight, want_bias, want_sample_bias = wanted
     launch = parameters.launch(is_pooled(wgrad_modes(layout)))
     partials, sums = [], []
-    workspace = _weight_gradients(layout, launch, partials, sums) if want_weight else 0
+    workspace = _weight_gradients(layout, launch, parameters.sums, partials, sums) if want_weight else 0
     if want_bias or want_sample_bias:
         workspace = _bias_gradients(layout, wanted, parameters, partials, sums, workspace)
     kinds = {p["kind"] for p in partials}
@@ -316,7 +313,9 @@ def wgrad_plan(
     )
 
 
-def _weight_gradients(layout: Conv2dLayout, launch: Launch, partials: list, sums: list) -> int:
+def _weight_gradients(
+    layout: Conv2dLayout, launch: Launch, blocks: SumParameters, partials: list, sums: list
+) -> int:
     """Appends the problems of the weight gradients; returns the size of their workspace."""
     rows = [n * math.prod(layout.grid) for n in layout.counts]
     pieces = [
@@ -345,7 +344,7 @@ def _weight_gradients(layout: Conv2dLayout, launch: Launch, partials: list, sums
         )
     results = starts(layout.weight_sizes)
     for s, size in enumerate(layout.weight_sizes):
-        sums.append(_sum(terms[s], size, size, workspaces[s], results[s], target=TO_WEIGHT))
+        sums.append(_sum(blocks, terms[s], size, size, workspaces[s], results[s], target=TO_WEIGHT))
     return sum(t * size for t, size in zip(terms, layout.weight_sizes, strict=True))
 
 
@@ -396,17 +395,22 @@ def _bias_gradients(layout, wanted, parameters, partials: list, sums: list, work
                 "tiles": out_tiles * terms[s],
             }
         )
+    blocks = parameters.sums
     biases, samples = starts(layout.out_channels), layout.offsets(layout.out_channels, 1)
     for s, out_channels in enumerate(layout.out_channels):
         if want_bias:
-            sums.append(_sum(terms[s], out_channels, out_channels, workspaces[s], biases[s], target=TO_BIAS))
+            sums.append(
+                _sum(blocks, terms[s], out_channels, out_channels, workspaces[s], biases[s], target=TO_BIAS)
+            )
         if want_sample_bias and sizes[s]:
-            sums.append(_sum(1, 0, sizes[s], workspaces[s], samples[s], target=TO_SAMPLE_BIAS))
+            sums.append(_sum(blocks, 1, 0, sizes[s], workspaces[s], samples[s], target=TO_SAMPLE_BIAS))
     return workspace + sum(sizes)
 
 
-def _sum(terms: int, stride: int, size: int, partial: int, result: int, target: int) -> dict:
-    _, block = SUM_BLOCK_BIAS if target == TO_BIAS else SUM_BLOCK
+def _sum(
+    blocks: SumParameters, terms: int, stride: int, size: int, partial: int, result: int, target: int
+) -> dict:
+    block = blocks.bias_elements if target == TO_BIAS else blocks.elements
     fields = {"terms": terms, "stride": stride, "size": size, "partial": partial, "result": result}
     return {**fields, "target": target, "tiles": _ceil(size, block)}
 

@@ -305,7 +305,7 @@ def _plan_wgrad(
         "num_warps": parameters.warps,
         **register_options(parameters.warps, walk),
     }
-    sum_options = {"PROBLEMS": plan.tables.problems[1], **sum_constants()}
+    sum_options = {"PROBLEMS": plan.tables.problems[1], **sum_constants(parameters.sums)}
     kernels = import_module("msd_kernels.ops.grouped_conv2d.wgrad_kernels")
 
     def launches(counts: Sequence[int]) -> tuple[int, PlannedLaunch, PlannedLaunch]:

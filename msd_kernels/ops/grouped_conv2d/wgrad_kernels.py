@@ -352,7 +352,7 @@ def compilations(architecture: int) -> Iterator[Compilation]:
             _grouped_conv2d_sum_partials_kernel,
             element,
             {"workspace": "fp32", **gradients, "table": "i64"},
-            {"PROBLEMS": 4, **sum_constants()},
+            {"PROBLEMS": 4, **sum_constants(tuned.wgrad(architecture, "half").sums)},
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from msd_kernels.ops.optimal_denoiser.triton import has_tensor_cores, tiles
+from msd_kernels.ops.optimal_denoiser.triton import has_tensor_cores, parameters
 from msd_kernels.runtime.compilation import Compilation
 
 
@@ -108,8 +108,8 @@ def compilations(architecture: int) -> Iterator[Compilation]:
     """Both kernels for all types of data."""
     for data in ("u8", "fp16", "bf16", "fp32", "fp64"):
         for kernel, tile in (
-            (_optimal_denoiser_products_kernel, tiles(architecture).products),
-            (_optimal_denoiser_mean_kernel, tiles(architecture).mean),
+            (_optimal_denoiser_products_kernel, parameters(architecture).products),
+            (_optimal_denoiser_mean_kernel, parameters(architecture).mean),
         ):
             sizes = dict.fromkeys(("batch", "rows", "dim"), "scalar i32")
             constants = {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d}

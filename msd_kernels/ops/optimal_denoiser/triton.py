@@ -22,6 +22,7 @@ from msd_kernels.ops.optimal_denoiser.library import (
 )
 from msd_kernels.runtime import tuned
 from msd_kernels.runtime.launch import OLDEST_ARCHITECTURE, interpreted, launch, unavailable
+from msd_kernels.runtime.tuned import DenoiserParameters, DenoiserTile
 
 __all__ = ["cannot", "optimal_denoiser", "optimal_denoiser_backward"]
 
@@ -30,29 +31,7 @@ DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float
 _BLOCK_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Queries, samples and values that a program works on at a time."""
-
-    b: int
-    n: int
-    d: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Those of both kernels."""
-
-    products: Tile
-    mean: Tile
-
-
-# The largest of those tried that need no more registers than there are, for sm_80, sm_90 and sm_100.
-TENSOR_CORE_TILES = Tiles(Tile(64, 64, 16, 8), Tile(64, 16, 64, 8))
-# Without tensor cores a thread keeps whole rows and columns of both factors.
-SCALAR_TILES = Tiles(Tile(32, 32, 16, 8), Tile(32, 16, 32, 8))
-INTERPRETED_TILES = Tiles(Tile(16, 16, 16, 4), Tile(16, 16, 16, 4))
+INTERPRETED = DenoiserParameters(DenoiserTile(16, 16, 16, 4), DenoiserTile(16, 16, 16, 4))
 
 
 @cache
@@ -62,9 +41,11 @@ def has_tensor_cores(architecture: int) -> bool:
     return architecture in (80, 90) or (architecture // 10 == 10 and release >= (3, 9))
 
 
-def tiles(architecture: int) -> Tiles:
-    """The tiles of a compute capability without its point."""
-    return TENSOR_CORE_TILES if has_tensor_cores(architecture) else SCALAR_TILES
+def parameters(architecture: int) -> DenoiserParameters:
+    """Those of a compute capability without its point."""
+    return tuned.optimal_denoiser(
+        architecture, "tensor_cores" if has_tensor_cores(architecture) else "threads"
+    )
 
 
 def cannot(call: Call) -> str | None:
@@ -118,7 +99,7 @@ def optimal_denoiser_products(
     from msd_kernels.ops.optimal_denoiser.kernels import _optimal_denoiser_products_kernel
 
     (batch, dim), n = queries.shape, rows.shape[0]
-    tile = _tiles_for(rows).products
+    tile = _parameters_for(rows).products
     arguments = (queries, rows, shift, scale, products, half_norms, batch, n, dim)
     options = {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d, "num_warps": tile.warps}
     if batch:
@@ -133,7 +114,7 @@ def optimal_denoiser_mean(
     from msd_kernels.ops.optimal_denoiser.kernels import _optimal_denoiser_mean_kernel
 
     (batch, dim), n = mean.shape, rows.shape[0]
-    tile = _tiles_for(rows).mean
+    tile = _parameters_for(rows).mean
     arguments = (weights, rows, shift, scale, rescale, mean, batch, n, dim)
     options = {"BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d, "num_warps": tile.warps}
     if batch:
@@ -141,5 +122,5 @@ def optimal_denoiser_mean(
         launch(_optimal_denoiser_mean_kernel, grid, mean, *arguments, **options)
 
 
-def _tiles_for(data: Tensor) -> Tiles:
-    return INTERPRETED_TILES if interpreted() else tiles(tuned.architecture_of(data.device))
+def _parameters_for(data: Tensor) -> DenoiserParameters:
+    return INTERPRETED if interpreted() else parameters(tuned.architecture_of(data.device))

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from msd_kernels.layouts import Resample2dLayout
 from msd_kernels.ops.resample2d.triton import FIELDS, tile_constants
+from msd_kernels.runtime import tuned
 from msd_kernels.runtime.compilation import Compilation
 from msd_kernels.runtime.table import find_problem, read_number, read_offset
 
@@ -111,24 +112,27 @@ LAYOUTS = {"384/256/32": (384, 256, 32), "3": (3,)}
 
 def compilations(architecture: int) -> Iterator[Compilation]:
     """Both directions for typical layouts in both memory formats, and the longest filter."""
+    parameters = tuned.resample2d(architecture)
     for dtype in ("bf16", "fp32"):
         for layout, channels in LAYOUTS.items():
             for channels_last in (True, False):
                 for name, taps in FILTERS.items():
                     for upward in (False, True):
                         made = _layout(taps, upward, channels, 32, channels_last)
-                        yield _compilation(f"{layout} {name}", dtype, made)
+                        yield _compilation(f"{layout} {name}", dtype, made, parameters)
         for upward in (False, True):
             made = _layout(EIGHT_TAPS, upward, (384, 256, 32), 8, True)
-            yield _compilation("384/256/32 8 taps", dtype, made)
+            yield _compilation("384/256/32 8 taps", dtype, made, parameters)
 
 
 def _layout(taps, upward, channels, side, last) -> Resample2dLayout:
     return Resample2dLayout(taps, upward, 2, (1,) * len(channels), channels, *(side,) * 4, last)
 
 
-def _compilation(name: str, dtype: str, layout: Resample2dLayout) -> Compilation:
-    constants = tile_constants(layout)
+def _compilation(
+    name: str, dtype: str, layout: Resample2dLayout, parameters: tuned.ResampleParameters
+) -> Compilation:
+    constants = tile_constants(layout, parameters)
     warps = constants.pop("num_warps")
     sizes = ("height", "width", "out_height", "out_width", "rows")
     arguments = {"x": dtype, "y": dtype, "table": "i64", **dict.fromkeys(sizes, "scalar i32")}

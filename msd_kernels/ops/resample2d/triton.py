@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Resample2dLayout
+from msd_kernels.runtime import tuned
 from msd_kernels.runtime.formulas import compiled
 from msd_kernels.runtime.launch import cannot_run, launch, multiprocessors, slower_than_others
 from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
@@ -28,13 +29,8 @@ FIELDS = (
     "y",  # first element in y
 )
 
-THREADS = 256  # of a program with a full tile
-BLOCK_CHANNELS = 64  # of an NHWC tile: 128 bytes in 16 bits
-VECTOR = 8  # elements per thread of an NHWC tile: a 16-byte load in 16 bits
-SINGLES = 4  # of an NCHW tile, whose loads are single elements: more would take registers from other threads
+VECTOR = 8  # elements of a 16-byte load in 16 bits
 WARP_SIZE = 32
-MOST_ROWS = 8  # output rows of a program: of the input rows for them, few are also read by its neighbours
-PROGRAMS_PER_MULTIPROCESSOR = 4  # fewer rows rather than fewer programs
 INTERPRETED_ROWS = 2
 MAX_ROW = 2**31 - 2**20  # offsets inside one row are 32-bit
 
@@ -63,19 +59,20 @@ def slower(call: Call) -> str | None:
     return slower_than_others(call.device.type)
 
 
-def tile_constants(layout: Resample2dLayout) -> dict[str, int]:
+def tile_constants(layout: Resample2dLayout, parameters: tuned.ResampleParameters) -> dict[str, int]:
     """The kernel's constexprs for a layout: a tile of BX columns by BC channels.
 
     Every stage's channel count is a multiple of ALIGN, which lets NHWC loads be wide.
     """
     channels, out_width, channels_last = layout.channels, layout.out_width, layout.channels_last
-    per_thread = VECTOR if channels_last else SINGLES
+    threads = parameters.threads
+    per_thread = parameters.elements if channels_last else parameters.planar_elements
     if channels_last:
-        block_channels = min(_power_of_two(max(channels)), BLOCK_CHANNELS)
-        block_columns = min(_power_of_two(out_width), THREADS * per_thread // block_channels)
+        block_channels = min(_power_of_two(max(channels)), parameters.block_channels)
+        block_columns = min(_power_of_two(out_width), threads * per_thread // block_channels)
     else:
-        block_columns = min(_power_of_two(out_width), THREADS)
-        block_channels = min(_power_of_two(max(channels)), THREADS * per_thread // block_columns)
+        block_columns = min(_power_of_two(out_width), threads)
+        block_channels = min(_power_of_two(max(channels)), threads * per_thread // block_columns)
     return {
         "CHANNELS_LAST": channels_last,
         "BX": block_columns,
@@ -91,7 +88,8 @@ def plan(layout: Resample2dLayout, device: torch.device) -> Callable[[Sequence[i
     row_elements = max(layout.width, layout.out_width) * max(layout.channels)
     if row_elements > MAX_ROW:
         raise ValueError(f"resample2d: rows of up to {MAX_ROW} elements can be offset, got {row_elements}")
-    constants = tile_constants(layout)
+    parameters = tuned.resample2d(tuned.architecture_of(device))
+    constants = tile_constants(layout, parameters)
     columns = _ceil_div(layout.out_width, constants["BX"])
     stages = list(zip(layout.counts, layout.channels, strict=True))
     slabs = [n * columns * _ceil_div(c, constants["BC"]) for n, c in stages]
@@ -111,18 +109,20 @@ def plan(layout: Resample2dLayout, device: torch.device) -> Callable[[Sequence[i
         )
 
     def planned(counts: Sequence[int]) -> Plan:
-        rows = _rows_of_tile(all_slabs(counts)[0], layout.out_height, device)
+        rows = _rows_of_tile(all_slabs(counts)[0], layout.out_height, parameters, device)
         return Plan(tables(rows).at(counts, device)[0][0], rows, constants)
 
     return planned
 
 
-def _rows_of_tile(slabs: int, out_height: int, device: torch.device) -> int:
+def _rows_of_tile(
+    slabs: int, out_height: int, parameters: tuned.ResampleParameters, device: torch.device
+) -> int:
     """As many as leave enough programs for the device."""
     if device.type != "cuda":
         return INTERPRETED_ROWS
-    rows = MOST_ROWS
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    rows = parameters.rows
+    wanted = parameters.programs_per_multiprocessor * multiprocessors(device)
     while rows > 1 and slabs * _ceil_div(out_height, rows) < wanted:
         rows //= 2
     return rows

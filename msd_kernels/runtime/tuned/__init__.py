@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -19,10 +19,15 @@ __all__ = [
     "ARITHMETICS",
     "AttentionParameters",
     "Crossover",
+    "DenoiserParameters",
+    "DenoiserTile",
+    "GroupNormParameters",
     "Launch",
     "ProductParameters",
+    "ResampleParameters",
     "RowTile",
     "StreamTile",
+    "SumParameters",
     "Tile",
     "WgradParameters",
     "architecture_of",
@@ -30,7 +35,10 @@ __all__ = [
     "arithmetic",
     "attention",
     "crossover",
+    "group_norm",
+    "optimal_denoiser",
     "product",
+    "resample2d",
     "wgrad",
 ]
 
@@ -38,6 +46,8 @@ __all__ = [
 ARITHMETICS = ("half", "tf32", "float32")
 # Tensor cores take slices of at least 16.
 SMALLEST_SIDE = 16
+
+Parameters = TypeVar("Parameters")
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,16 @@ class ProductParameters:
         ]
 
 
+class SumParameters(NamedTuple):
+    """The launch that adds up partial sums of weight gradients: how many a program adds at once, and of how many
+    elements; of biases, which have many terms, apart."""
+
+    terms: int
+    elements: int
+    bias_terms: int
+    bias_elements: int
+
+
 @dataclass(frozen=True)
 class WgradParameters:
     """The weight and bias gradients: ``m`` are channels of a source, ``n`` out channels, ``k`` pixels."""
@@ -122,6 +142,7 @@ class WgradParameters:
     warps: int
     sum_rows: int
     sum_channels: int
+    sums: SumParameters
     programs_per_multiprocessor: int
 
     def for_vectors(self, *vectors: int) -> WgradParameters:
@@ -166,6 +187,51 @@ class AttentionParameters(NamedTuple):
     warps: int
 
 
+class GroupNormParameters(NamedTuple):
+    """All launches of GroupNorm.
+
+    ``tile`` and ``planar_tile`` are the elements that a program has in flight, channels last or not. Channels-last
+    blocks are filled up to ``block_channels`` with whole groups.
+    """
+
+    tile: int
+    planar_tile: int
+    block_channels: int
+    warps: int
+
+
+class ResampleParameters(NamedTuple):
+    """One launch of FIR resampling.
+
+    A full tile has ``threads`` threads of ``elements`` elements each, ``planar_elements`` where they are loaded one by
+    one; channels-last tiles are at most ``block_channels`` wide. A program owns at most ``rows`` rows of the output,
+    and fewer where that leaves less than ``programs_per_multiprocessor``.
+    """
+
+    threads: int
+    elements: int
+    planar_elements: int
+    block_channels: int
+    rows: int
+    programs_per_multiprocessor: int
+
+
+class DenoiserTile(NamedTuple):
+    """Queries, samples and values that a program works on at a time."""
+
+    b: int
+    n: int
+    d: int
+    warps: int
+
+
+class DenoiserParameters(NamedTuple):
+    """Both products of the optimal denoiser: the scores, and the mean that they weight."""
+
+    products: DenoiserTile
+    mean: DenoiserTile
+
+
 @dataclass(frozen=True)
 class Crossover:
     """Where ``auto`` leaves the per-stage library loop for one grouped launch.
@@ -186,33 +252,47 @@ def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 else "float32"
 
 
-@cache
 def product(architecture: int, arithmetic: str) -> ProductParameters:
     """Parameters of the forward pass and the input gradients of grouped linear layers and convolutions."""
-    return parse(ProductParameters, table(architecture)["grouped"]["product"][arithmetic])
+    return _find(ProductParameters, architecture, "grouped", "product", arithmetic)
 
 
-@cache
 def wgrad(architecture: int, arithmetic: str) -> WgradParameters:
     """Parameters of their weight gradients."""
-    return parse(WgradParameters, table(architecture)["grouped"]["wgrad"][arithmetic])
+    return _find(WgradParameters, architecture, "grouped", "wgrad", arithmetic)
 
 
-@cache
 def attention(architecture: int, arithmetic: str, launch: str) -> AttentionParameters:
     """Parameters of attention: ``launch`` is ``"forward"``, ``"dq"`` or ``"dkv"``."""
-    entry = dict(table(architecture)["attention"][launch][arithmetic])
-    for name in ("row", "ragged_row", "single_row"):
-        entry[name] = RowTile(**entry[name])
-    for name in ("stream", "single_stream"):
-        entry[name] = tuple(StreamTile(**tile) for tile in entry[name])
-    return AttentionParameters(**entry)
+    return _find(AttentionParameters, architecture, "attention", launch, arithmetic)
+
+
+def group_norm(architecture: int) -> GroupNormParameters:
+    """Parameters of GroupNorm."""
+    return _find(GroupNormParameters, architecture, "group_norm")
+
+
+def resample2d(architecture: int) -> ResampleParameters:
+    """Parameters of FIR resampling."""
+    return _find(ResampleParameters, architecture, "resample2d")
+
+
+def optimal_denoiser(architecture: int, multiplies: str) -> DenoiserParameters:
+    """Parameters of the optimal denoiser, whose float64 products ``"tensor_cores"`` compute, or ``"threads"``."""
+    return _find(DenoiserParameters, architecture, "optimal_denoiser", multiplies)
+
+
+def crossover(architecture: int, op: str) -> Crossover:
+    """The committed rule of one op."""
+    return _find(Crossover, architecture, "crossover", op)
 
 
 @cache
-def crossover(architecture: int, op: str) -> Crossover:
-    """The committed rule of one op."""
-    return Crossover(**table(architecture)["crossover"][op])
+def _find(kind: type[Parameters], architecture: int, *path: str) -> Parameters:
+    entry = table(architecture)
+    for name in path:
+        entry = entry[name]
+    return parse(kind, entry)
 
 
 def architectures() -> tuple[int, ...]:
@@ -239,11 +319,17 @@ def table(architecture: int) -> dict:
     return json.loads((Path(__file__).parent / f"sm_{nearest}.json").read_text())
 
 
-def parse(kind, entry: dict):
+def parse(kind: type[Parameters], entry: dict[str, Any]) -> Parameters:
     """Parameters of a kind from their entry in a table."""
-    return kind(
-        **{name: Tile(**value) if isinstance(value, dict) else value for name, value in entry.items()}
-    )
+    return kind(**{name: _parsed(hint, entry[name]) for name, hint in get_type_hints(kind).items()})
+
+
+def _parsed(hint: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_parsed(get_args(hint)[0], item) for item in value)
+    if isinstance(value, dict):
+        return parse((get_args(hint) or (hint,))[0], value)
+    return value
 
 
 def _pooled(parameters: ProductParameters | WgradParameters) -> tuple[Tile, Tile]:
