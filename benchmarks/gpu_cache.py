@@ -42,7 +42,7 @@ import torch  # noqa: E402
 from gpu_parts import append  # noqa: E402
 from launches import ARCHITECTURE, AbsentGPU, Launch  # noqa: E402
 
-from msd_kernels.runtime.launch import settle_keys  # noqa: E402
+from msd_kernels.runtime.launch import fix_cache_keys  # noqa: E402
 
 CACHE = ROOT / "build" / "gpu-cache"
 MANIFEST, ARCHIVE = "manifest.json", "kernels.zip"
@@ -221,7 +221,7 @@ def compile_launch(launch: Launch, only_find: bool = False) -> tuple[Any, tuple[
         return key
 
     function = launch.function
-    settle_keys(launch.module)
+    fix_cache_keys(launch.module)
     function.device_caches.clear()  # of this process, which would hide what is missing
     with mock.patch.object(compiler, "get_cache_key", key_of):
         compiled = function.run(*launch.arguments, grid=(1,), warmup=True, **dict(launch.options))

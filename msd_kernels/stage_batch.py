@@ -217,11 +217,11 @@ class StageBatch:
         return self.values.view(-1, self.height, self.width, self.channels[0]).permute(0, 3, 1, 2)
 
     def with_values(self, values: Tensor) -> StageBatch:
-        """The same layout over another flat buffer of the same size."""
+        """A StageBatch of this layout over another flat buffer of this size."""
         return StageBatch(values, self.counts, self.channels, self.height, self.width)
 
     def restage(self, counts: Sequence[int]) -> StageBatch:
-        """The same samples cut into other stages, without a copy; every stage must have the same channels.
+        """These samples cut into other stages, without a copy; every stage must have the same channels.
 
         Raises:
             ValueError: channel counts differ, or ``counts`` do not sum up to the number of samples.
@@ -237,11 +237,11 @@ class StageBatch:
         return self.with_values(self.values.to(*args, **kwargs))
 
     def detach(self) -> StageBatch:
-        """The same values, through which no gradient flows."""
+        """A StageBatch of these values, through which no gradient flows."""
         return self.with_values(self.values.detach())
 
     def pin_memory(self) -> StageBatch:
-        """The same in pinned memory, as a ``DataLoader`` with ``pin_memory=True`` asks for."""
+        """A copy of this StageBatch in pinned memory, as a ``DataLoader`` with ``pin_memory=True`` asks for."""
         return self.with_values(self.values.pin_memory())
 
     @staticmethod

@@ -199,8 +199,8 @@ def test_keys_are_asked_for_in_the_order_of_the_definitions(monkeypatch):
     asked, module = [], "msd_kernels.ops.group_norm.kernels"
     import_module(module)
     monkeypatch.setattr(JITFunction, "cache_key", property(lambda function: asked.append(function.__name__)))
-    triton_launch.settle_keys.cache_clear()
-    triton_launch.settle_keys(module)
-    triton_launch.settle_keys.cache_clear()
+    triton_launch.fix_cache_keys.cache_clear()
+    triton_launch.fix_cache_keys(module)
+    triton_launch.fix_cache_keys.cache_clear()
     order = ["find_problem", "_columns", "_group_norm_forward_kernel", "_group_norm_backward_kernel"]
     assert [name for name in dict.fromkeys(asked) if name in order] == order

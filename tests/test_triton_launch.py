@@ -95,14 +95,14 @@ def test_the_second_launch_passes_what_the_first_did_without_asking_triton(recor
     assert same(first, second)
 
 
-def test_keys_are_settled_before_triton_looks_a_kernel_up(recorder, kernel, monkeypatch):
+def test_keys_are_fixed_before_triton_looks_a_kernel_up(recorder, kernel, monkeypatch):
     """Else its name in the cache on disk depends on what else this process has launched."""
     settled = []
 
-    def settle_keys(module):
+    def fix_cache_keys(module):
         settled.append((module, len(recorder.launches)))
 
-    monkeypatch.setattr(launch, "settle_keys", settle_keys)
+    monkeypatch.setattr(launch, "fix_cache_keys", fix_cache_keys)
     run(kernel)
     run(kernel)
     assert settled == [("msd_kernels.ops.grouped_conv2d.wgrad_kernels", 0)]

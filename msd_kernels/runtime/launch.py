@@ -109,7 +109,7 @@ def launch(kernel, grid: int, on: Tensor, *arguments, by_value: Sequence[int] = 
             compiled, constants = found
             compiled[grid, 1, 1](*arguments, *constants)
             return
-        settle_keys(kernel.__module__)
+        fix_cache_keys(kernel.__module__)
         compiled = kernel[(grid,)](*arguments, **OPTIONS, **options)
         if compiled is not None and kinds:
             if len(_compiled) >= MAX_COMPILED:
@@ -118,7 +118,7 @@ def launch(kernel, grid: int, on: Tensor, *arguments, by_value: Sequence[int] = 
 
 
 @cache
-def settle_keys(module: str) -> None:
+def fix_cache_keys(module: str) -> None:
     """Gives all functions of a module of kernels the keys by which Triton's cache on disk finds them.
 
     A key tells the constants of the functions that a function calls, but only of those whose own key was asked for
@@ -130,7 +130,7 @@ def settle_keys(module: str) -> None:
     for value in list(vars(sys.modules[module]).values()):
         if isinstance(value, JITFunction):
             if value.__module__ != module:
-                settle_keys(value.__module__)
+                fix_cache_keys(value.__module__)
             _ = value.cache_key
 
 

@@ -210,5 +210,5 @@ def _as_matrices(heads: Tensor) -> Tensor:
 
 
 def _with_dense_rows(heads: Tensor) -> Tensor:
-    """The same tensor with neighbouring elements along the head dimension, which every kernel asks for."""
+    """``heads``, or a copy whose head dimension is contiguous, which every kernel of SDPA asks for."""
     return heads if heads.stride(-1) == 1 else heads.contiguous()

@@ -285,7 +285,7 @@ def _library_gradients(
     weight: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Those of x, skip and the weight that are wanted, of some samples."""
+    """The wanted gradients of x, skip and the weight from neighbouring samples of one stage, by the library."""
     want_x, want_skip, want_weight = wanted
     flags = [want_x, want_skip, False, want_weight, False]
     dx, dskip, _, dweight, _ = library.grouped_conv2d_backward(

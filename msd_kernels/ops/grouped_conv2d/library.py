@@ -35,7 +35,7 @@ def _sources(x: Tensor, skip: Tensor | None, layout: Conv2dLayout) -> list[tuple
 def _parameters(
     weight: Sequence[Tensor], bias: Sequence[Tensor], layout: Conv2dLayout, dtype: torch.dtype
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Those of the stages that have samples."""
+    """The weights and biases as the library takes them, None for the stages without samples."""
     converted = partial(stage_weights.converted, dtype=dtype, counts=layout.counts)
     return converted(weight, channels_last=True), converted(bias)
 

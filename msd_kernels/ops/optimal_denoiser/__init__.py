@@ -224,7 +224,7 @@ def _whole_posterior(queries, sigma, rows, data_range):
 
 
 def _merged_posterior(queries, sigma, chunks, data_range, group):
-    """The same, given the chunks of all ranks."""
+    """The posterior given the chunks of all ranks, and the centre that its log sums are relative to."""
     if torch.is_grad_enabled() and (queries.requires_grad or sigma.requires_grad):
         raise ValueError(
             f"{OP}: gradients need the data as one tensor, not as an iterable or shared among ranks"
