@@ -138,6 +138,20 @@ def synchronised_clock(function: Function) -> float:
     return time.perf_counter() - start
 
 
+def process_bytes(name: str) -> int:
+    """Memory of this process, as Linux counts it: ``VmRSS``, what it has now, or ``VmHWM``, the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def extra_bytes(function: Function) -> int:
+    """How far the memory of this process rises above what it is before the call, at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = process_bytes("VmRSS")
+    function()
+    return process_bytes("VmHWM") - before
+
+
 def peak_bytes(function: Function) -> int:
     """The most GPU memory that its tensors take at a time, beyond those that are there before."""
     before = torch.cuda.memory_allocated()
