@@ -1,6 +1,6 @@
 """Times functions against each other: they take turns in one process; medians with quartiles, ratios round by round.
 
-Needs PyTorch only, so that it also runs where pytest-benchmark is missing.
+Needs neither pytest nor pytest-benchmark, so that it also runs where they are missing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from msd_kernels.runtime import processor
 
 Function = Callable[[], object]
 Timer = Callable[[Function], float]
@@ -267,6 +269,7 @@ def machine_facts() -> dict[str, object]:
     """What a figure depends on: processor, threads, versions, commit, date. No names of hosts, users or folders."""
     facts: dict[str, object] = {
         "cpu": cpu_model(),
+        "kind": processor.kind().name,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
