@@ -19,8 +19,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from msd_kernels.runtime import processor
-
 Function = Callable[[], object]
 Timer = Callable[[Function], float]
 
@@ -267,6 +265,8 @@ def copy_bandwidth(device: str = "cpu", timer: Timer = wall_clock, megabytes: in
 
 def machine_facts() -> dict[str, object]:
     """What a figure depends on: processor, threads, versions, commit, date. No names of hosts, users or folders."""
+    from msd_kernels.runtime import processor  # compare.py times other versions of the package
+
     facts: dict[str, object] = {
         "cpu": cpu_model(),
         "kind": processor.kind().name,
