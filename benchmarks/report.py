@@ -1,7 +1,8 @@
 """Writes all that is said about speed: the files of results, the plot and the README's tables.
 
     python benchmarks/report.py --measure    # runs all CPU benchmarks first: what `make report` does, 20 to 25 minutes
-    python benchmarks/report.py RUN.json     # the files of results from what `make bench` has left
+    python benchmarks/report.py RUN.json ... # the files of results from what a benchmark has left: `make bench`, or
+                                             # whole_models.py, which takes the models of other people
     python benchmarks/report.py              # plot and tables from the files in benchmarks/results/
 
 A file of results holds one benchmark's races with the processor, the commit, the versions and the date; a new one takes
@@ -31,7 +32,7 @@ from multistage_diffusion.common.plots import COLORS, FAINT, INK, saved_axes  # 
 README, PLOT = ROOT / "README.md", ROOT / "docs" / "speed.png"
 UNIT = "seconds per call; ratios are peer / ours; [median, lower quartile, upper quartile]"
 BLOCK = re.compile(r"(<!-- figures: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-MISSING = "–"
+MISSING, NOT_MEASURED = "–", "Not measured for this version yet."
 Table = list[tuple[str, ...]]
 
 WHOLE_STEPS = {
@@ -120,8 +121,22 @@ def whole_steps(results: Results) -> str:
             peak = [f"{race['peak_bytes'][case] / 2**20:.0f} MiB" for case in (OURS, "plain")]
             rows.append((label, number(results.ratio(stem, name, "plain")), number(floor), *peak))
     if not rows:
-        return "Not measured for this version yet: `make report`."
+        return NOT_MEASURED
     return markdown(("", "plain / ours", "floor / ours", "peak memory of ours", "of plain"), rows)
+
+
+def whole_models(results: Results) -> str:
+    races = list(results.races("whole_models").values())
+    orders = sorted({race["order"] for race in races})
+    rows = []
+    for key in dict.fromkeys(map(_model_key, races)):
+        found = {race["order"]: race["ratio"]["original"][0] for race in races if _model_key(race) == key}
+        rows.append((", ".join(key), *(number(found.get(order)) for order in orders)))
+    return markdown(("original / replaced", *orders), rows) if rows else NOT_MEASURED
+
+
+def _model_key(race: dict) -> tuple[str, str, str]:
+    return race["model"], race["dtype"], race["pass"]
 
 
 def group_norm(results: Results) -> str:
@@ -167,7 +182,7 @@ def attention(results: Results) -> str:
 def optimal_denoiser(results: Results) -> str:
     race = results.race("optimal_denoiser", "optimal_denoiser_reaches_its_goal")
     if not race:
-        return "Not measured for this version yet: `make report`."
+        return NOT_MEASURED
     megabytes = race["extra_bytes"] / 1e6
     return (
         f"{race['clustering_seconds']:.1f} s and {megabytes:.0f} MB besides the data for {race['images']:,} images; a "
@@ -189,6 +204,7 @@ def machines(results: Results) -> str:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "whole steps": whole_steps,
+    "whole models": whole_models,
     "group_norm": group_norm,
     "resample2d": resample2d,
     "attention": attention,
@@ -240,8 +256,12 @@ def drawn(path: Path = PLOT) -> dict[str, float]:
 
 
 def files(run: dict) -> Iterator[tuple[str, dict]]:
-    """The files of results, by name, that a run of pytest-benchmark comes to."""
-    machine = run["machine_info"]
+    """The files of results, by name, that a run of pytest-benchmark, or of whole_models.py, comes to."""
+    if "models" in run:
+        machine = {key: value for key, value in run.items() if key != "models"}
+        races = [{"name": ", ".join((*_model_key(race), race["order"])), **race} for race in run["models"]]
+        yield _file("whole_models", "benchmarks/whole_models.py", machine, races)
+        return
     by_stem: dict[str, list[dict]] = {}
     for found in run["benchmarks"]:
         stem = re.search(r"bench_(\w+)\.py", found["fullname"])[1]
@@ -249,9 +269,12 @@ def files(run: dict) -> Iterator[tuple[str, dict]]:
             {"name": found["name"].removeprefix("test_"), **found["extra_info"]}
         )
     for stem, races in by_stem.items():
-        name = f"cpu-{machine['cores']}cores-{machine['kind'].replace(' ', '_')}-{stem}.json"
-        what = f"pytest benchmarks/bench_{stem}.py"
-        yield name, {"what": what, "machine": machine, "unit": UNIT, "results": races}
+        yield _file(stem, f"pytest benchmarks/bench_{stem}.py", run["machine_info"], races)
+
+
+def _file(stem: str, what: str, machine: dict, races: list[dict]) -> tuple[str, dict]:
+    name = f"cpu-{machine['cores']}cores-{machine['kind'].replace(' ', '_')}-{stem}.json"
+    return name, {"what": what, "machine": machine, "unit": UNIT, "results": races}
 
 
 def write_files(run: dict, folder: Path = harness.RESULTS) -> None:
@@ -278,13 +301,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="?", type=Path, help="a file of pytest-benchmark")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a file that a benchmark has left")
     parser.add_argument("--measure", action="store_true", help="run all benchmarks first")
     options = parser.parse_args(arguments)
-    if options.measure and options.run:
-        parser.error("either a run to read or --measure")
-    if options.measure or options.run:
-        write_files(measure() if options.measure else json.loads(options.run.read_text()))
+    for run in (
+        *([measure()] if options.measure else ()),
+        *(json.loads(r.read_text()) for r in options.runs),
+    ):
+        write_files(run)
     results = Results()
     README.write_text(written(README.read_text(), results))
     draw(results)

@@ -92,6 +92,23 @@ def test_tables_come_from_the_files(results):
         report.written(text.replace("machines", "nobody"), results)
 
 
+def test_models_of_other_people_have_a_row_per_pass_and_a_column_per_order(results, tmp_path):
+    races = [
+        {
+            "model": "U-Net",
+            "dtype": "float32",
+            "order": order,
+            "pass": "forward",
+            "ratio": {"original": [ratio]},
+        }
+        for order, ratio in (("NHWC", 1.5), ("NCHW", 1.25))
+    ]
+    report.write_files({**MACHINE, "models": races}, tmp_path)
+    found = report.whole_models(Results(tmp_path))
+    assert "| original / replaced | NCHW | NHWC |" in found
+    assert "| U-Net, float32, forward | 1.25 | 1.50 |" in found
+
+
 def test_what_was_not_measured_has_no_figure(results):
     assert "| forward, bf16 [8, 256, 32, 32] | – | – | – |" in report.group_norm(results)
     assert not re.search(r"\d", report.optimal_denoiser(results))
