@@ -18,7 +18,7 @@ GPU_NUMPY ?= 2.5.*
 GPU_VENV ?= build/gpu-venv
 SOURCES = $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
-.PHONY: help demo test test-full test-ecosystem bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
+.PHONY: help demo test test-full test-ecosystem bench report gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -35,8 +35,11 @@ test-full: install  ## what is too long for make test: published widths (10 GB o
 test-ecosystem: $(VENV)/.ecosystem  ## with the tools that people train with: accelerate, peft, FSDP2, export and the like
 	$(BIN)/python -m pytest -m "not full" -n auto --maxprocesses 2 --dist loadfile tests/ecosystem
 
-bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
+bench: install  ## all CPU benchmarks, ours and peers in one run (under 25 minutes); results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json
+
+report: install  ## the same, and from it the committed results, the plot and the README's tables; on a quiet machine
+	$(BIN)/python benchmarks/report.py --measure
 
 gpu-cache: $(GPU_VENV)/.installed  ## compile the kernels of gpu-smoke and gpu-check, without a GPU, into build/gpu-cache
 	$(GPU_VENV)/bin/python benchmarks/gpu_cache.py --arch $(GPU_ARCH)

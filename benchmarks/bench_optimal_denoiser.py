@@ -15,13 +15,12 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from harness import OURS, wall_clock
+from harness import OURS, extra_bytes, wall_clock
 from msd_kernels import explain, optimal_denoiser
 from multistage_diffusion.clustering import similarity_matrix
 from multistage_diffusion.noise.schedules import VP
@@ -74,19 +73,6 @@ def products(x: Tensor, data: Tensor, dtype: torch.dtype) -> Callable[[], Tensor
     """The two matrix products, alone."""
     a, b = x.flatten(1).to(dtype), data.flatten(1).to(dtype)
     return lambda: (a @ b.T) @ b
-
-
-def extra_bytes(function: Callable[[], object]) -> float:
-    """How far the memory of this process rises above what it is before the call, at its peak (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = memory("VmRSS")
-    function()
-    return memory("VmHWM") - before
-
-
-def memory(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def check(problem: Problem) -> float:

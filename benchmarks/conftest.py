@@ -7,10 +7,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import replay
 import torch
+import whole_step
+from whole_step import WholeStep
 
 import harness
 from harness import OURS, Comparison, Function, Rounds
@@ -22,6 +25,12 @@ TURN = 0.01
 SAID = 5.0
 FACTS = pytest.StashKey[dict[str, object]]()
 SECONDS = pytest.StashKey[dict[str, float]]()  # of every benchmark, by its name
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Without the name of a file or a folder pytest runs the tests; with ``-m goal`` the goals, which are here."""
+    named = sorted(Path(argument).name for argument in config.args) != sorted(config.getini("testpaths"))
+    return None if named or "goal" in config.option.markexpr else True
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,6 +123,20 @@ class Race:
 @pytest.fixture
 def race(benchmark, request: pytest.FixtureRequest, say: Callable[[str], None]) -> Race:
     return Race(benchmark, request, say)
+
+
+@pytest.fixture
+def race_step(
+    race: Race, say: Callable[[str], None], two_threads: None
+) -> Callable[[WholeStep], dict[str, object]]:
+    """Measures a whole step; returns what whole_step.py prints."""
+
+    def measure(step: WholeStep) -> dict[str, object]:
+        found = whole_step.measure(step, say=say, race=lambda cases, seconds: race(cases, seconds, warm=True))
+        race.note(peak_bytes=found["peak_bytes"])
+        return found
+
+    return measure
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

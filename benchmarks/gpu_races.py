@@ -27,14 +27,15 @@ import bench_group_norm  # noqa: E402
 import bench_grouped_conv2d  # noqa: E402
 import bench_grouped_linear  # noqa: E402
 import bench_resample2d  # noqa: E402
-import bench_sampling_step  # noqa: E402
-import bench_training_step  # noqa: E402
 import gpu_cache  # noqa: E402
+import sampling_steps  # noqa: E402
 import torch  # noqa: E402
-from bench_training_step import COMPILED, GRAPH  # noqa: E402
+import training_steps  # noqa: E402
+import whole_networks  # noqa: E402
 from gpu_parts import append  # noqa: E402
 from launches import ARCHITECTURE, Launch, recorded  # noqa: E402
 from sanitize_cuda import no_gpu  # noqa: E402
+from training_steps import COMPILED, GRAPH  # noqa: E402
 
 import harness  # noqa: E402
 from harness import OURS, Function, Timer  # noqa: E402
@@ -244,8 +245,13 @@ def compiled_ops() -> list[Race]:
     ]
 
 
+def of_stage(batch: int, stage: int) -> tuple[int, ...]:
+    """Counts of a batch of one stage."""
+    return tuple(batch if other == stage else 0 for other in range(len(whole_networks.SIGMAS)))
+
+
 def sampling_step_race(batch: int, stage: int, compiled: bool, device: str) -> Prepared:
-    problem = bench_sampling_step.Problem.of(batch, stage, device)
+    problem = sampling_steps.Problem.of(of_stage(batch, stage), device)
     cases = problem.checked_cases(compiled)
     networks, counts = problem.networks, problem.counts
     least = networks.weight_bytes(counts), 0
@@ -269,20 +275,20 @@ def sampling_step() -> list[Race]:
 
 def our_sampling_step(batch: int, stage: int, device: str) -> Function:
     """The network as the denoiser calls it, which computes its noise level and stage from values."""
-    problem = bench_sampling_step.Problem.of(batch, stage, device)
+    problem = sampling_steps.Problem.of(of_stage(batch, stage), device)
     network = problem.networks.ours.eval()
     order = StageOrder.of([stage] * batch, len(problem.counts), batch)
-    inputs = problem.x.to(bench_sampling_step.DTYPE), torch.zeros(batch, device=device), order
+    inputs = problem.x.to(sampling_steps.DTYPE), torch.zeros(batch, device=device), order
     return torch.no_grad()(partial(network, *inputs))
 
 
 def our_training_step(counts: tuple[int, ...], device: str) -> Function:
-    (step,) = bench_training_step.Problem.of(counts, device).mixed()
+    (step,) = training_steps.Problem.of(counts, device).mixed()
     return step
 
 
 def training_step_race(counts: tuple[int, ...], extra: str | None, device: str) -> Prepared:
-    problem = bench_training_step.Problem.of(counts, device)
+    problem = training_steps.Problem.of(counts, device)
     cases = problem.checked_cases(extra)
     weights = problem.networks.weight_bytes(counts)  # to be read, and as many gradients written
     return Prepared(

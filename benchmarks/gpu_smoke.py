@@ -33,11 +33,11 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "", "python")]
 
-import bench_training_step  # noqa: E402
 import gpu_cache  # noqa: E402
 import gpu_cases  # noqa: E402
 import sanitize_cuda  # noqa: E402
 import torch  # noqa: E402
+import training_steps  # noqa: E402
 import whole_networks  # noqa: E402
 from gpu_cases import Case  # noqa: E402
 from gpu_parts import (  # noqa: E402
@@ -182,12 +182,12 @@ def finished(files: Sequence[Path]) -> set[str]:
     return {line["case"] for line in read_lines(files[0]) if "case" in line}
 
 
-def small_problem(device: str) -> bench_training_step.Problem:
+def small_problem(device: str) -> training_steps.Problem:
     """A training step of a small network on a mixed batch; what asks for networks later gets the published one."""
     whole_networks.published.cache_clear()
     try:
         with mock.patch.object(whole_networks, "CONFIG", NETWORK):
-            return bench_training_step.Problem.of(COUNTS, device)
+            return training_steps.Problem.of(COUNTS, device)
     finally:
         whole_networks.published.cache_clear()
 
@@ -208,7 +208,7 @@ def run_step(files: Sequence[Path], device: str) -> int:
             (step,) = problem.mixed()
             result = {"case": step_case(dtype), "op": "step", "status": "right"}
             try:
-                found = bench_training_step.GraphedStep(replace(step, dtype=dtype)).named()
+                found = training_steps.GraphedStep(replace(step, dtype=dtype)).named()
                 whole_networks.check("step", found, exact, tolerance)
             except Exception as error:  # each is a finding
                 result |= {"status": "wrong", "error": f"{type(error).__name__}: {error}"[:1000]}

@@ -1,6 +1,6 @@
 """Times functions against each other: they take turns in one process; medians with quartiles, ratios round by round.
 
-Needs PyTorch only, so that it also runs where pytest-benchmark is missing.
+Needs neither pytest nor pytest-benchmark, so that it also runs where they are missing.
 """
 
 from __future__ import annotations
@@ -138,6 +138,20 @@ def synchronised_clock(function: Function) -> float:
     return time.perf_counter() - start
 
 
+def process_bytes(name: str) -> int:
+    """Memory of this process, as Linux counts it: ``VmRSS``, what it has now, or ``VmHWM``, the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def extra_bytes(function: Function) -> int:
+    """How far the memory of this process rises above what it is before the call, at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = process_bytes("VmRSS")
+    function()
+    return process_bytes("VmHWM") - before
+
+
 def peak_bytes(function: Function) -> int:
     """The most GPU memory that its tensors take at a time, beyond those that are there before."""
     before = torch.cuda.memory_allocated()
@@ -251,8 +265,11 @@ def copy_bandwidth(device: str = "cpu", timer: Timer = wall_clock, megabytes: in
 
 def machine_facts() -> dict[str, object]:
     """What a figure depends on: processor, threads, versions, commit, date. No names of hosts, users or folders."""
+    from msd_kernels.runtime import processor  # compare.py times other versions of the package
+
     facts: dict[str, object] = {
         "cpu": cpu_model(),
+        "kind": processor.kind().name,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),

@@ -186,6 +186,19 @@ def einsum_attention(x: Tensor, heads: int, *, wide: bool) -> Tensor:
     return torch.einsum("nqk,nck->ncq", p, v).reshape(batch, channels // 3, height, width)
 
 
+def packed_sdpa(x: Tensor, heads: int, *, parts_last: bool) -> Tensor:
+    """PyTorch's attention on a packed ``[B, 3C, H, W]``, channels_last, to ``[B, C, H, W]``, channels_last.
+
+    ``parts_last``: q, k and v alternate from channel to channel; else they follow each other within a head.
+    """
+    batch, channels, height, width = x.shape
+    parts = (channels // 3 // heads, 3) if parts_last else (3, channels // 3 // heads)
+    pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, heads, *parts)
+    q, k, v = (part.transpose(1, 2) for part in pixels.unbind(4 if parts_last else 3))
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return y.reshape(batch, height, width, channels // 3).permute(0, 3, 1, 2)
+
+
 def sdpa(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """PyTorch's attention on ``[B, heads, tokens, d]``, by one of its backends or by its own choice."""
 

@@ -1,115 +1,118 @@
-"""Where Winograd's convolutions pay: every 3×3 layer of a published network beside oneDNN, forward and with gradients.
+"""Where Winograd's convolutions pay: the 3×3 layers of published networks beside oneDNN, forward and with gradients.
 
-    python benchmarks/winograd_layers.py PRESET [--dtype float32] [--batch 8] [--threads 2] [--seconds 0.4] [--json]
+    python benchmarks/winograd_layers.py [PRESET ...] [--batch 8 1] [--dtype float32] [--threads 2] [--json]
 
-What ``msd_kernels/ops/grouped_conv2d/cpu.py`` chooses by is read from this table: a ratio above 1 says that the
-compiled kernels are faster. Turns of both, results checked first; of one thread, the processor's time, which other
-processes hardly disturb. Layers with the same sizes are measured once.
+Without the name of a preset, one of each family. What ``msd_kernels/ops/grouped_conv2d/cpu.py`` chooses by is read from
+this table: a ratio above 1 says that the compiled kernels are faster. Exit status 1 if `auto` loses to oneDNN at a
+layer: if it takes the compiled kernels although they are slower by more than 3 % at batch 8, or 10 % alone; a ratio is
+the better one of medians and fastest turns. Turns of both, results checked first; of one thread, the processor's time,
+which other processes hardly disturb. Layers with the same sizes are measured once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "", "python")]
 
-import harness
-from harness import OURS
-from msd_kernels import StageBatch, grouped_conv2d
-from msd_kernels.dispatch.backends import Call, use
-from msd_kernels.layouts import Conv2dLayout
-from msd_kernels.ops.grouped_conv2d import cpu
-from multistage_diffusion import networks, presets
-from multistage_diffusion.flops import conditioning
+import products  # noqa: E402
+import torch  # noqa: E402
 
-PASSES = ("forward", "forward + backward")
+import harness  # noqa: E402
+from harness import OURS, Comparison  # noqa: E402
+from msd_kernels.dispatch.backends import Call  # noqa: E402
+from msd_kernels.layouts import Conv2dLayout  # noqa: E402
+from msd_kernels.ops.grouped_conv2d import cpu  # noqa: E402
+from multistage_diffusion import presets  # noqa: E402
 
-
-class Recorder(TorchDispatchMode):
-    """Collects the layouts of the convolutions that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layouts: list[Conv2dLayout] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if "grouped_conv2d" in str(op):
-            named = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False))
-            self.layouts.append(Conv2dLayout(*(named[field] for field in Conv2dLayout._fields)))
-        return op(*args, **(kwargs or {}))
+FAMILIES = ("edm-cifar10", "ncsnpp-cifar10", "ldm-celebahq256", "uvit-cifar10")
+PASSES = {"forward": products.inference, "forward + backward": products.gradients}
+ONEDNN = "oneDNN"
 
 
-def layers(preset: str) -> list[Conv2dLayout]:
-    """The 3×3 layers of a network, of one stage and one sample each, without repetitions; no arithmetic is done."""
-    with torch.device("meta"):
-        network = networks.build(presets.find(preset).config())
-    size, stages = network.image_size, network.num_stages
-    x, noise = (torch.zeros(n, device="meta") for n in ((stages, network.in_channels, size, size), (stages,)))
-    with torch.no_grad(), Recorder() as recorder:
-        network(x, noise, list(range(stages)), **conditioning(network, stages))
-    found = {
-        layout._replace(counts=(1,), channels=(c,), skip_channels=(d,), out_channels=(o,))
-        for layout in recorder.layouts
-        for c, d, o in zip(layout.channels, layout.skip_channels, layout.out_channels, strict=True)
-        if layout.kernel == 3
-    }
-    return sorted(found, key=lambda layout: (-layout.height, layout.flops), reverse=False)
+class Result(NamedTuple):
+    """One layer.
 
+    Attributes:
+        taken: whether `auto` takes the compiled kernels.
+        races: by pass.
+    """
 
-class Layer:
-    """A layer with random tensors; its addends are a bias alone."""
+    layout: Conv2dLayout
+    taken: bool
+    races: dict[str, Comparison]
 
-    def __init__(self, layout: Conv2dLayout, batch: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def ratio(self, name: str) -> float:
+        race = self.races[name]
+        return max(race.ratio(ONEDNN).median, race.best_ratio(ONEDNN))
 
-        def leaf(*size: int, std: float = 1.0) -> torch.Tensor:
-            return (torch.randn(size, generator=generator) * std).to(dtype).requires_grad_()
+    @property
+    def losses(self) -> list[str]:
+        """The passes in which `auto` is slower than it may be."""
+        allowed = 1.10 if self.layout.counts == (1,) else 1.03
+        return [name for name in self.races if self.taken and self.ratio(name) * allowed < 1]
 
-        (c,), (d,), (o,) = layout.channels, layout.skip_channels, layout.out_channels
-        self.layout, self.batch = layout, batch
-        self.leaves = [leaf(batch * width * layout.in_pixels) for width in (c, d) if width]
-        self.leaves += [leaf(o, c + d, 3, 3, std=(9 * (c + d)) ** -0.5), leaf(o)]
-        self.dy = leaf(batch * o * layout.out_pixels).detach()
-
-    def forward(self) -> torch.Tensor:
+    @property
+    def size(self) -> str:
+        """As text."""
         layout = self.layout
-        *sources, weight, bias = self.leaves
-        sizes = (layout.height, layout.width)
-        x, *skip = (
-            StageBatch(values, (self.batch,), channels, *sizes)
-            for values, channels in zip(sources, (layout.channels, layout.skip_channels), strict=False)
-        )
-        resample = None if layout.resample == "none" else layout.resample
-        return grouped_conv2d(x, [weight], [bias], skip=skip[0] if skip else None, resample=resample).values
+        skip = f" + {layout.skip_channels[0]}" if any(layout.skip_channels) else ""
+        sides = f"{layout.height}×{layout.width} {layout.resample}"
+        return f"{layout.counts[0]}, {sides}, {layout.channels[0]}{skip} to {layout.out_channels[0]}"
 
-    def gradients(self) -> list[torch.Tensor]:
-        y = self.forward()
-        return [y, *torch.autograd.grad(y, self.leaves, self.dy)]
+    def row(self) -> tuple[str, ...]:
+        medians = [harness.ratio_text(race.ratio(ONEDNN)) for race in self.races.values()]
+        fastest = [f"{race.best_ratio(ONEDNN):.2f}" for race in self.races.values()]
+        verdict = "loses" if self.losses else "yes" if self.taken else "no"
+        return (self.size, *medians, *fastest, verdict)
 
-    def inference(self) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [self.forward()]
+    def as_dict(self) -> dict[str, object]:
+        races = {name: race.as_dict() for name, race in self.races.items()}
+        return {**self.layout._asdict(), "taken": self.taken, "losses": self.losses, **races}
 
-    def run(self, backend: str, function: Callable) -> Callable:
-        def call():
-            with use(backend):
-                return function()
 
-        return call
+def layers(names: Sequence[str], batch: int) -> list[Conv2dLayout]:
+    """The 3×3 layers of networks, of one stage each, without repetitions."""
+    found = set()
+    for preset in names:
+        config = presets.find(preset).config()
+        for layout in products.layouts(config, (1,) * len(config["decoder_widths"])):
+            if isinstance(layout, Conv2dLayout) and layout.kernel == 3:
+                found |= set(of_one_stage(layout, batch))
+    return sorted(found, key=lambda layout: (-layout.height, layout.flops, layout))
 
-    def compare(self, seconds: float, timer: harness.Timer) -> list[harness.Comparison]:
-        dtype = self.dy.dtype
-        harness.check("cpu", self.run("cpu", self.gradients)(), self.run("library", self.gradients)(), dtype)
-        return [
-            harness.Rounds(
-                {OURS: self.run("cpu", function), "oneDNN": self.run("library", function)}, timer, 0.01
-            ).run(seconds)
-            for function in (self.inference, self.gradients)
-        ]
+
+def of_one_stage(layout: Conv2dLayout, batch: int) -> list[Conv2dLayout]:
+    """Each stage's part of a layer, with another number of samples."""
+    widths = zip(layout.channels, layout.skip_channels, layout.out_channels, strict=True)
+    return [
+        layout._replace(counts=(batch,), channels=(c,), skip_channels=(d,), out_channels=(o,))
+        for c, d, o in widths
+    ]
+
+
+def measure(layout: Conv2dLayout, dtype: torch.dtype, seconds: float, timer: harness.Timer) -> Result:
+    """Races the compiled kernels against oneDNN, and asks what `auto` takes."""
+    layer = products.Convolution(layout, dtype)
+
+    def cases(function: Callable) -> dict[str, harness.Function]:
+        ways = {OURS: "cpu", ONEDNN: "library"}
+        return {name: products.computed_by(way, function, layer) for name, way in ways.items()}
+
+    ours, library = cases(products.gradients).values()
+    harness.check("cpu", ours(), library(), dtype)
+    races = {
+        name: harness.Rounds(cases(function), timer, 0.01).run(seconds) for name, function in PASSES.items()
+    }
+    taken = cpu.slower(Call("grouped_conv2d", torch.device("cpu"), dtype, layout)) is None
+    return Result(layout, taken, races)
 
 
 def processor_time(function: harness.Function) -> float:
@@ -118,54 +121,35 @@ def processor_time(function: harness.Function) -> float:
     return time.thread_time() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("preset")
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("presets", nargs="*", default=list(FAMILIES), metavar="PRESET")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.4, help="of every layer and pass")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    rows, found = [], []
-    for layout in layers(arguments.preset):
-        taken = cpu.slower(Call("grouped_conv2d", torch.device("cpu"), dtype, layout)) is None
-        races = Layer(layout, arguments.batch, dtype).compare(
-            arguments.seconds, processor_time if arguments.threads == 1 else harness.wall_clock
-        )
-        channels = (
-            f"{layout.channels[0]} + {layout.skip_channels[0]}"
-            if any(layout.skip_channels)
-            else layout.channels[0]
-        )
-        size = f"{layout.height}×{layout.width} {layout.resample}, {channels} to {layout.out_channels[0]}"
-        best = [f"{race.best_ratio('oneDNN'):.2f}" for race in races]
-        rows.append(
-            (
-                size,
-                *(harness.ratio_text(race.ratio("oneDNN")) for race in races),
-                *best,
-                "yes" if taken else "no",
-            )
-        )
-        found.append(
-            {
-                **layout._asdict(),
-                "taken": taken,
-                **{n: r.as_dict() for n, r in zip(PASSES, races, strict=True)},
-            }
-        )
-    if arguments.json:
-        print(
-            json.dumps(
-                {**harness.machine_facts(), "commit": harness.commit(), **vars(arguments), "layers": found}
-            )
-        )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    timer = processor_time if options.threads == 1 else harness.wall_clock
+    results = []
+    for batch in options.batch:
+        for layout in layers(options.presets, batch):
+            result = measure(layout, getattr(torch, options.dtype), options.seconds, timer)
+            results.append(result)
+            print(*result.row(), sep="  ", file=sys.stderr, flush=True)
+    losses = [result.size for result in results if result.losses]
+    if options.json:
+        found = {"machine": harness.machine_facts(), "losses": losses, **vars(options)}
+        print(json.dumps({**found, "layers": [result.as_dict() for result in results]}))
     else:
-        print(harness.table(rows, ("layer", *PASSES, "fastest", "fastest", "taken")))
+        header = ("batch, layer", *PASSES, "fastest", "fastest", "taken")
+        print(harness.table([result.row() for result in results], header))
+        print(f"{len(results)} layers; auto loses at {len(losses)}: {'; '.join(losses) or '-'}")
+    return bool(losses)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,9 +11,9 @@ from helpers import import_benchmarks
 
 import_benchmarks()
 
-import bench_sampling_step  # noqa: E402
-import bench_training_step  # noqa: E402
 import gpu_races  # noqa: E402
+import sampling_steps  # noqa: E402
+import training_steps  # noqa: E402
 import whole_networks  # noqa: E402
 
 import harness  # noqa: E402
@@ -39,7 +39,7 @@ def small_networks(monkeypatch):
     monkeypatch.setattr(whole_networks, "CONFIG", UNET)
     monkeypatch.setattr(gpu_races, "SECONDS_PER_RACE", 0.0)
     monkeypatch.setattr(gpu_races, "THIRDS", (2, 2, 2))
-    for module in (bench_sampling_step, bench_training_step):
+    for module in (sampling_steps, training_steps):
         options = {name: value for name, value in module.COMPILE.items() if name != "mode"}
         monkeypatch.setattr(module, "COMPILE", {**options, "backend": "eager"})
     whole_networks.published.cache_clear()
@@ -112,14 +112,14 @@ def test_the_share_of_the_floor_is_of_three_forwards(monkeypatch):
 
 
 def test_a_replayed_step_that_forgets_gradients_is_not_timed(monkeypatch):
-    class Forgets(bench_training_step.GraphedFunction):
+    class Forgets(training_steps.GraphedFunction):
         def __call__(self, tensors, order):
             loss = super().__call__(tensors, order)
             self.adds_to[0].mul_(0.5)
             return loss
 
-    monkeypatch.setattr(bench_training_step, "GraphedFunction", Forgets)
-    problem = bench_training_step.Problem.of((2, 2, 2))
+    monkeypatch.setattr(training_steps, "GraphedFunction", Forgets)
+    problem = training_steps.Problem.of((2, 2, 2))
     with pytest.raises(AssertionError, match=r"ours, graph: .* is off by"):
         problem.checked_cases(gpu_races.GRAPH)
 
@@ -192,8 +192,8 @@ def test_a_compiled_loop_with_another_loss_is_not_timed(monkeypatch):
     def miscompile(function, **options):
         return lambda *arguments: 1.5 * function(*arguments)
 
-    monkeypatch.setattr(bench_training_step.torch, "compile", miscompile)
-    problem = bench_training_step.Problem.of((2, 2, 2))
+    monkeypatch.setattr(training_steps.torch, "compile", miscompile)
+    problem = training_steps.Problem.of((2, 2, 2))
     with pytest.raises(AssertionError, match="compiled loop: the loss is"):
         problem.checked_cases(gpu_races.COMPILED)
 
@@ -204,18 +204,18 @@ def test_a_compiled_loop_with_another_loss_is_not_timed(monkeypatch):
 
 
 def test_the_loss_is_that_of_training():
-    problem = bench_training_step.Problem.of((3, 3, 2))
+    problem = training_steps.Problem.of((3, 3, 2))
     network = problem.networks.ours.eval()
     sigma = torch.tensor(whole_networks.SIGMAS, dtype=torch.float64)[problem.stage]
     clean, noise = problem.samples.clean, problem.samples.noise
     losses = edm_loss(whole_networks.denoiser(network), clean, sigma, problem.stage, noise=noise)
     (step,) = problem.mixed()
-    loss = bench_training_step.mean_loss(step.denoiser, step.samples, step.order)
+    loss = training_steps.mean_loss(step.denoiser, step.samples, step.order)
     torch.testing.assert_close(loss, losses.mean(), rtol=1e-4, atol=0)
 
 
 def test_the_batch_is_shuffled_and_every_sample_is_in_one_step_of_the_loop():
-    problem = bench_training_step.Problem.of((3, 0, 2))
+    problem = training_steps.Problem.of((3, 0, 2))
     assert problem.stage.tolist() != sorted(problem.stage.tolist())
     loop, (mixed,) = problem.loop(), problem.mixed()
     assert mixed.order.counts == (3, 0, 2)
