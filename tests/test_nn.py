@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from msd_kernels import nn as module_of_norms
 from msd_kernels.nn import FusedSequential, GroupNorm, replace_group_norm, restore
+from msd_kernels.nn import norms as module_of_norms
 
 # float32: both round the same formula a few times; measured worst 7e-7 on values up to 5.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
