@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from msd_kernels.dispatch import tracing
 from msd_kernels.dispatch.backends import Explanation
 from msd_kernels.ops.grouped_conv2d import dense
 
@@ -24,7 +25,7 @@ class Conv2d(nn.Conv2d):
     stride 1 and padding 1 are computed by Winograd's F(4×4, 3×3), as :func:`msd_kernels.grouped_conv2d` does, for a
     layer and a processor where that was measured to be faster; NCHW inputs, which have to be transposed, need more
     channels. Everything else is PyTorch's own convolution. :meth:`explain` tells which one serves an input.
-    ``torch.jit.script`` and ``torch.jit.trace`` record PyTorch's own.
+    ``torch.jit`` and ``torch.fx`` record PyTorch's own.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def unserved(conv: nn.Conv2d) -> str | None:
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    if unserved(conv) is not None:
+    if unserved(conv) is not None or isinstance(x, tracing.Proxy):
         return conv._conv_forward(x, conv.weight, conv.bias)
     if x.dim() == 3:
         return dense.conv2d(x[None], conv.weight, conv.bias)[0]

@@ -40,10 +40,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Under autocast: the autocast dtype.
     """
-    if isinstance(x, tracing.Proxy) or tracing.is_traced(x):
-        return F.conv2d(x, weight, bias, padding=1)
-    call = _Call(x, weight, bias)
-    if call.reason() is not None:
+    call = None if tracing.is_traced(x) else _Call(x, weight, bias)
+    if call is None or call.reason() is not None:
         return F.conv2d(x, weight, bias, padding=1)
     return _forward(*call.tensors, call.layout, call.channels_last)
 
