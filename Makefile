@@ -18,7 +18,7 @@ GPU_NUMPY ?= 2.5.*
 GPU_VENV ?= build/gpu-venv
 SOURCES = $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
-.PHONY: help demo test test-full test-ecosystem bench gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
+.PHONY: help demo test test-full test-ecosystem bench bench-models gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -37,6 +37,9 @@ test-ecosystem: $(VENV)/.ecosystem  ## with the tools that people train with: ac
 
 bench: install  ## all CPU benchmarks, ours and peers in one run; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.local.json
+
+bench-models: $(VENV)/.ecosystem  ## whole models of other people, as they are and with our norms and convolutions (CPU)
+	$(BIN)/python benchmarks/whole_models.py
 
 gpu-cache: $(GPU_VENV)/.installed  ## compile the kernels of gpu-smoke and gpu-check, without a GPU, into build/gpu-cache
 	$(GPU_VENV)/bin/python benchmarks/gpu_cache.py --arch $(GPU_ARCH)
