@@ -107,9 +107,13 @@ def _slower(x: Tensor, layout: Conv2dLayout, channels_last: bool) -> str | None:
     if BACKENDS.choose(x, layout) is not cpu:
         explanation = BACKENDS.explain(x, layout)
         return explanation.why_not.get("cpu", "another backend is forced")
+    if forced_backend(BACKENDS.op) == "cpu":
+        return None
+    if max(layout.height, layout.width) <= cpu.TILE:
+        return "one image may come alone, and is a single tile here: its weights' transform would not pay"
     (channels,), (outs,) = layout.channels, layout.out_channels
     exchanged = channels * (not _is_last(x)) + outs * (not channels_last)
-    if channels * outs < LEAST_PRODUCTS * exchanged and forced_backend(BACKENDS.op) != "cpu":
+    if channels * outs < LEAST_PRODUCTS * exchanged:
         return f"{channels} to {outs} channels are too few for the transpositions of NCHW to pay"
     return None
 
