@@ -97,6 +97,22 @@ class GroupNorm(nn.Module):
         return F.group_norm(x, self.num_groups, weight=weight, bias=bias, eps=self.eps)
 
 
+class Conv2d(nn.Module):
+    """Of EDM, which is no ``torch.nn.Conv2d`` and may resample."""
+
+    def __init__(self, up: bool = False, channels: int = 32) -> None:
+        super().__init__()
+        self.in_channels = self.out_channels = channels
+        self.up, self.down = up, False
+        self.weight = nn.Parameter(torch.zeros(channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2) if self.up else x
+        y = F.conv2d(x, self.weight.to(x.dtype), padding=1)
+        return y.add_(self.bias.to(x.dtype).reshape(1, -1, 1, 1))
+
+
 class UNetBlock(nn.Module):
     """Of EDM: SiLU is a function, the embedding comes by ``addcmul``."""
 
@@ -165,7 +181,7 @@ HOMES = {
     "diffusers.models.autoencoders.vae": [Decoder],
     "guided_diffusion.nn": [GroupNorm32],
     "guided_diffusion.unet": [ResBlock],
-    "_imported_module_of_a_pickle": [GroupNorm, UNetBlock],
+    "_imported_module_of_a_pickle": [GroupNorm, UNetBlock, Conv2d],
     "ldm.modules.diffusionmodules.model": [ResnetBlock],
     "k_diffusion.layers": [AdaGN],
 }

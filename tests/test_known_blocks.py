@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from stand_in_blocks import CHANNELS, EMBEDDING, GROUPS
 from torch import Tensor, nn
 
+from msd_kernels.dispatch.backends import use
 from msd_kernels.nn import norms as module_of_norms
-from msd_kernels.nn import replace_group_norm, restore
+from msd_kernels.nn import replace_conv2d, replace_group_norm, restore
 from msd_kernels.nn.pending import PendingNorm
 
 # Both sides compute the same formulas, rounded a few times.
@@ -273,6 +274,33 @@ def test_a_norm_of_a_known_name_that_computes_something_else_is_left_alone(monke
         "0": "does not compute what GroupNorm32 is known to",
         "1": "a subclass, GroupNorm32",
     }
+
+
+def test_norms_of_edm_take_weights_of_another_dtype():
+    norm = filled(blocks.GroupNorm(), torch.bfloat16)
+    x, _ = inputs(torch.float32)
+    expected = norm(x)
+    assert replace_group_norm(norm) == 1
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class OtherConv2d(blocks.Conv2d):
+    """Of a fork."""
+
+
+def test_convolutions_of_edm_are_replaced_where_they_do_not_resample():
+    model = nn.ModuleList([blocks.Conv2d(), blocks.Conv2d(up=True), OtherConv2d(), blocks.Conv2d(channels=8)])
+    model = filled(model).float()
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = [module(x) for module in model[:3]]
+    report = replace_conv2d(model)
+    assert (int(report), report.found) == (1, 4)
+    assert set(report.left) == {"1", "2", "3"}
+    with use("cpu"):
+        for module, y in zip(model[:3], expected, strict=True):
+            torch.testing.assert_close(copy.deepcopy(module)(x), y, rtol=1e-4, atol=1e-4)
+    assert restore(model) == 1
+    assert [type(m) for m in model] == [blocks.Conv2d, blocks.Conv2d, OtherConv2d, blocks.Conv2d]
 
 
 def test_libraries_that_nobody_imported_are_not_looked_for(monkeypatch):

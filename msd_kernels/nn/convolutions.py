@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from msd_kernels.dispatch import tracing
 from msd_kernels.dispatch.backends import Explanation
+from msd_kernels.nn.foreign import Replaced
 from msd_kernels.ops.grouped_conv2d import dense
 
 # What the kernels serve, by the attributes of torch.nn.Conv2d.
@@ -44,6 +45,14 @@ class Conv2d(nn.Conv2d):
 
 class ReplacedConv2d(Conv2d):
     """A ``torch.nn.Conv2d`` that ``replace_conv2d`` has turned into ours, and ``restore`` turns back."""
+
+
+class ReplacedForeignConv2d(Replaced):
+    """In front of EDM's ``Conv2d`` where it does not resample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return dense.conv2d(x, weight, bias)
 
 
 def unserved(conv: nn.Conv2d) -> str | None:

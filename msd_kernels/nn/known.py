@@ -21,6 +21,8 @@ LATENT = ("ldm.modules.diffusionmodules", "sgm.modules.diffusionmodules")
 # GroupNorms of their own: in float32 and back, of EDM, of k-diffusion.
 FLOAT32_NORMS = ("GroupNorm32", (*(f"{p}.nn" for p in GUIDED), *(f"{p}.util" for p in LATENT)))
 EDM_NORMS = ("GroupNorm", (EDM,))
+# Convolutions of its own, which may resample.
+EDM_CONVOLUTIONS = ("Conv2d", (EDM,))
 ADAPTIVE_NORMS = ("AdaGN", ("k_diffusion.layers",))
 
 

@@ -76,11 +76,14 @@ def _op(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
+    weight, bias = norm.weight, norm.bias
+    if isinstance(norm, Replaced) and weight.dtype not in (x.dtype, torch.float32):
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # as these do
     return group_norm(
         x,
         norm.num_groups,
-        norm.weight,
-        norm.bias,
+        weight,
+        bias,
         norm.eps,
         scale=scale,
         shift=shift,

@@ -1,14 +1,16 @@
 """What puts this library's modules into a model, and takes them out again: the modules stay, their classes change."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from msd_kernels.nn import known
-from msd_kernels.nn.convolutions import Conv2d, ReplacedConv2d, unserved
+from msd_kernels.nn.convolutions import Conv2d, ReplacedConv2d, ReplacedForeignConv2d, unserved
 from msd_kernels.nn.foreign import Replaced, in_front
 from msd_kernels.nn.norms import (
     NORMS,
@@ -22,7 +24,7 @@ from msd_kernels.nn.norms import (
 from msd_kernels.ops.group_norm import group_norm
 from msd_kernels.ops.grouped_conv2d import cpu
 
-# Of a foreign norm's output on an example; both round the same formula a few times.
+# Of what somebody else's module returns on an example; both round the same formula a few times.
 ALIKE = 1e-4
 
 
@@ -128,25 +130,39 @@ def _why_left(norm: nn.Module, types: dict[type, Any]) -> str | None:
     return None
 
 
-@torch.no_grad()
 def _acts_as_ours(norm: nn.Module) -> bool:
     """Whether somebody else's norm returns on an example what ours will: a fork may go by the same name."""
-    try:
-        weight = next(norm.parameters())
-        channels = norm.mapper.out_features // 2 if hasattr(norm, "mapper") else weight.shape[0]
-        x = torch.linspace(-1, 3, 2 * channels * 6, device=weight.device, dtype=torch.float32).sin()
-        x = x.view(2, channels, 2, 3)
-        if not hasattr(norm, "mapper"):
-            expected = norm(x)
-            ours = group_norm(x, norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
-        else:
-            condition = torch.ones(2, norm.mapper.in_features, device=weight.device, dtype=weight.dtype)
-            expected = norm(x, {norm.cond_key: condition})
-            scale, shift = norm.mapper(condition).float().chunk(2, dim=-1)
-            ours = group_norm(x, norm.num_groups, eps=norm.eps, scale=scale, shift=shift)
-        return bool((expected - ours).abs().max() <= ALIKE * (1 + expected.abs().max()))
-    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, StopIteration):
+    mapper = getattr(norm, "mapper", None)
+    if mapper is None:
+        channels, weight = len(norm.weight), norm.weight
+
+        def ours(x: Tensor) -> Tensor:
+            return group_norm(x, norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
+
+        return _alike(norm, ours, channels, weight)
+    condition = torch.ones(2, mapper.in_features, device=mapper.weight.device, dtype=mapper.weight.dtype)
+
+    def adaptive(x: Tensor) -> Tensor:
+        scale, shift = mapper(condition).float().chunk(2, dim=-1)
+        return group_norm(x, norm.num_groups, eps=norm.eps, scale=scale, shift=shift)
+
+    theirs = partial(norm, cond={norm.cond_key: condition})
+    return _alike(theirs, adaptive, mapper.out_features // 2, mapper.weight)
+
+
+@torch.no_grad()
+def _alike(
+    theirs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], channels: int, weight: Tensor
+) -> bool:
+    """Whether both return the same on an example of float32; not where there are no values."""
+    if weight.is_meta:
         return False
+    x = torch.linspace(-1, 300, 2 * channels * 6, device=weight.device).sin().view(2, channels, 2, 3) + 1
+    try:
+        expected, found = theirs(x), ours(x)
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    return bool((expected - found).abs().max() <= ALIKE * (1 + expected.abs().max()))
 
 
 def _fuse(model: nn.Module) -> tuple[set[int], dict[str, str]]:
@@ -209,10 +225,10 @@ def _at(module: nn.Module, path: str) -> Any:
 def replace_conv2d(model: nn.Module) -> Report:
     """Turns the convolutions of ``model`` that this library may serve into :class:`msd_kernels.nn.Conv2d`, in place.
 
-    These are the ``torch.nn.Conv2d`` of 3×3 with stride 1 and padding 1, between 16 channels and more. Which kernel
-    runs is decided in each call, see :class:`msd_kernels.nn.Conv2d`: on a GPU, and where PyTorch's own is faster,
-    nothing changes. The modules stay the objects that they are; only their class changes, and :func:`restore` changes
-    it back.
+    These are the ``torch.nn.Conv2d``, and EDM's, of 3×3 with stride 1 and padding 1, between 16 channels and more.
+    Which kernel runs is decided in each call, see :class:`msd_kernels.nn.Conv2d`: on a GPU, and where PyTorch's own is
+    faster, nothing changes. The modules stay the objects that they are; only their class changes, and :func:`restore`
+    changes it back.
 
     Returns:
         The number of convolutions that were replaced, a :class:`Report` with the rest.
@@ -221,29 +237,43 @@ def replace_conv2d(model: nn.Module) -> Report:
         TypeError: ``model`` is no module.
     """
     _check_model("replace_conv2d", model)
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    foreign = tuple(known.known_types(*known.EDM_CONVOLUTIONS))
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, *foreign))}
     left, replaced = {}, 0
     for name, conv in convolutions.items():
-        if type(conv) in (Conv2d, ReplacedConv2d):
+        if type(conv) in (Conv2d, ReplacedConv2d) or isinstance(conv, Replaced):
             continue
-        reason = _why_left_convolution(conv)
+        reason = _why_left_convolution(conv, foreign)
         if reason is None:
-            conv.__class__ = ReplacedConv2d
+            ours = type(conv) is nn.Conv2d
+            conv.__class__ = ReplacedConv2d if ours else in_front(ReplacedForeignConv2d, type(conv))
             replaced += 1
         else:
             left[name] = reason
     return Report(replaced, "convolutions", len(convolutions), left=left)
 
 
-def _why_left_convolution(conv: nn.Conv2d) -> str | None:
-    if type(conv) is not nn.Conv2d:
+def _why_left_convolution(conv: nn.Module, foreign: tuple[type, ...]) -> str | None:
+    """Why a convolution stays what it is, or None."""
+    if type(conv) not in (nn.Conv2d, *foreign):
         return f"a subclass, {type(conv).__name__}"
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
         return "has a forward of its own"
     channels = min(conv.in_channels, conv.out_channels)
     if channels < cpu.LEAST_CHANNELS:
         return f"{channels} channels are too few for the transforms to pay"
-    return unserved(conv)
+    return unserved(conv) if type(conv) is nn.Conv2d else _why_left_foreign(conv)
+
+
+def _why_left_foreign(conv: nn.Module) -> str | None:
+    weight = getattr(conv, "weight", None)
+    if weight is None or weight.shape[2:] != (3, 3) or conv.up or conv.down:
+        return "resamples, or has no kernel of 3×3"
+    if not _alike(
+        conv, lambda x: F.conv2d(x, weight.float(), conv.bias, padding=1), conv.in_channels, weight
+    ):
+        return f"does not compute what {type(conv).__name__} is known to"
+    return None
 
 
 def restore(model: nn.Module) -> int:
