@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import re
 from collections.abc import Callable, Iterator
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import msd_kernels
+from helpers import pickled, saved
 from msd_kernels.dispatch.backends import use
 from msd_kernels.nn import Conv2d, replace_conv2d, replace_group_norm, restore
 from msd_kernels.ops.grouped_conv2d import cpu, dense
@@ -352,20 +351,9 @@ def test_restore_refuses_a_convolution_that_was_changed():
     assert restore(model) == 2
 
 
-def pickled(model: nn.Module, x: Tensor) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model: nn.Module, x: Tensor) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 TRAVELS: dict[str, Callable[[nn.Module, Tensor], Callable]] = {
-    "pickle": pickled,
-    "save": saved,
+    "pickle": lambda model, x: pickled(model),
+    "save": lambda model, x: saved(model),
     "deepcopy": lambda model, x: copy.deepcopy(model),
     "fx": lambda model, x: torch.fx.symbolic_trace(model),
     "jit.trace": lambda model, x: torch.jit.trace(model, x),

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-import stand_in_blocks as blocks
 import torch
 import torch.nn.functional as F
-from stand_in_blocks import CHANNELS, EMBEDDING, GROUPS
 from torch import Tensor, nn
 
+import stand_in_blocks as blocks
+from helpers import pickled, saved
 from msd_kernels.dispatch.backends import use
-from msd_kernels.nn import norms as module_of_norms
 from msd_kernels.nn import replace_conv2d, replace_group_norm, restore
 from msd_kernels.nn.pending import PendingNorm
+from stand_in_blocks import CHANNELS, EMBEDDING, GROUPS
 
 # Both sides compute the same formulas, rounded a few times.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -43,20 +42,6 @@ each_block = pytest.mark.parametrize(("make", "norms", "fused"), MADE.values(), 
 def _libraries() -> Iterator[None]:
     with blocks.libraries():
         yield
-
-
-@pytest.fixture
-def activations(monkeypatch) -> Iterator[list[str | None]]:
-    """The activations of the calls of the op that norms make."""
-    called = []
-
-    def group_norm(*args, activation: str | None = None, **kwargs) -> Tensor:
-        called.append(activation)
-        return op(*args, activation=activation, **kwargs)
-
-    op = module_of_norms.group_norm
-    monkeypatch.setattr(module_of_norms, "group_norm", group_norm)
-    return called
 
 
 def filled(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -123,15 +108,8 @@ def test_restored_blocks_are_what_they_were(make, norms, fused):
         assert torch.equal(found, exact)
 
 
-def saved(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @each_block
-@pytest.mark.parametrize("travel", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+@pytest.mark.parametrize("travel", [copy.deepcopy, pickled, saved])
 def test_copies_are_fused_as_their_originals(make, norms, fused, travel, activations):
     module = filled(make())
     expected = results(module)

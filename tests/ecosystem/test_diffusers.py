@@ -17,27 +17,21 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers: make test-
 NORMS = {"norm_num_groups": 8}
 
 
-def unet() -> nn.Module:
-    return diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **NORMS,
-    )
+def unet(**settings) -> nn.Module:
+    settings = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    } | settings
+    sizes = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1}
+    return diffusers.UNet2DModel(**sizes, **settings, **NORMS)
 
 
 def scaled_unet() -> nn.Module:
     """Whose embedding scales and shifts, and which resamples in residual blocks."""
-    return diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
+    return unet(
         down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "ResnetUpsampleBlock2D"),
         resnet_time_scale_shift="scale_shift",
-        **NORMS,
     )
 
 
