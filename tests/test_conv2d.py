@@ -183,6 +183,22 @@ def test_conv2d_of_float64_a_forced_library_and_other_devices_is_torchs(calls):
     assert calls == []
 
 
+@needs_kernels
+def test_conv2d_reads_no_parameters_that_do_not_fit(calls):
+    x = torch.randn(1, 64, 8, 8)
+    for name, wrong in (("weight", torch.randn(64, 64, 5, 5)), ("bias", torch.randn(32))):
+        ours, theirs, _ = layers(64, 64, torch.float32, torch.contiguous_format)
+        outcomes = []
+        for layer in (ours, theirs):
+            setattr(layer, name, nn.Parameter(wrong))
+            try:
+                outcomes.append(layer(x).shape)
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+    assert calls == []
+
+
 def test_conv2d_takes_one_image_without_a_batch():
     ours, theirs, _ = layers(64, 48, torch.float32, torch.contiguous_format)
     x = torch.randn(64, 12, 8)

@@ -254,6 +254,13 @@ def test_a_norm_of_a_known_name_that_computes_something_else_is_left_alone(monke
     }
 
 
+def test_hooks_of_foreign_norms_see_no_example():
+    norm, seen = filled(blocks.GroupNorm()), []
+    norm.register_forward_hook(lambda *args: seen.append(args))
+    assert replace_group_norm(norm) == 1
+    assert seen == []
+
+
 def test_norms_of_edm_take_weights_of_another_dtype():
     norm = filled(blocks.GroupNorm(), torch.bfloat16)
     x, _ = inputs(torch.float32)

@@ -59,7 +59,6 @@ class _Call:
     """A call with its tensors as autocast leaves them, the layout, and whether the output is channels_last."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self._given = (x, weight, bias)
         self._unlike = _why_not_like(x, weight, bias)
         if self._unlike is not None:
             return
@@ -91,14 +90,18 @@ def _why_not_like(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return "takes ordinary tensors"
     if not compiling and (_private.in_transform() or _private.forward_mode()):
         return "torch.func and forward mode are PyTorch's own"
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"serves cpu tensors, got {x.device} and {weight.device}"
-    if x.dim() != 4 or x.shape[1] != weight.shape[1] or not x.numel():
-        return f"takes [B, {weight.shape[1]}, H, W] with values, got {list(x.shape)}"
-    if x.layout is not torch.strided or weight.layout is not torch.strided:
-        return f"takes dense tensors, got {x.layout} and {weight.layout}"
-    if x.dtype not in cpu.DTYPES or weight.dtype not in cpu.DTYPES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype} and {weight.dtype}"
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
+        if tensor.device.type != "cpu":
+            return f"serves cpu tensors, got {tensor.device}"
+        if tensor.layout is not torch.strided:
+            return f"takes dense tensors, got {tensor.layout}"
+        if tensor.dtype not in cpu.DTYPES:
+            return f"takes float32, bfloat16 and float16, got {tensor.dtype}"
+    if x.dim() != 4 or not x.numel():
+        return f"takes [B, C, H, W] with values, got {list(x.shape)}"
+    outs = weight.shape[0]
+    if weight.shape != (outs, x.shape[1], 3, 3) or (bias is not None and bias.shape != (outs,)):
+        return f"takes a weight of [O, {x.shape[1]}, 3, 3] and a bias of [O], got {list(weight.shape)}"
     return None
 
 
