@@ -145,7 +145,7 @@ SERVED = {
     "mode": ((1, 32, 16, 16), {"padding_mode": "reflect"}, torch.channels_last, "padding_mode"),
     "kernel": ((1, 32, 16, 16), {"kernel_size": 1, "padding": 0}, torch.channels_last, "kernel_size"),
     "few channels": ((1, 8, 16, 16), {}, torch.channels_last, "8 channels are too few"),
-    "one tile": ((1, 32, 4, 4), {}, torch.channels_last, "a single tile"),
+    "one tile": ((1, 32, 4, 4), {}, torch.channels_last, "single tile"),
     "bad fit": ((1, 32, 1, 5), {}, torch.channels_last, "tiles of 4×4 fit"),
     "no samples": ((0, 32, 16, 16), {}, torch.channels_last, "with values"),
 }

@@ -27,6 +27,9 @@ __all__ = ["conv2d", "explain"]
 OP = "conv2d"
 # So many products of channels must stand behind each channel of a map that is transposed.
 LEAST_PRODUCTS = 20
+# An image of a single tile, which may come alone, needs so many weights per tap: with fewer their transform costs more
+# than what oneDNN does with them.
+LEAST_WEIGHTS = 2**21
 
 
 @sample_by_sample(("x",))
@@ -112,9 +115,9 @@ def _slower(x: Tensor, layout: Conv2dLayout, channels_last: bool) -> str | None:
         return explanation.why_not.get("cpu", "another backend is forced")
     if forced_backend(BACKENDS.op) == "cpu":
         return None
-    if max(layout.height, layout.width) <= cpu.TILE:
-        return "one image may come alone, and is a single tile here: its weights' transform would not pay"
     (channels,), (outs,) = layout.channels, layout.out_channels
+    if max(layout.height, layout.width) <= cpu.TILE and channels * outs < LEAST_WEIGHTS:
+        return f"{channels} to {outs} channels are too few for an image of a single tile"
     exchanged = channels * (not _is_last(x)) + outs * (not channels_last)
     if channels * outs < LEAST_PRODUCTS * exchanged:
         return f"{channels} to {outs} channels are too few for the transpositions of NCHW to pay"
