@@ -18,7 +18,7 @@ GPU_NUMPY ?= 2.5.*
 GPU_VENV ?= build/gpu-venv
 SOURCES = $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
-.PHONY: help demo test test-full test-ecosystem bench report gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
+.PHONY: help demo test test-full test-ecosystem bench bench-models report gpu-cache gpu-smoke gpu-check lint cuda-check sanitize format install clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -40,6 +40,9 @@ bench: install  ## all CPU benchmarks, ours and peers in one run (under 25 minut
 
 report: install  ## the same, and from it the committed results, the plot and the README's tables; on a quiet machine
 	$(BIN)/python benchmarks/report.py --measure
+
+bench-models: $(VENV)/.ecosystem  ## whole models of other people, as they are and with our norms and convolutions (CPU)
+	$(BIN)/python benchmarks/whole_models.py
 
 gpu-cache: $(GPU_VENV)/.installed  ## compile the kernels of gpu-smoke and gpu-check, without a GPU, into build/gpu-cache
 	$(GPU_VENV)/bin/python benchmarks/gpu_cache.py --arch $(GPU_ARCH)

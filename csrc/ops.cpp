@@ -2,6 +2,7 @@
 // places: its function, by the convention of bindings.h, and its line in the module. It runs
 // without Python's lock.
 #include "bindings.h"
+#include "cpu/exchange_axes.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/optimal_denoiser.h"
@@ -67,20 +68,29 @@ using WeightsOfStages = msd::WinogradLayout::Stages;
 
 void winograd_forward(const msd::WinogradLayout& layout, const msd::Sizes& stages,
                       const Addresses<4>& inputs, const WeightsOfStages& weight,
-                      const WeightsOfStages& bias, double scale, const Addresses<2>& outputs) {
-  msd::winograd_conv(layout.forward(stages, inputs, weight, bias, scale, outputs));
+                      const msd::Sizes& innermost, const WeightsOfStages& bias, double scale,
+                      const Addresses<2>& outputs) {
+  msd::winograd_conv(layout.forward(stages, inputs, weight, innermost, bias, scale, outputs));
 }
 
 void winograd_input_gradient(const msd::WinogradLayout& layout, const msd::Sizes& stages,
                              msd::Address dy, const WeightsOfStages& weight,
-                             const Addresses<3>& outputs) {
-  msd::winograd_conv(layout.input_gradient(stages, dy, weight, outputs));
+                             const msd::Sizes& innermost, const Addresses<3>& outputs) {
+  msd::winograd_conv(layout.input_gradient(stages, dy, weight, innermost, outputs));
 }
 
 void winograd_weight_gradient(const msd::WinogradLayout& layout, const msd::Sizes& stages,
                               const Addresses<3>& inputs, const WeightsOfStages& gradients,
-                              msd::Address outliers) {
-  msd::winograd_weight_gradient(layout.weight_gradient(stages, inputs, gradients, outliers));
+                              const msd::Sizes& innermost, msd::Address outliers) {
+  msd::winograd_weight_gradient(
+      layout.weight_gradient(stages, inputs, gradients, innermost, outliers));
+}
+
+void exchange_axes(int64_t count, int64_t rows, int64_t columns, const msd::Types<1>& types,
+                   const Addresses<1>& inputs, const Addresses<1>& outputs) {
+  msd::require(count >= 0 && rows >= 1 && columns >= 1, "exchange_axes: no such sizes");
+  msd::exchange_axes({count, rows, columns}, msd::element_type(types[0]), at(inputs[0]),
+                     at(outputs[0]));
 }
 
 }  // namespace
@@ -109,10 +119,16 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<msd::Sizes, msd::Sizes, msd::Sizes, msd::Sizes, int64_t, int64_t, int64_t,
                     const std::string&, const msd::Types<1>&>());
   m.def("winograd_forward", &winograd_forward, msd::WithoutLock(),
-        "(layout, stages to compute, [x, skip, sample_bias, residual], weight per stage, bias per "
-        "stage, scale, [y, outliers])");
+        "(layout, stages to compute, [x, skip, sample_bias, residual], weight per stage, stages "
+        "whose "
+        "weights have the channels innermost, bias per stage, scale, [y, outliers])");
   m.def("winograd_input_gradient", &winograd_input_gradient, msd::WithoutLock(),
-        "(layout, stages to compute, dy, weight per stage, [dx, dskip, outliers])");
+        "(layout, stages to compute, dy, weight per stage, stages whose weights have the channels "
+        "innermost, [dx, dskip, outliers])");
   m.def("winograd_weight_gradient", &winograd_weight_gradient, msd::WithoutLock(),
-        "(layout, stages to compute, [dy, x, skip], float32 gradient per stage, outliers)");
+        "(layout, stages to compute, [dy, x, skip], float32 gradient per stage, stages whose "
+        "gradients have the channels innermost, outliers)");
+  m.def("exchange_axes", &exchange_axes, msd::WithoutLock(),
+        "(count, rows, columns, type, [x], [y]): y [count, columns, rows] of x [count, rows, "
+        "columns]");
 }

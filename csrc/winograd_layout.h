@@ -1,6 +1,7 @@
 // A convolution's layout and addresses as jobs of Winograd's convolutions.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,7 +12,8 @@
 namespace msd {
 
 // A layout as the kernels take it, with the type of the features, in which the weights come, too.
-// Their gradients are float32. Tensors per stage hold an address for every stage.
+// Their gradients are float32. Tensors per stage hold an address for every stage; weights, and
+// their gradients, lie as [O, I, 3, 3] or, in the stages of a list, as [O, 3, 3, I].
 class WinogradLayout {
  public:
   using Stages = std::vector<Address>;
@@ -51,7 +53,8 @@ class WinogradLayout {
 
   // Inputs: x, skip, sample_bias, residual. Outputs: y, outliers.
   ConvJob forward(const Sizes& stages, const Addresses<4>& inputs, const Stages& weight,
-                  const Stages& bias, double scale, const Addresses<2>& outputs) const {
+                  const Sizes& innermost, const Stages& bias, double scale,
+                  const Addresses<2>& outputs) const {
     require(weight.size() == counts_.size() && bias.size() == counts_.size(),
             "winograd: needs a weight and a bias per stage");
     ConvJob job;
@@ -62,6 +65,7 @@ class WinogradLayout {
       set_sources(stage, inputs[0], inputs[1], s);
       stage.out[0] = target(output(outputs[0], s));
       stage.weight = at(weight[s]);
+      stage.channels_innermost = contains(innermost, s);
       stage.bias = at(bias[s]);
       stage.sample_bias = part(inputs[2], offsets_[s].sample_channels);
       stage.residual = output(inputs[3], s).data;
@@ -72,7 +76,7 @@ class WinogradLayout {
 
   // Outputs: dx, dskip, outliers.
   ConvJob input_gradient(const Sizes& stages, Address dy, const Stages& weight,
-                         const Addresses<3>& outputs) const {
+                         const Sizes& innermost, const Addresses<3>& outputs) const {
     require(weight.size() == counts_.size(), "winograd: needs a weight per stage");
     ConvJob job;
     job.size = size_;
@@ -83,6 +87,7 @@ class WinogradLayout {
       stage.out[0] = target({part(outputs[0], offsets_[s].x), channels_[s]});
       stage.out[1] = target({part(outputs[1], offsets_[s].skip), skip_channels_[s]});
       stage.weight = at(weight[s]);
+      stage.channels_innermost = contains(innermost, s);
       job.stages.push_back(stage);
     }
     return job;
@@ -90,7 +95,8 @@ class WinogradLayout {
 
   // Inputs: dy, x, skip.
   WeightGradientJob weight_gradient(const Sizes& stages, const Addresses<3>& inputs,
-                                    const Stages& gradients, Address outliers) const {
+                                    const Stages& gradients, const Sizes& innermost,
+                                    Address outliers) const {
     require(gradients.size() == counts_.size(), "winograd: needs a gradient per stage");
     WeightGradientJob job;
     job.size = size_;
@@ -99,6 +105,7 @@ class WinogradLayout {
       set_sources(stage, inputs[1], inputs[2], s);
       stage.cotangent = output(inputs[0], s);
       stage.gradient = at<float>(gradients[s]);
+      stage.channels_innermost = contains(innermost, s);
       job.stages.push_back(stage);
     }
     return job;
@@ -127,6 +134,10 @@ class WinogradLayout {
 
   SourceMap output(Address tensor, int64_t s) const {
     return {part(tensor, offsets_[s].out), out_channels_[s]};
+  }
+
+  static bool contains(const Sizes& stages, int64_t s) {
+    return std::find(stages.begin(), stages.end(), s) != stages.end();
   }
 
   static TargetMap target(const SourceMap& map) {

@@ -53,6 +53,11 @@ compiled_frames: Callable[[], Any] = ask("_C._dynamo.eval_frame.get_eval_frame_c
 without_function_modes: Callable[[], AbstractContextManager] = ask("_C.DisableTorchFunction") or nullcontext
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` may be at work; without the name, one always may."""
+    return transforms_active is None or transforms_active()
+
+
 def forward_mode() -> bool:
     """Whether tensors may have forward-mode tangents; without the name, tensors are asked one by one."""
     return getattr(forward_ad, "_current_level", 0) >= 0

@@ -11,6 +11,7 @@ import torch
 import cuda_emulator
 from helpers import unavailable
 from msd_kernels.dispatch.backends import use
+from msd_kernels.nn import norms
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20240617)
+
+
+@pytest.fixture
+def activations(monkeypatch) -> list[str | None]:
+    """The activations of the calls of group_norm that the modules of msd_kernels.nn make."""
+    called, op = [], norms.group_norm
+
+    def group_norm(*args, activation: str | None = None, **kwargs) -> torch.Tensor:
+        called.append(activation)
+        return op(*args, activation=activation, **kwargs)
+
+    monkeypatch.setattr(norms, "group_norm", group_norm)
+    return called
 
 
 @pytest.fixture

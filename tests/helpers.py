@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -196,3 +198,16 @@ def _leaf_copy(argument):
     if not isinstance(argument, Tensor):
         return argument
     return argument.detach().clone().requires_grad_(argument.is_floating_point())
+
+
+def pickled(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that went through pickle."""
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that went through ``torch.save``."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -41,7 +41,8 @@ struct ConvStage {
   int64_t samples = 0;
   SourceMap in[2];
   TargetMap out[2];
-  const void* weight = nullptr;  // [O, I, 3, 3]
+  const void* weight = nullptr;  // [O, I, 3, 3], or [O, 3, 3, I] with the channels innermost
+  bool channels_innermost = false;
   // Of the forward alone: [O], [samples, O] and like the output, or null.
   const void *bias = nullptr, *sample_bias = nullptr, *residual = nullptr;
   uint8_t* outliers = nullptr;  // [samples], becomes 1 where a result is to be computed otherwise
@@ -62,7 +63,8 @@ struct WeightGradientStage {
   int64_t samples = 0;
   SourceMap in[2];
   SourceMap cotangent;
-  float* gradient = nullptr;  // [O, I, 3, 3]
+  float* gradient = nullptr;  // [O, I, 3, 3], or [O, 3, 3, I] with the channels innermost
+  bool channels_innermost = false;
   uint8_t* outliers = nullptr;
 };
 

@@ -37,29 +37,64 @@ void conv_inputs(const ConvContext& context, const ConvPiece& piece, int64_t fir
   }
 }
 
-// The taps [count][9][outputs] of a pair's outputs, from `output` on, and neighbouring channels
-// that are summed over, from `channel` on; those of outputs that do not exist are zero.
+// Taps of a pair's outputs, and how far apart those of neighbouring channels and of an output are.
 template <class T>
-MSD_INLINE void load_taps(const ConvStage& stage, bool input_gradient, int64_t output,
-                          int64_t outputs, int64_t channel, int64_t count, T* taps) {
+struct Taps {
+  T* data;
+  int64_t channel_step, tap_step;
+
+  const T* at(int64_t channel, int64_t tap) const {
+    return data + channel * channel_step + tap * tap_step;
+  }
+};
+
+// `rows` lines as columns that are a pair of vectors wide; what is not there is zero.
+template <class T>
+MSD_INLINE void pair_columns(const T* from, int64_t stride, int64_t rows, int64_t columns, T* to) {
+  if (rows >= kPair) {
+    interleave_planes(from, stride, kPair, columns, to);
+  } else {
+    __builtin_memset(static_cast<void*>(to), 0, columns * kPair * sizeof(T));
+    transpose_elements(from, stride, to, kPair, rows, columns);
+  }
+}
+
+// The taps of a pair's outputs, from `output` on, and neighbouring channels that are summed over,
+// from `channel` on; those of outputs that do not exist are zero.
+template <class T>
+MSD_INLINE Taps<T> load_taps(const ConvStage& stage, bool input_gradient, int64_t output,
+                             int64_t outputs, int64_t channel, int64_t count, T* to) {
   const T* weight = static_cast<const T*>(stage.weight);
   const int64_t width = input_gradient ? stage.out[0].channels + stage.out[1].channels
                                        : stage.in[0].channels + stage.in[1].channels;
-  const bool whole = outputs >= kPair;
-  if (!whole) __builtin_memset(static_cast<void*>(taps), 0, count * kTaps * kPair * sizeof(T));
   // The taps of an output lie together in the forward, those of a summed channel in the gradient.
-  const int64_t blocks = input_gradient ? count : 1,
-                columns = input_gradient ? kTaps : count * kTaps;
-  for (int64_t block = 0; block < blocks; ++block, taps += kTaps * kPair) {
-    const T* from = input_gradient ? weight + ((channel + block) * width + output) * kTaps
-                                   : weight + (output * width + channel) * kTaps;
-    const int64_t stride = input_gradient ? kTaps : width * kTaps;
-    if (whole) {
-      interleave_planes(from, stride, kPair, columns, taps);
-    } else {
-      transpose_elements(from, stride, taps, kPair, outputs, columns);
-    }
+  if (!stage.channels_innermost && !input_gradient) {
+    pair_columns(weight + (output * width + channel) * kTaps, width * kTaps, outputs, count * kTaps,
+                 to);
+    return {to, kTaps * kPair, kPair};
   }
+  if (!stage.channels_innermost) {
+    for (int64_t c = 0; c < count; ++c) {
+      pair_columns(weight + ((channel + c) * width + output) * kTaps, kTaps, outputs, kTaps,
+                   to + c * kTaps * kPair);
+    }
+    return {to, kTaps * kPair, kPair};
+  }
+  if (!input_gradient) {
+    for (int64_t tap = 0; tap < kTaps; ++tap) {
+      pair_columns(weight + (output * kTaps + tap) * width + channel, width * kTaps, outputs, count,
+                   to + tap * count * kPair);
+    }
+    return {to, kPair, count * kPair};
+  }
+  const int64_t existing = min_of(outputs, kPair);
+  for (int64_t row = 0; row < count * kTaps; ++row) {
+    const T* from = weight + (channel * kTaps + row) * width + output;
+    __builtin_memcpy(static_cast<void*>(to + row * kPair), from, existing * sizeof(T));
+    __builtin_memset(static_cast<void*>(to + row * kPair + existing), 0,
+                     (kPair - existing) * sizeof(T));
+  }
+  return {to, kTaps * kPair, kPair};
 }
 
 // Weights [point][pair of outputs][channel][output] of a chunk of channels.
@@ -69,21 +104,20 @@ MSD_INLINE bool transform_weights(const ConvContext& context, const ConvTask& ta
   const bool mirrored = context.job->input_gradient;
   // Transposed as integers; vectors may be read from any type.
   alignas(64) typename BitsOf<sizeof(T)>::type bits[kTapChannels * kTaps * kPair];
-  T* const taps = reinterpret_cast<T*>(bits);
   Outliers outliers;
   for (int64_t output = 0; output < task.outputs.count; output += kPair) {
     float* panel = to + output * task.piece->chunk;
     for (int64_t block = 0; block < count; block += kTapChannels) {
       const int64_t channels = min_of(kTapChannels, count - block);
-      load_taps(*task.piece->stage, mirrored, task.outputs.joint + output,
-                task.outputs.count - output, channel + block, channels, taps);
+      const Taps<T> taps = load_taps(*task.piece->stage, mirrored, task.outputs.joint + output,
+                                     task.outputs.count - output, channel + block, channels,
+                                     reinterpret_cast<T*>(bits));
       for (int64_t c = 0; c < channels; ++c) {
-        const T* own = taps + c * kTaps * kPair;
         float* row = panel + (block + c) * kPair;
         transform_square<3, 6>(
             [&](int i, int j, bool again) {
               const int tap = 3 * i + j;
-              const Pair v = load_pair(own + (mirrored ? 8 - tap : tap) * kPair);
+              const Pair v = load_pair(taps.at(c, mirrored ? 8 - tap : tap));
               if (!again) outliers.see(v);
               return v;
             },

@@ -42,14 +42,25 @@ void gradient_cotangents(const GradientContext& context, const GradientPiece& pi
   }
 }
 
-// The 9 taps of `count` neighbouring channels, [9][a pair of channels]. They are transposed as
-// integers; vectors may be written to any type.
-MSD_INLINE void store_taps(const uint32_t* taps, int64_t count, bool add, float* gradient) {
-  uint32_t bits[9 * kPair];
+MSD_INLINE void store_floats(const uint32_t* bits, int64_t count, bool add, float* to) {
   float values[9 * kPair];
-  interleave_planes(taps, kPair, 9, count, bits);
-  __builtin_memcpy(values, bits, 9 * count * sizeof(float));
-  for (int64_t i = 0; i < 9 * count; ++i) gradient[i] = add ? gradient[i] + values[i] : values[i];
+  __builtin_memcpy(values, bits, count * sizeof(float));
+  for (int64_t i = 0; i < count; ++i) to[i] = add ? to[i] + values[i] : values[i];
+}
+
+// The 9 taps of `count` neighbouring channels, [9][a pair of channels], to a gradient's row of
+// channels from `column` on. They are transposed as integers; vectors may be written to any type.
+MSD_INLINE void store_taps(const uint32_t* taps, int64_t column, int64_t count, bool add,
+                           bool channels_innermost, int64_t channels, float* row) {
+  if (channels_innermost) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      store_floats(taps + tap * kPair, count, add, row + tap * channels + column);
+    }
+  } else {
+    uint32_t bits[9 * kPair];
+    interleave_planes(taps, kPair, 9, count, bits);
+    store_floats(bits, 9 * count, add, row + 9 * column);
+  }
 }
 
 // Tiles whose sums stay in registers: of this many, a pair's channels of both factors fit the first
@@ -84,8 +95,7 @@ inline void gradient_weights(const GradientPiece& piece, const GradientPanel& co
   const int64_t stride = cotangents.width * sources.width + kPointPadding;
   multiply_panels(cotangents, sources, piece.tiles, scratch, stride);
   const int64_t channels = stage.in[0].channels + stage.in[1].channels;
-  float* gradient =
-      stage.gradient + (cotangents.channels.channel * channels + sources.channels.joint) * 9;
+  float* gradient = stage.gradient + cotangents.channels.channel * channels * 9;
   for (int64_t row = 0; row < rows; ++row, gradient += channels * 9) {
     for (int64_t column = 0; column < columns; column += kPair) {
       const float* own = scratch + row * sources.width + column;
@@ -96,7 +106,8 @@ inline void gradient_weights(const GradientPiece& piece, const GradientPanel& co
           [&](int i, int j, Pair u) {
             store_pair(reinterpret_cast<float*>(taps) + (3 * i + j) * kPair, u);
           });
-      store_taps(taps, min_of(kPair, columns - column), piece.add, gradient + column * 9);
+      store_taps(taps, sources.channels.joint + column, min_of(kPair, columns - column), piece.add,
+                 stage.channels_innermost, channels, gradient);
     }
   }
 }

@@ -70,11 +70,16 @@ def _as_shape(part: Tensor, shape: Shape) -> Tensor:
 
 
 def converted(
-    weights: Sequence[Tensor], dtype: torch.dtype, counts: Sequence[int], *, channels_last: bool = False
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    counts: Sequence[int],
+    *,
+    channels_last: bool | None = False,
 ) -> list[Tensor | None]:
     """The weights as a library takes them, in ``dtype`` and without gaps.
 
-    None for each stage without samples, and for each where there are no weights.
+    None for each stage without samples, and for each where there are no weights. ``channels_last`` None leaves each
+    weight in that order that has it.
 
     Libraries bring a convolution's weight into an order of their own in every call: several times as fast where its
     channels lie innermost, as those of the features do, than from PyTorch's own order.
@@ -87,8 +92,18 @@ def converted(
     ]
 
 
-def _converted(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    order = torch.channels_last if channels_last and weight.dim() == 4 else torch.contiguous_format
+def has_channels_innermost(weight: Tensor) -> bool:
+    """Whether a weight lies in channels_last order and in no other."""
+    return (
+        not weight.is_contiguous()
+        and weight.dim() == 4
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _converted(weight: Tensor, dtype: torch.dtype, channels_last: bool | None) -> Tensor:
+    last = has_channels_innermost(weight) if channels_last is None else channels_last and weight.dim() == 4
+    order = torch.channels_last if last else torch.contiguous_format
     if weight.dtype == dtype and weight.is_contiguous(memory_format=order):
         return weight
     return kept([weight], (dtype, order), lambda: weight.to(dtype).contiguous(memory_format=order))

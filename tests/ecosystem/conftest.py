@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 # Their tests are all marked so, and what they import takes up to half a minute.
-ECOSYSTEM = ("test_accelerate.py", "test_hub.py", "test_lightning.py", "test_peft.py", "test_torchao.py")
+ECOSYSTEM = (
+    "test_accelerate.py",
+    "test_diffusers.py",
+    "test_hub.py",
+    "test_lightning.py",
+    "test_peft.py",
+    "test_torchao.py",
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

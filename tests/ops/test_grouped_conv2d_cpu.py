@@ -88,6 +88,32 @@ def test_winograd_rounds_sixteen_bits_once(dtype, generator):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_winograd_reads_and_writes_weights_in_their_own_order(isa, dtype, generator, monkeypatch):
+    monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)
+    if load("cpu").module.cpu_isa() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    counts, channels, outs = (2, 0, 1), (40, 24, 19), (33, 16, 70)
+    segments = [torch.randn(n, c, 9, 6, generator=generator) for n, c in zip(counts, channels, strict=True)]
+    x = StageBatch.from_segments(segments).to(dtype)
+    shapes = zip(outs, channels, strict=True)
+    weights = [torch.randn(o, c, 3, 3, generator=generator).to(dtype).requires_grad_() for o, c in shapes]
+
+    def found(tensors: Sequence[Tensor]) -> list[Tensor]:
+        values = x.values.clone().requires_grad_()
+        with use("cpu"):
+            y = grouped_conv2d(x.with_values(values), tensors).values
+        return [y, *torch.autograd.grad(y.square().sum(), [values, tensors[0], tensors[2]])]
+
+    turned = [w.detach().contiguous(memory_format=torch.channels_last) for w in weights[:2]]
+    turned = [*(w.requires_grad_() for w in turned), weights[2]]
+    own, expected = found(turned), found(weights)
+    for a, b in zip(own, expected, strict=True):
+        assert torch.equal(a, b)
+    assert own[2].stride() == turned[0].stride()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_winograd_on_every_instruction_set(isa, dtype, generator, monkeypatch):
     monkeypatch.setenv("MSD_KERNELS_CPU_ISA", isa)

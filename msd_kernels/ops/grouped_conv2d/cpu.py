@@ -150,6 +150,15 @@ def _compiled(layout: Conv2dLayout, x: Tensor) -> Any:
     return compiled_layout(load("cpu").module.WinogradLayout, layout, x)
 
 
+def _as_read(weight: Sequence[Tensor], x: Tensor, layout: Conv2dLayout) -> list[Tensor | None]:
+    return stage_weights.converted(weight, x.dtype, layout.counts, channels_last=None)
+
+
+def _innermost(weight: Sequence[Tensor]) -> list[int]:
+    """The stages whose weights are read, and whose gradients are written, with their channels innermost."""
+    return [s for s, w in enumerate(weight) if stage_weights.has_channels_innermost(w)]
+
+
 def grouped_conv2d(
     x: Tensor,
     skip: Tensor | None,
@@ -165,12 +174,14 @@ def grouped_conv2d(
     shares = _Shares.of(layout, x.dtype)
 
     def run(outliers: Tensor) -> None:
-        parameters = [stage_weights.converted(tensors, x.dtype, layout.counts) for tensors in (weight, bias)]
+        found, biases = _as_read(weight, x, layout), stage_weights.converted(bias, x.dtype, layout.counts)
         load("cpu").module.winograd_forward(
             _compiled(layout, x),
             shares.own,
             addresses(x, skip, sample_bias, residual),
-            *(addresses(*tensors) for tensors in parameters),
+            addresses(*found),
+            _innermost(weight),
+            addresses(*biases),
             scale,
             addresses(y, outliers),
         )
@@ -232,12 +243,13 @@ def _source_gradients(
     layout = shares.layout
 
     def run(outliers: Tensor) -> None:
-        converted = stage_weights.converted(weight, x.dtype, layout.counts)
+        found = _as_read(weight, x, layout)
         load("cpu").module.winograd_input_gradient(
             _compiled(layout, x),
             shares.own,
             address(dy),
-            addresses(*converted),
+            addresses(*found),
+            _innermost(weight),
             addresses(dx, dskip, outliers),
         )
 
@@ -259,15 +271,20 @@ def _weight_gradients(
 ) -> list[Tensor | None]:
     """In the weights' dtypes, None where not wanted; zeros for a stage without samples."""
     layout = shares.layout
-    own = [s for s in shares.own if wanted[s]]
+    own, innermost = [s for s in shares.own if wanted[s]], _innermost(weight)
+    orders = {True: torch.channels_last, False: torch.contiguous_format}
     found = [
-        w.new_empty(w.shape, dtype=torch.float32) if s in own else w.new_zeros(w.shape) if flag else None
+        torch.empty_like(w, dtype=torch.float32, memory_format=orders[s in innermost])
+        if s in own
+        else torch.zeros_like(w)
+        if flag
+        else None
         for s, (w, flag) in enumerate(zip(weight, wanted, strict=True))
     ]
 
     def run(outliers: Tensor) -> None:
         load("cpu").module.winograd_weight_gradient(
-            _compiled(layout, x), own, addresses(dy, x, skip), addresses(*found), address(outliers)
+            _compiled(layout, x), own, addresses(dy, x, skip), addresses(*found), innermost, address(outliers)
         )
 
     left = {part.stage for part in (shares.outliers(run) if own else ())}
