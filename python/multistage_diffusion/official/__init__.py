@@ -18,7 +18,7 @@ from multistage_diffusion.networks.layers import OnStages, StageModule
 from multistage_diffusion.networks.network_limits import at_most
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
 from multistage_diffusion.official.entries import Family, Place, tensors
-from multistage_diffusion.official.unpickling import shown
+from multistage_diffusion.official.pickles import shown
 
 __all__ = [
     "FAMILIES",

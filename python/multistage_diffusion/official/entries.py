@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.networks.layers import OnStages, StageModule
-from multistage_diffusion.official.unpickling import shown
+from multistage_diffusion.official.pickles import shown
 
 View = Callable[[Tensor], Tensor]
 

@@ -29,7 +29,7 @@ from multistage_diffusion.noise.preconditioning import (
 )
 from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.official import summary
-from multistage_diffusion.official.unpickling import CheckpointFileError
+from multistage_diffusion.official.pickles import CheckpointFileError
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.checkpoints import write_tensors
 
