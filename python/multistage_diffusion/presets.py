@@ -362,6 +362,7 @@ DIGITS = Preset(
     },
 )
 
+DEFAULT_PRESET = "edm-cifar10"  # of all data but the digits
 TRAINABLE: dict[str, Preset] = {DIGITS.name: DIGITS, **PRESETS}
 
 

@@ -110,7 +110,7 @@ def test_help_does_not_load_torch():
         ),
         ("train --out x --data digits --schedule vp --stages 2,3", "its lower end must lie below"),
         ("train --out x --data digits --prediction v", "prediction='v'; allowed with schedule edm: epsilon"),
-        ("train --out x --data digits --augment 2", "augment=2.0 must be None or lie in 0..1"),
+        ("train --out x --data digits --augment 2", "argument --augment: 2 must be at most 1"),
         ("train --out x --data digits --depth 5", "edm does not take these arguments"),
         ("train --out x --resume", "holds no run to resume"),
         ("train --out x --data digits --device tpu", "--device tpu"),

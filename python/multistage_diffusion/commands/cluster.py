@@ -7,15 +7,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from multistage_diffusion.commands._options import (
-    SCHEDULE_NAMES,
-    add_command,
-    add_machine_options,
-    number,
-    seed,
-    set_up_machine,
-    whole,
-)
+from multistage_diffusion.commands._options import add_command, add_machine_options, set_up_machine
+from multistage_diffusion.common.settings import number, seed, whole
+from multistage_diffusion.noise import SCHEDULE_NAMES
 
 EXAMPLES = """\
   msd cluster --data digits --schedule edm --measure smooth --method ends --out runs/stages

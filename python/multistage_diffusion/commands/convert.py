@@ -7,8 +7,10 @@ import json
 import reprlib
 from pathlib import Path
 
-from multistage_diffusion.commands._options import SCHEDULE_NAMES, add_command, number, wholes
+from multistage_diffusion.commands._options import add_command
 from multistage_diffusion.common.atomic_files import check_replaceable
+from multistage_diffusion.common.settings import Several, number, whole
+from multistage_diffusion.noise import SCHEDULE_NAMES
 from multistage_diffusion.presets import PRESETS
 
 FAMILIES = ("edm", "ncsnpp", "ldm", "uvit")
@@ -68,7 +70,7 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--start-multistage",
-        type=wholes,
+        type=Several(whole(1)),
         metavar="WIDTHS",
         help="make a multi-stage model of a unified one, with decoders of these widths, lowest noise first",
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from multistage_diffusion.commands._options import add_command, numbers, whole, wholes
+from multistage_diffusion.commands._options import add_command
 from multistage_diffusion.common.checks import are_shares
+from multistage_diffusion.common.settings import Several, whole
 from multistage_diffusion.presets import PRESETS, SAMPLERS
 
 EXAMPLES = """\
@@ -26,12 +27,12 @@ def add_parser(subparsers):
     parser.add_argument("--preset", required=True, choices=PRESETS, metavar="NAME", help=", ".join(PRESETS))
     parser.add_argument(
         "--decoder-widths",
-        type=wholes,
+        type=Several(whole(1)),
         metavar="LIST",
         help="other widths, one per stage, lowest noise first",
     )
     parser.add_argument(
-        "--shares", type=numbers, metavar="LIST", help="of the stages in training; default: as published"
+        "--shares", type=Several(), metavar="LIST", help="of the stages in training; default: as published"
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: that of the published results")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="of the sampler")

@@ -9,14 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multistage_diffusion.commands._options import (
-    add_command,
-    add_machine_options,
-    number,
-    seed,
-    set_up_machine,
-    whole,
-)
+from multistage_diffusion.commands._options import add_command, add_machine_options, set_up_machine
+from multistage_diffusion.common.settings import number, seed, whole
 from multistage_diffusion.sampling.table import SAMPLERS
 
 if TYPE_CHECKING:

@@ -429,7 +429,7 @@ def load_model(
     check_fields(metadata, ("step", "images", "config"), (file.name,), path / METADATA)
     config = metadata["config"]
     try:
-        TrainingConfig.check_types(config)
+        TrainingConfig.check_json(config)
         stages = Stages.from_json(config["stages"])
         arguments = networks.in_effect(config["network"])
         if build is networks.build:

@@ -17,13 +17,11 @@ from multistage_diffusion.networks import FAMILIES, build, in_effect
 from multistage_diffusion.noise.parsing import parse_stages
 from multistage_diffusion.noise.schedules import SCHEDULES
 from multistage_diffusion.noise.stages import Stages
-from multistage_diffusion.presets import DIGITS, TRAINABLE, Preset
+from multistage_diffusion.presets import DEFAULT_PRESET, DIGITS, TRAINABLE, Preset
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.config import TrainingConfig, free_keys, stages_of
 
-__all__ = ["DEFAULT_PRESET", "FolderWarning", "configure", "run_settings", "saved_settings"]
-
-DEFAULT_PRESET = "edm-cifar10"
+__all__ = ["FolderWarning", "configure", "run_settings", "saved_settings"]
 
 
 class FolderWarning(UserWarning):
