@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from multistage_diffusion.sampling.table import SAMPLERS, find_sampler
@@ -42,6 +42,7 @@ class Preset:
             evaluations for ``"dpm-singlestep"``).
         training: settings of :class:`multistage_diffusion.training.config.TrainingConfig` other than those above.
         published_attention: whether the paper's cost of this network counts the products of its attention.
+        reference: arguments of the network that the reference's own checkpoints have instead.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Preset:
     sampler_steps: int
     training: Mapping[str, object]
     published_attention: bool = True
+    reference: Mapping[str, object] = field(default_factory=dict)
 
     def config(self, variant: str = "multistage", **changes: object) -> dict[str, object]:
         """The network's configuration for ``networks.build``.
@@ -122,15 +124,17 @@ class Preset:
 
     def evaluations(self, sampler: str | None = None, steps: int | None = None) -> tuple[int, ...]:
         """Network evaluations of each stage for one sample; the sampler defaults to the preset's."""
+        import torch
+
+        from multistage_diffusion.noise.noise_levels import stage_counts
+        from multistage_diffusion.noise.preconditioning import stages_in_sigma
         from multistage_diffusion.noise.schedules import SCHEDULES
 
-        levels = evaluation_levels(
-            self.sampler if sampler is None else sampler,
-            SCHEDULES[self.schedule](),
-            self.sampler_steps if steps is None else steps,
-        )
-        stage = self.stages().assign(levels).tolist()
-        return tuple(stage.count(k) for k in range(len(self.boundaries) - 1))
+        schedule = SCHEDULES[self.schedule]()
+        own = find_sampler(self.sampler if sampler is None else sampler)
+        config = own.config(schedule, self.sampler_steps if steps is None else steps)
+        levels = torch.tensor(config.evaluated_levels(), dtype=torch.float64)
+        return stage_counts(stages_in_sigma(self.stages(), schedule).assign(levels), len(self.boundaries) - 1)
 
 
 def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Tensor:
@@ -296,6 +300,7 @@ PRESETS: dict[str, Preset] = {
             sampler_steps=20,
             # arXiv 2112.10752.
             training={**_LDM_TRAINING, "steps": 410_000, "lr": 9.6e-5},
+            reference={"reduced_attention": True},
         ),
         Preset(
             name="ldm-imagenet256",
@@ -322,6 +327,7 @@ PRESETS: dict[str, Preset] = {
             sampler_steps=20,
             # arXiv 2112.10752; the number of steps is ours.
             training={**_LDM_TRAINING, "steps": 400_000, "lr": 4.8e-5},
+            reference={"reduced_attention": True},
         ),
     )
 }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from multistage_diffusion.commands._options import add_command, add_machine_options, set_up_machine
-from multistage_diffusion.common.settings import number, seed, whole
+from multistage_diffusion.common.settings import Choice, Setting, add_options, given, number, seed, whole
 from multistage_diffusion.noise import SCHEDULE_NAMES
 
 EXAMPLES = """\
@@ -23,6 +23,32 @@ OUTPUTS = ("stages.json", "similarity.npz", "similarity.png", "curves.png")
 METHODS = ("optimal", "ends", "uniform-t", "uniform-log-snr", "gradient")  # of clustering.find, without torch
 
 
+CUT = {
+    "stages": Setting(whole(1), "number of stages; default: 3"),
+    "method": Setting(
+        Choice(METHODS),
+        "`ends`: the paper's rule for three stages (the default for three); `optimal`: the best split (the default for "
+        "others); `uniform-`: equal lengths in the schedule's variable or in log-SNR; `gradient`: the best split by "
+        "the gradients of a trained unified model",
+    ),
+    "level": Setting(number(above=0), "similarity, below 1, at which `ends` cuts; default: 0.9"),
+    "min_levels": Setting(
+        whole(1), "levels of the grid in each stage, for `optimal` and `gradient`; default: 1"
+    ),
+    "grid": Setting(whole(2), "noise levels that are compared; default: 21"),
+}
+SIMILARITY = {
+    "samples": Setting(whole(1), "images compared; default: 20"),
+    "seed": Setting(seed, "of images and noise; default: 0"),
+    "form": Setting(Choice(("x0", "eps")), "compare predicted images (default) or predicted noise"),
+    "measure": Setting(
+        Choice(("pixels", "smooth")),
+        "the share of pixels that differ by less than a threshold (default), or one without a threshold",
+    ),
+    "threshold": Setting(number(above=0), "as a share of the data range; default: 2/256"),
+}
+
+
 def add_parser(subparsers):
     parser = add_command(
         subparsers,
@@ -30,14 +56,6 @@ def add_parser(subparsers):
         "Find the stages of a data set: noise levels whose optimal denoisers agree.",
         EXAMPLES,
     )
-    _add_data_options(parser)
-    _add_stage_options(parser)
-    _add_similarity_options(parser)
-    add_machine_options(parser)
-    return parser
-
-
-def _add_data_options(parser) -> None:
     group = parser.add_argument_group("data and output")
     group.add_argument(
         "--data", required=True, metavar="SOURCE", help='"digits", or a folder, .zip, .npy or .npz of images'
@@ -46,15 +64,8 @@ def _add_data_options(parser) -> None:
         "--image-size", type=whole(1), metavar="N", help="pixels per side to bring the images to"
     )
     group.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {', '.join(OUTPUTS)}",
+        "--out", required=True, type=Path, metavar="DIR", help=f"folder for {', '.join(OUTPUTS)}"
     )
-
-
-def _add_stage_options(parser) -> None:
     group = parser.add_argument_group("stages")
     group.add_argument(
         "--schedule",
@@ -62,26 +73,7 @@ def _add_stage_options(parser) -> None:
         default="vp",
         help="the noise levels to compare, and their names; default: vp",
     )
-    group.add_argument("--stages", type=whole(1), default=3, metavar="K", help="number of stages; default: 3")
-    group.add_argument(
-        "--method",
-        choices=METHODS,
-        help="`ends`: the paper's rule for three stages (the default for three); `optimal`: the best split (the "
-        "default for others); `uniform-`: equal lengths in the schedule's variable or in log-SNR; `gradient`: "
-        "the best split by the gradients of a trained unified model",
-    )
-    group.add_argument(
-        "--level",
-        type=number(above=0),
-        metavar="X",
-        help="similarity, below 1, at which `ends` cuts; default: 0.9",
-    )
-    group.add_argument(
-        "--min-levels",
-        type=whole(1),
-        metavar="N",
-        help="levels of the grid in each stage, for `optimal` and `gradient`; default: 1",
-    )
+    add_options(group, CUT)
     group.add_argument(
         "--run",
         type=Path,
@@ -102,34 +94,8 @@ def _add_stage_options(parser) -> None:
         metavar="W",
         help="width of the single decoder whose compute the suggested widths may use; default: 128",
     )
-
-
-def _add_similarity_options(parser) -> None:
     group = parser.add_argument_group("similarity")
-    group.add_argument("--grid", type=whole(2), default=21, metavar="L", help="noise levels; default: 21")
-    group.add_argument(
-        "--samples", type=whole(1), default=20, metavar="N", help="images compared; default: 20"
-    )
-    group.add_argument("--seed", type=seed, default=0, metavar="S", help="of images and noise; default: 0")
-    group.add_argument(
-        "--form",
-        choices=("x0", "eps"),
-        default="x0",
-        help="compare predicted images (default) or predicted noise",
-    )
-    group.add_argument(
-        "--measure",
-        choices=("pixels", "smooth"),
-        default="pixels",
-        help="the share of pixels that differ by less than a threshold (default), or one without a threshold",
-    )
-    group.add_argument(
-        "--threshold",
-        type=number(above=0),
-        default=2 / 256,
-        metavar="X",
-        help="as a share of the data range; default: 2/256",
-    )
+    add_options(group, SIMILARITY)
     group.add_argument(
         "--sigma-units",
         choices=("-1,1", "0,1"),
@@ -137,6 +103,8 @@ def _add_similarity_options(parser) -> None:
         help="the range of the data that sigma is meant for; in [0,1] the same sigma is twice the noise; "
         "default: -1,1",
     )
+    add_machine_options(parser)
+    return parser
 
 
 def run(args) -> None:
@@ -147,7 +115,7 @@ def run(args) -> None:
 
     if (args.method == "gradient") != (args.source is not None):
         raise ValueError("--method gradient and --run go together")
-    cut = {name: getattr(args, name) for name in ("stages", "method", "level", "min_levels", "grid")}
+    cut = given(args, CUT)
     Rule(**cut)  # what is wrong with these shows before the images are loaded
     for name in OUTPUTS:
         check_replaceable(args.out / name, "--out")
@@ -159,17 +127,13 @@ def run(args) -> None:
             found = find_stages(
                 images,
                 args.schedule,
-                samples=args.samples,
-                form=args.form,
-                measure=args.measure,
-                threshold=args.threshold,
                 sigma_units=tuple(map(float, args.sigma_units.split(","))),
-                seed=args.seed,
                 denoiser=None if args.source is None else _denoiser(args.source, device),
                 device=device,
                 group=group,
                 progress=progress,
                 **cut,
+                **given(args, SIMILARITY),
             )
         if not first:
             return
