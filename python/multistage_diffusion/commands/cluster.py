@@ -140,7 +140,7 @@ def run(args) -> None:
     similarity, schedule = found.similarity, found.schedule
     own = found.split.stages(schedule)
     stages, numbers, matrix, curves = (args.out / name for name in OUTPUTS)
-    (own if args.variable == "own" else found.stages).save(stages)
+    {"own": own, "sigma": found.stages}[args.variable].save(stages)
     _save_numbers(similarity, schedule, numbers)
     plot_matrix(similarity, found.split, matrix, schedule, title=f"{images.name}, {args.schedule}")
     plot_curves(similarity, found.split, curves, level=found.rule.level)
@@ -211,7 +211,7 @@ def _print_stages(result, own, budget: float) -> None:
     similarity, found, stages = result.similarity, result.split, result.stages
     columns = {"stage": [str(k) for k in range(len(stages))]}
     columns["sigma"] = [stages.describe(k) for k in range(len(stages))]
-    if own.variable != "sigma":
+    if own.variable not in columns:
         columns[own.variable] = [own.describe(k) for k in range(len(stages))]
     columns["log-SNR down to"] = [f"{float(log_snr(cut)):.4g}" for cut in found.cuts] + ["-inf"]
     columns["cut in 95 %"] = [f"{low:.4g} to {high:.4g}" for low, high in result.confidence] + [""]

@@ -98,7 +98,7 @@ class Preconditioner(nn.Module):
 
         ``network.preconditioning`` is what ``to_json`` said of that one.
         """
-        said = getattr(self.network, "preconditioning", None)
+        said = said_of(self.network)
         if said is None:
             return
         if wrong := differences(said, self.to_json()):
@@ -353,6 +353,11 @@ PRECONDITIONINGS: dict[str, type[Schedule]] = {**SCHEDULES, IDDPM.name: IDDPM}
 DENOISERS: dict[str, type[Preconditioner]] = {EDM.name: EDMPreconditioner, IDDPM.name: IDDPMPreconditioner}
 # They say what a network was made for, but D is the same without them.
 LIMITS = ("sigma_min", "sigma_max", "epsilon_t")
+
+
+def said_of(network: nn.Module) -> dict[str, object] | None:
+    """What the file that a network was read from says of its denoiser; None for a network of no file."""
+    return getattr(network, "preconditioning", None)
 
 
 def denoiser_of(schedule: str) -> type[Preconditioner]:

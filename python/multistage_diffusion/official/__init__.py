@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.networks.layers import OnStages, StageModule
 from multistage_diffusion.networks.network_limits import at_most
+from multistage_diffusion.networks.stage_network import StageNetwork
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
 from multistage_diffusion.official.entries import Family, Place, tensors
 from multistage_diffusion.official.pickles import shown
@@ -190,7 +191,7 @@ def export(network: nn.Module, values: str = "parameters") -> dict[str, Tensor]:
     """
     if values not in VALUES:
         raise ValueError(f"official.export: values must be one of {', '.join(VALUES)}, got {values!r}")
-    rules = _family(getattr(network, "family", type(network).__name__))
+    rules = _family(network.family if isinstance(network, StageNetwork) else type(network).__name__)
     if not network.shared_encoder:
         raise ValueError(
             "official.export: the reference has no network with one encoder per stage; "

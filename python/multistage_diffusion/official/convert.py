@@ -351,11 +351,11 @@ def network_of(
             "convert: the file does not say how its network was built; give --config with the reference's "
             "constructor arguments as JSON, or --preset"
         )
-    if (
-        family == "ldm" and LDM_CLASSES in checkpoint.tensors
-    ):  # the class embedder is not the U-Net's argument
-        config = {"n_classes": _size_of(checkpoint.tensors, LDM_CLASSES, 0), **config}
-    return official.load(checkpoint.tensors, family, config)
+    outside = official.FAMILIES[family].outside if family in official.FAMILIES else {}
+    shown = {
+        name: _size_of(checkpoint.tensors, *at) for name, at in outside.items() if at[0] in checkpoint.tensors
+    }
+    return official.load(checkpoint.tensors, family, {**shown, **config})
 
 
 def denoiser_of(
@@ -415,11 +415,8 @@ def _preset_config(name: str, family: str, tensors: Mapping[str, Tensor]) -> dic
     if preset.network["family"] != family:
         raise ValueError(f"convert: preset {name} is of the family {preset.network['family']}, not {family}")
     stages = {int(match[1]) for key in tensors if (match := re.match(r"(?:decs|de_modules)\.(\d+)\.", key))}
-    changes: dict[str, object] = {}
-    if family == "ldm":
-        changes = {"reduced_attention": True, "label_dim": _size_of(tensors, LDM_CLASSES, 0)}
-    elif family == "edm":
-        changes = {"augment_dim": _size_of(tensors, "map_augment.weight", 1)}
+    sizes = official.FAMILIES[family].sizes
+    changes = {**preset.reference, **{name: _size_of(tensors, *at) for name, at in sizes.items()}}
     if any(key.startswith(("dec.", "all_modules.")) for key in tensors):  # the original EDM or score SDE
         changes["max_groups"] = 32
     return preset.config("multistage" if len(stages) > 1 else "unified", **changes)

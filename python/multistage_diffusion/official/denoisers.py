@@ -25,7 +25,7 @@ from multistage_diffusion.noise.preconditioning import (
     require_known,
     stages_in_sigma,
 )
-from multistage_diffusion.noise.schedules import Schedule
+from multistage_diffusion.noise.schedules import DiscreteSchedule, Schedule
 from multistage_diffusion.noise.stages import Stages, StagesError
 from multistage_diffusion.official.pickles import Record
 from multistage_diffusion.presets import PRESETS, Preset
@@ -228,7 +228,7 @@ def _of_interval(interval: object, family: str, schedule: Schedule) -> Stages | 
     try:
         if isinstance(interval, str):
             interval = json.loads(interval.replace("inf", "Infinity"))
-        if variable == "step":
+        if isinstance(schedule, DiscreteSchedule):
             cuts = [float(schedule.sigma(int(first) - 1)) for first in interval[:-1]]
             return Stages.from_boundaries([0.0, *cuts, math.inf])
         return stages_in_sigma(Stages(interval, variable), schedule)

@@ -135,4 +135,4 @@ def _per_stage(network: EDMUNet, name: str, value: Tensor) -> Iterator[tuple[str
         yield name.format(stage=stage), value.clone()
 
 
-FAMILY = Family(build, entries, constants, unified_name)
+FAMILY = Family(build, entries, constants, unified_name, {"augment_dim": ("map_augment.weight", 1)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class Family:
         constants: network -> names and values of what the reference saves and nobody trains.
         unified_name: network -> (name in a checkpoint of the family's original, unified network -> name in a
             checkpoint of a multi-stage network of one stage); other names stay as they are.
+        sizes: arguments of a network that a checkpoint shows, with the name of the matrix and the dimension that do; 0
+            without the matrix.
+        outside: arguments of the reference's that are not those of its constructor, with the matrix that shows them.
         constants_matter: whether the network computes with the constants, so that others do not fit it.
     """
 
@@ -59,6 +62,8 @@ class Family:
     entries: Callable[[nn.Module], Iterator[Entry]]
     constants: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
     unified_name: Callable[[nn.Module], Callable[[str], str]]
+    sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    outside: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     constants_matter: bool = True
 
 

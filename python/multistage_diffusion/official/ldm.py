@@ -191,4 +191,5 @@ def _one_dimensional(weight: Tensor) -> Tensor:
     return weight[:, :, 0]
 
 
-FAMILY = Family(build, entries, constants, unified_name)
+CLASSES = ("cond_stage_model.embedding.weight", 0)
+FAMILY = Family(build, entries, constants, unified_name, {"label_dim": CLASSES}, {"n_classes": CLASSES})

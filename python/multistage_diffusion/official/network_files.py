@@ -26,6 +26,7 @@ from multistage_diffusion.noise.preconditioning import (
     from_json,
     precondition,
     require_known,
+    said_of,
     stages_in_sigma,
 )
 from multistage_diffusion.noise.stages import Stages
@@ -57,9 +58,7 @@ def save_network(
         OSError: the disk is full, or the folder cannot be made or written.
     """
     network = model.network if isinstance(model, Preconditioner) else model
-    description = (
-        model.to_json() if isinstance(model, Preconditioner) else getattr(network, "preconditioning", None)
-    )
+    description = model.to_json() if isinstance(model, Preconditioner) else said_of(network)
     metadata = {"format": FORMAT, "config": json.dumps(network.config), **(notes or {})}
     if description is not None:
         metadata["denoiser"] = json.dumps(description)
