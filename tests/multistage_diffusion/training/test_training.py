@@ -423,7 +423,7 @@ print("ended at", result.step, "by", result.stopped_by)
 
 
 def start(directory, mode, pause=0.0) -> forks.Program:
-    return forks.Program(RUN_SCRIPT, directory, mode, pause, path=[Path(__file__).parent])
+    return forks.Program(RUN_SCRIPT, directory, mode, pause, path=[Path(__file__).parent.parent])
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
