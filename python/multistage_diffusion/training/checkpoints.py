@@ -421,7 +421,7 @@ def load_model(
         CheckpointError: no intact checkpoint, or one that does not fit its own configuration.
     """
     if weights not in ("ema", "network"):
-        raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
+        raise ValueError(f"load_model: weights must be ema or network, got {weights!r}")
     build = build or networks.build
     path = find_checkpoint(path)
     metadata = read_metadata(path)

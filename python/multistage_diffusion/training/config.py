@@ -91,8 +91,8 @@ class TrainingConfig(TrainingSettings):
             )
         if self.prediction not in (known := SCHEDULES[self.schedule].predictions):
             raise ValueError(
-                f"TrainingConfig: prediction={self.prediction!r}; allowed with schedule {self.schedule}: "
-                f"{', '.join(known)}"
+                f"TrainingConfig: prediction must be one of {', '.join(known)} with schedule {self.schedule}, "
+                f"got {self.prediction!r}"
             )
         if self.values == "latents" and (self.augment is not None or self.sample_every is not None):
             raise ValueError(

@@ -231,7 +231,10 @@ def test_latents_for_images_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"schedule": "cosine"}, "schedule='cosine' must be one of edm, vp, ve, ldm, flow"),
-        ({"schedule": "edm", "prediction": "v"}, "prediction='v'; allowed with schedule edm: epsilon"),
+        (
+            {"schedule": "edm", "prediction": "v"},
+            "prediction must be one of epsilon with schedule edm, got 'v'",
+        ),
         ({"stages": Stages.single("step"), "stage_probabilities": None}, "needs stages of 't'"),
         ({"augment": 1.5}, "augment=1.5 must be at most 1"),
         ({"augment": 0.1}, "needs a network that is told of it"),
