@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +111,7 @@ def run(args) -> None:
     from multistage_diffusion.clustering.pictures import plot_curves, plot_matrix
     from multistage_diffusion.common.atomic_files import check_replaceable
     from multistage_diffusion.data.images import load_images
+    from multistage_diffusion.training.data_parallel import Processes
 
     if (args.method == "gradient") != (args.source is not None):
         raise ValueError("--method gradient and --run go together")
@@ -121,21 +121,20 @@ def run(args) -> None:
         check_replaceable(args.out / name, "--out")
     device = set_up_machine(args)
     images = load_images(args.data, image_size=args.image_size)
-    with _process_group() as group:
-        first = group is None or group.rank() == 0
-        with _progress(first) as progress:
+    with Processes.of_launcher() as processes:
+        with _progress(processes.is_first) as progress:
             found = find_stages(
                 images,
                 args.schedule,
                 sigma_units=tuple(map(float, args.sigma_units.split(","))),
                 denoiser=None if args.source is None else _denoiser(args.source, device),
                 device=device,
-                group=group,
+                group=processes.group,
                 progress=progress,
                 **cut,
                 **given(args, SIMILARITY),
             )
-        if not first:
+        if not processes.is_first:
             return
     similarity, schedule = found.similarity, found.schedule
     own = found.split.stages(schedule)
@@ -153,21 +152,6 @@ def _denoiser(source: Path, device):
     from multistage_diffusion.training.checkpoints import load_model
 
     return load_model(source, "ema", device).denoiser
-
-
-@contextmanager
-def _process_group():
-    """The processes that ``torchrun`` started, or None for a single one."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
