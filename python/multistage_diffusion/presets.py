@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 from multistage_diffusion.sampling.table import SAMPLERS, find_sampler
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from multistage_diffusion.noise.preconditioning import Preconditioner
-    from multistage_diffusion.noise.schedules import Schedule
     from multistage_diffusion.noise.stages import Stages
 
-__all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "evaluation_levels", "find"]
+__all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "find"]
 
 VARIANTS = ("multistage", "unified", "separate")
 
@@ -135,29 +133,6 @@ class Preset:
         config = own.config(schedule, self.sampler_steps if steps is None else steps)
         levels = torch.tensor(config.evaluated_levels(), dtype=torch.float64)
         return stage_counts(stages_in_sigma(self.stages(), schedule).assign(levels), len(self.boundaries) - 1)
-
-
-def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Tensor:
-    """Where a sampler evaluates the network, as values of the schedule's variable, in the order of the evaluations.
-
-    Args:
-        sampler: ``"heun"``: EDM's, ``steps`` steps, two evaluations each but the last (arXiv 2206.00364, algorithm 1).
-            ``"dpm-singlestep"``: DPM-Solver of order 3, evenly spaced in log-SNR, ``steps`` evaluations (arXiv
-            2206.00927). ``"dpm-multistep"`` and ``"ddim"``: ``steps`` steps, one evaluation each, evenly spaced in the
-            schedule's variable, or in sigma^(1/7) where that is sigma.
-        schedule: the noise schedule.
-        steps: at least 1.
-
-    Returns:
-        float64 CPU tensor. Times of a continuous schedule end at 0.001, steps of a discrete one at 0.
-
-    Raises:
-        ValueError: an unknown sampler, or too few steps.
-    """
-    import torch
-
-    levels = find_sampler(sampler).config(schedule, steps).evaluated_levels()
-    return schedule.value(torch.tensor(levels, dtype=torch.float64)).clamp(*schedule.domain)
 
 
 def _halflife(decay: float, batch_size: int) -> float:

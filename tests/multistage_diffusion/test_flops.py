@@ -22,7 +22,8 @@ from multistage_diffusion.noise.losses import denoising_loss
 from multistage_diffusion.noise.noise_levels import RestagedNoise, StratifiedNoise
 from multistage_diffusion.noise.schedules import LDM, SCHEDULES, VP
 from multistage_diffusion.official.network_files import save_network
-from multistage_diffusion.presets import PRESETS, Preset, evaluation_levels, find
+from multistage_diffusion.presets import PRESETS, Preset, find
+from multistage_diffusion.sampling.table import find_sampler
 
 # The paper's networks, run in the reference implementation: GMACs per stage, of the unified baseline, its parameters
 # and those of the decoders in millions.
@@ -153,11 +154,12 @@ def test_heun_evaluates_the_stages_18_4_and_13_times():
 @pytest.mark.parametrize("sampler", ["dpm-singlestep", "dpm-multistep", "ddim"])
 @pytest.mark.parametrize("schedule", [VP(), LDM()], ids=["VP", "LDM"])
 def test_a_sampler_evaluates_as_often_as_it_says_from_noise_to_data(sampler, schedule, steps):
-    levels = evaluation_levels(sampler, schedule, steps)
+    config = find_sampler(sampler).config(schedule, steps)
+    levels = schedule.value(torch.tensor(config.evaluated_levels(), dtype=torch.float64))
     assert len(levels) == steps
     assert (levels.diff() < 0).all()
     assert levels[0].item() == pytest.approx(1 if schedule.variable == "t" else 999, rel=1e-12)
-    assert levels.max() <= schedule.domain[1]
+    assert levels.max() <= schedule.domain[1] * (1 + 1e-12)
 
 
 def test_shares_of_the_stages_in_training():
@@ -174,7 +176,7 @@ def test_presets_name_what_they_do_not_know():
         with pytest.raises(ValueError, match=rf"the {variant} network's widths follow .* got {name}"):
             find("edm-cifar10").config(variant, **{name: [64]})
     with pytest.raises(ValueError, match=r"sampler must be one of heun, .* got 'euler'"):
-        evaluation_levels("euler", VP(), 3)
+        find_sampler("euler")
 
 
 @pytest.mark.parametrize("name", PRESETS)
