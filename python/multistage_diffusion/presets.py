@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.sampling.table import SAMPLERS, find_sampler
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ class Preset:
         Raises:
             ValueError: an unknown variant, or widths that it does not have.
         """
-        if variant not in VARIANTS:
-            raise ValueError(f"presets: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        one_of("presets", "variant", variant, VARIANTS)
         config = {**self.network, **changes}
         fixed = {"unified": {"encoder_widths", "decoder_widths"}, "separate": {"encoder_widths"}}
         if given := sorted(fixed.get(variant, set()) & changes.keys()):

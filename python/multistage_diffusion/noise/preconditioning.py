@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.common.transfer import host_to_device
 from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
@@ -293,11 +294,7 @@ class SchedulePreconditioner(Preconditioner):
             allowed = f"{', '.join(others)} or {last}" if others else last
             raise ValueError(f"{type(self).__name__}: schedule must be {allowed}, got {schedule!r}")
         prediction = schedule.predictions[0] if prediction is None else prediction
-        if prediction not in schedule.predictions:
-            raise ValueError(
-                f"SchedulePreconditioner: prediction must be one of {', '.join(schedule.predictions)}, "
-                f"got {prediction!r} for {schedule.name}"
-            )
+        one_of(f"SchedulePreconditioner of {schedule.name}", "prediction", prediction, schedule.predictions)
         super().__init__(network, stages_in_sigma(stages, schedule))
         self.schedule, self.prediction = schedule, prediction
         self.require_own_network()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from multistage_diffusion import networks, official
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.official import denoisers, irregular
 from multistage_diffusion.official.denoisers import ReferenceCheckpoint
 from multistage_diffusion.official.network_files import load_denoiser, load_network, save_network
@@ -66,8 +67,7 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    if weights not in WEIGHTS:
-        raise ValueError(f"convert: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    one_of("convert", "weights", weights, WEIGHTS)
     with path.open("rb") as file:  # here, so that a missing file is an OSError, whatever reads it then
         head = file.read(1024)
     _refuse_text(head, path)

@@ -9,6 +9,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.common.settings import Choice, Flag, Setting, number
 
 if TYPE_CHECKING:
@@ -117,6 +118,5 @@ def find_sampler(name: str) -> Sampler:
     Raises:
         ValueError: there is none; lists those that there are.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler_config: sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    one_of("sampler_config", "sampler", name, SAMPLERS)
     return SAMPLERS[name]
