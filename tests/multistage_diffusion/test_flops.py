@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion import Stages, TrainingConfig, flops, networks, official
+from multistage_diffusion import Stages, TrainingConfig, costs, networks, official
 from multistage_diffusion.cli import main
 from multistage_diffusion.flops import NetworkCost, conditioning, count, expected
 from multistage_diffusion.networks.layers import StageModule
@@ -181,7 +181,7 @@ def test_presets_name_what_they_do_not_know():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_command_prints_a_table_and_the_same_as_json(name, capsys, monkeypatch):
-    monkeypatch.setattr(flops, "count_config", lambda config: counted(json.dumps(config)))
+    monkeypatch.setattr(costs, "count_config", lambda config: counted(json.dumps(config)))
     assert main(["flops", "--preset", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["stages"]) == 3

@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> dict:
     """Everything that the command prints, as JSON-able values; costs in multiply-accumulates."""
-    from multistage_diffusion import flops
+    from multistage_diffusion import costs
 
-    model = flops.Model.of_preset(TRAINABLE[args.preset]) if args.preset else flops.Model.of_file(args.source)
+    model = costs.Model.of_preset(TRAINABLE[args.preset]) if args.preset else costs.Model.of_file(args.source)
     widths = {"decoder_widths": list(args.decoder_widths)} if args.decoder_widths else {}
     model = model.changed(
         network={**model.network, **widths}, shares=args.shares, sampler=args.sampler, steps=args.steps
     )
-    return flops.report(model, flops.count_config)
+    return costs.report(model)
 
 
 def table(found: dict) -> str:
