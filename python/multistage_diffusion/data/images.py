@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -234,8 +234,8 @@ def load_images(
         raise DataError(
             f"load_images: latents are floating-point arrays in a .npy or .npz file, got {os.fspath(source)!r}"
         )
-    if source == "digits":
-        return _load_digits(DIGITS_IMAGE_SIZE if image_size is None else image_size)
+    if source in LOADERS:
+        return LOADERS[source](image_size)
     path = Path(source)
     if not path.exists():
         raise DataError(
@@ -260,7 +260,8 @@ def _of_files(path: Path, images: np.ndarray) -> ImageData:
     return ImageData(torch.from_numpy(images), name=path.stem)
 
 
-def _load_digits(image_size: int) -> ImageData:
+def _load_digits(image_size: int | None) -> ImageData:
+    image_size = DIGITS_IMAGE_SIZE if image_size is None else image_size
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -274,6 +275,10 @@ def _load_digits(image_size: int) -> ImageData:
     images = np.stack([np.asarray(image) for image in enlarged])
     labels = torch.from_numpy(digits.target.astype(np.int64))
     return ImageData(torch.from_numpy(images[:, None]), labels, name="digits")
+
+
+# Data sets by name, as ``source``; each is made for an image size, or its own where that is None.
+LOADERS: dict[str, Callable[[int | None], ImageData]] = {"digits": _load_digits}
 
 
 def _load_npy(path: Path, image_size: int | None, values: str) -> ImageData:
