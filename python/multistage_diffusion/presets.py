@@ -33,7 +33,6 @@ class Preset:
         name: what the command line calls it.
         title: what it is.
         network: the multi-stage network, as ``networks.build`` takes it.
-        unified_width: base width of the unified baseline.
         schedule: name of the noise schedule, a key of ``schedules.SCHEDULES``.
         boundaries: where the stages are cut, in the schedule's variable; see ``Stages.from_boundaries``.
         shares: probability of each stage in training; None: of the log-normal distribution of EDM.
@@ -47,7 +46,6 @@ class Preset:
     name: str
     title: str
     network: Mapping[str, object]
-    unified_width: int
     schedule: str
     boundaries: Sequence[float]
     shares: tuple[float, ...] | None
@@ -76,7 +74,7 @@ class Preset:
                 f"presets: the {variant} network's widths follow from the preset, got {', '.join(given)}"
             )
         if variant == "unified":
-            config |= {"encoder_widths": [self.unified_width], "decoder_widths": [self.unified_width]}
+            config["decoder_widths"] = config["encoder_widths"]
         elif variant == "separate":
             config["encoder_widths"] = config["decoder_widths"]
         return config
@@ -171,7 +169,6 @@ PRESETS: dict[str, Preset] = {
             name="edm-cifar10",
             title="EDM (DDPM++), CIFAR-10",
             network={**_EDM, "image_size": 32, "channel_mult": [2, 2, 2], "dropout": 0.13},
-            unified_width=128,
             schedule="edm",
             boundaries=EDM_STAGES,
             shares=None,
@@ -184,7 +181,6 @@ PRESETS: dict[str, Preset] = {
             name="edm-celeba",
             title="EDM (DDPM++), CelebA 64",
             network={**_EDM, "image_size": 64, "channel_mult": [1, 2, 2, 2], "dropout": 0.05},
-            unified_width=128,
             schedule="edm",
             boundaries=EDM_STAGES,
             shares=None,
@@ -206,7 +202,6 @@ PRESETS: dict[str, Preset] = {
                 "attn_resolutions": [16],
                 "dropout": 0.1,
             },
-            unified_width=128,
             schedule="vp",
             boundaries=SDE_STAGES,
             shares=THIRDS,
@@ -235,7 +230,6 @@ PRESETS: dict[str, Preset] = {
                 "num_heads": 8,
                 "patch_size": 2,
             },
-            unified_width=512,
             schedule="vp",
             boundaries=SDE_STAGES,
             shares=THIRDS,
@@ -267,7 +261,6 @@ PRESETS: dict[str, Preset] = {
                 "attn_resolutions": [8, 16, 32],
                 "head_channels": 32,
             },
-            unified_width=224,
             schedule="ldm",
             boundaries=LDM_STAGES,
             shares=THIRDS,
@@ -294,7 +287,6 @@ PRESETS: dict[str, Preset] = {
                 "context_dim": 512,
                 "label_dim": 1000,
             },
-            unified_width=256,
             schedule="ldm",
             boundaries=LDM_STAGES,
             shares=THIRDS,
@@ -323,7 +315,6 @@ DIGITS = Preset(
         "attn_resolutions": [],
         "dropout": 0.0,
     },
-    unified_width=32,
     schedule="edm",
     boundaries=(0.0, 0.5, 2.0, math.inf),
     shares=(0.25, 0.5, 0.25),

@@ -355,7 +355,7 @@ def test_a_narrow_preset_trains_in_bf16_and_exports_again(name, variant):
     changes = dict(SMALL[preset.network["family"]])
     if variant == "unified":
         changes = {k: v for k, v in changes.items() if not k.endswith("widths")}
-        preset = Preset(**{**vars(preset), "unified_width": 32})
+        preset = Preset(**{**vars(preset), "network": {**preset.network, "encoder_widths": [32]}})
     elif variant == "separate":
         del changes["encoder_widths"]
     network = train_one_step(preset, variant, changes)
