@@ -23,6 +23,11 @@ def integer(user: str, name: str, value: int, least: int) -> int:
     return found
 
 
+def is_number(value: object) -> bool:
+    """Whether a value, such as one out of JSON, is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def one_of(user: str, name: str, value: object, allowed: Collection[str]) -> None:
     """Raises ValueError for a value that is none of the names allowed."""
     if value not in tuple(allowed):

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from multistage_diffusion.common.checks import is_number
+
 NONE = "none"  # how the command line says None
 
 
@@ -39,8 +41,7 @@ class Number:
         return "N" if self.is_whole and self.unit == 1 else "X"
 
     def problem(self, value: object) -> str:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or (self.is_whole and not (isinstance(value, int) or value.is_integer())):
+        if not is_number(value) or (self.is_whole and not (isinstance(value, int) or value.is_integer())):
             return "must be a whole number" if self.is_whole else "must be a number"
         if self.low is not None and not value >= self.low:
             return f"must be at least {self.low}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from multistage_diffusion.common.checks import is_number
 from multistage_diffusion.noise.preconditioning import (
     PRECONDITIONINGS,
     Preconditioner,
@@ -98,7 +99,7 @@ def of_record(record: Record) -> dict[str, object] | None:
     given = {**CLASS_DEFAULTS.get(record.class_name, {}), **record.entries("_init_kwargs"), **record.state}
     found = {name: given[name] for name in names if name in given}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value <= math.inf:
+        if not is_number(value) or not -LARGEST < value <= math.inf:
             raise ValueError(f"the preconditioner's {name} is no number")
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"the preconditioner's {name} is a huge number")
