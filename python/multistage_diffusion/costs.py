@@ -73,7 +73,7 @@ class Model:
             return cls._of_network(path.name, *read_descriptions(path))
         path = path.parent if path.suffix == ".safetensors" else path
         if path.is_dir():
-            found = read_metadata(path)["config"] if (path / METADATA).is_file() else saved_settings(path)
+            found = read_metadata(path).get("config") if (path / METADATA).is_file() else saved_settings(path)
         else:
             found = _json(path)
         if found is None:

@@ -120,8 +120,9 @@ def table(found: dict) -> str:
 def _row(name: str, levels: str, width, parameters: int, costs: dict | None = None) -> str:
     text = f"{name:<10}{levels:<28}{width!s:>6}{_millions(parameters):>12} M"
     if costs is not None:
-        text += f"{costs['macs'] / 1e9:>9.2f}"
-        text += f"  {costs['attention_macs'] / 1e9:.2f}" if "attention_macs" in costs else ""
+        digits = 2 if costs["macs"] >= 1e8 else 5
+        text += f"{costs['macs'] / 1e9:>9.{digits}f}"
+        text += f"  {costs['attention_macs'] / 1e9:.{digits}f}" if "attention_macs" in costs else ""
     return text
 
 
