@@ -92,7 +92,7 @@ def digit_classifier(seed: int = 0, image_size: int = DIGITS_IMAGE_SIZE) -> Digi
     """
     if image_size % 4 or not 8 <= image_size <= 32:
         raise ValueError(
-            f"digit_classifier: image_size must be a multiple of 4 from 8 to 32, given {image_size}"
+            f"digit_classifier: image_size must be a multiple of 4 from 8 to 32, got {image_size}"
         )
     return _trained_classifier(seed, image_size)
 
@@ -255,16 +255,16 @@ def all_images(data: ImageData) -> torch.Tensor:
 def check_digit_images(images: torch.Tensor, image_size: int) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         given = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise TypeError(f"digit metrics: images must be a floating-point tensor in [-1, 1], given {given}")
+        raise TypeError(f"digit metrics: images must be a floating-point tensor in [-1, 1], got {given}")
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 1:
         raise ValueError(
             f"digit metrics: images must be [N, 1, {image_size}, {image_size}], "
-            f"given shape {list(images.shape)}"
+            f"got shape {list(images.shape)}"
         )
     if images.shape[2:] != (image_size, image_size):
         raise ValueError(
             f"digit metrics: images must be {image_size}x{image_size}, "
-            f"given {images.shape[2]}x{images.shape[3]}; "
+            f"got {images.shape[2]}x{images.shape[3]}; "
             "for another square size, pass classifier=digit_classifier(image_size=...)"
         )
     finite = images.isfinite().flatten(1).all(1)

@@ -51,7 +51,7 @@ def evaluate_digits(
     size = DIGITS_IMAGE_SIZE if classifier is None else classifier.image_size
     check_digit_images(samples, size)
     if len(samples) < 2:
-        raise ValueError(f"evaluate_digits: samples must be at least 2, given {len(samples)}")
+        raise ValueError(f"evaluate_digits: samples must be at least 2, got {len(samples)}")
     classifier = digit_classifier(seed, size) if classifier is None else classifier
     generator = torch.Generator().manual_seed(seed)
     reference, held_out = digit_halves(size)
@@ -118,11 +118,11 @@ def _feature_matrix(features: torch.Tensor | np.ndarray, name: str) -> torch.Ten
         features = np.ascontiguousarray(features)  # PyTorch takes no negative strides
     matrix = torch.as_tensor(features).detach()
     if matrix.is_complex():
-        raise TypeError(f"frechet_distance: {name} must be real, given {matrix.dtype}")
+        raise TypeError(f"frechet_distance: {name} must be real, got {matrix.dtype}")
     if matrix.ndim != 2 or len(matrix) < 2 or matrix.shape[1] < 1:
         raise ValueError(
             f"frechet_distance: {name} must be [N, D] with N at least 2 and D at least 1, "
-            f"given shape {list(matrix.shape)}"
+            f"got shape {list(matrix.shape)}"
         )
     matrix = matrix.to("cpu", torch.float64)
     if not matrix.isfinite().all():

@@ -24,14 +24,15 @@ class Formula:
 
     Attributes:
         settings: what counts of those arguments: the layout, and what follows it.
+        count: the FLOPs by those.
     """
 
     def __init__(self, settings: Callable[[Sequence[Any]], Sequence[Any]], count: Callable[..., int]) -> None:
         self.settings = settings
-        self._count = count
+        self.count = count
 
     def __call__(self, *args: Any, out_shape: Any = None) -> int:
-        return self._count(*self.settings(args))
+        return self.count(*self.settings(args))
 
 
 # By the ops as they are below ``torch.ops``.

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.sampling.table import SAMPLERS, find_sampler
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from multistage_diffusion.noise.preconditioning import Preconditioner
-    from multistage_diffusion.noise.schedules import Schedule
     from multistage_diffusion.noise.stages import Stages
 
-__all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "evaluation_levels", "find"]
+__all__ = ["DIGITS", "PRESETS", "SAMPLERS", "TRAINABLE", "VARIANTS", "Preset", "find"]
 
 VARIANTS = ("multistage", "unified", "separate")
 
@@ -34,7 +33,6 @@ class Preset:
         name: what the command line calls it.
         title: what it is.
         network: the multi-stage network, as ``networks.build`` takes it.
-        unified_width: base width of the unified baseline.
         schedule: name of the noise schedule, a key of ``schedules.SCHEDULES``.
         boundaries: where the stages are cut, in the schedule's variable; see ``Stages.from_boundaries``.
         shares: probability of each stage in training; None: of the log-normal distribution of EDM.
@@ -42,12 +40,12 @@ class Preset:
             evaluations for ``"dpm-singlestep"``).
         training: settings of :class:`multistage_diffusion.training.config.TrainingConfig` other than those above.
         published_attention: whether the paper's cost of this network counts the products of its attention.
+        reference: arguments of the network that the reference's own checkpoints have instead.
     """
 
     name: str
     title: str
     network: Mapping[str, object]
-    unified_width: int
     schedule: str
     boundaries: Sequence[float]
     shares: tuple[float, ...] | None
@@ -55,6 +53,7 @@ class Preset:
     sampler_steps: int
     training: Mapping[str, object]
     published_attention: bool = True
+    reference: Mapping[str, object] = field(default_factory=dict)
 
     def config(self, variant: str = "multistage", **changes: object) -> dict[str, object]:
         """The network's configuration for ``networks.build``.
@@ -67,8 +66,7 @@ class Preset:
         Raises:
             ValueError: an unknown variant, or widths that it does not have.
         """
-        if variant not in VARIANTS:
-            raise ValueError(f"presets: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        one_of("presets", "variant", variant, VARIANTS)
         config = {**self.network, **changes}
         fixed = {"unified": {"encoder_widths", "decoder_widths"}, "separate": {"encoder_widths"}}
         if given := sorted(fixed.get(variant, set()) & changes.keys()):
@@ -76,7 +74,7 @@ class Preset:
                 f"presets: the {variant} network's widths follow from the preset, got {', '.join(given)}"
             )
         if variant == "unified":
-            config |= {"encoder_widths": [self.unified_width], "decoder_widths": [self.unified_width]}
+            config["decoder_widths"] = config["encoder_widths"]
         elif variant == "separate":
             config["encoder_widths"] = config["decoder_widths"]
         return config
@@ -122,38 +120,17 @@ class Preset:
 
     def evaluations(self, sampler: str | None = None, steps: int | None = None) -> tuple[int, ...]:
         """Network evaluations of each stage for one sample; the sampler defaults to the preset's."""
+        import torch
+
+        from multistage_diffusion.noise.noise_levels import stage_counts
+        from multistage_diffusion.noise.preconditioning import stages_in_sigma
         from multistage_diffusion.noise.schedules import SCHEDULES
 
-        levels = evaluation_levels(
-            self.sampler if sampler is None else sampler,
-            SCHEDULES[self.schedule](),
-            self.sampler_steps if steps is None else steps,
-        )
-        stage = self.stages().assign(levels).tolist()
-        return tuple(stage.count(k) for k in range(len(self.boundaries) - 1))
-
-
-def evaluation_levels(sampler: str, schedule: Schedule, steps: int) -> torch.Tensor:
-    """Where a sampler evaluates the network, as values of the schedule's variable, in the order of the evaluations.
-
-    Args:
-        sampler: ``"heun"``: EDM's, ``steps`` steps, two evaluations each but the last (arXiv 2206.00364, algorithm 1).
-            ``"dpm-singlestep"``: DPM-Solver of order 3, evenly spaced in log-SNR, ``steps`` evaluations (arXiv
-            2206.00927). ``"dpm-multistep"`` and ``"ddim"``: ``steps`` steps, one evaluation each, evenly spaced in the
-            schedule's variable, or in sigma^(1/7) where that is sigma.
-        schedule: the noise schedule.
-        steps: at least 1.
-
-    Returns:
-        float64 CPU tensor. Times of a continuous schedule end at 0.001, steps of a discrete one at 0.
-
-    Raises:
-        ValueError: an unknown sampler, or too few steps.
-    """
-    import torch
-
-    levels = find_sampler(sampler).config(schedule, steps).evaluated_levels()
-    return schedule.value(torch.tensor(levels, dtype=torch.float64)).clamp(*schedule.domain)
+        schedule = SCHEDULES[self.schedule]()
+        own = find_sampler(self.sampler if sampler is None else sampler)
+        config = own.config(schedule, self.sampler_steps if steps is None else steps)
+        levels = torch.tensor(config.evaluated_levels(), dtype=torch.float64)
+        return stage_counts(stages_in_sigma(self.stages(), schedule).assign(levels), len(self.boundaries) - 1)
 
 
 def _halflife(decay: float, batch_size: int) -> float:
@@ -192,7 +169,6 @@ PRESETS: dict[str, Preset] = {
             name="edm-cifar10",
             title="EDM (DDPM++), CIFAR-10",
             network={**_EDM, "image_size": 32, "channel_mult": [2, 2, 2], "dropout": 0.13},
-            unified_width=128,
             schedule="edm",
             boundaries=EDM_STAGES,
             shares=None,
@@ -205,7 +181,6 @@ PRESETS: dict[str, Preset] = {
             name="edm-celeba",
             title="EDM (DDPM++), CelebA 64",
             network={**_EDM, "image_size": 64, "channel_mult": [1, 2, 2, 2], "dropout": 0.05},
-            unified_width=128,
             schedule="edm",
             boundaries=EDM_STAGES,
             shares=None,
@@ -227,7 +202,6 @@ PRESETS: dict[str, Preset] = {
                 "attn_resolutions": [16],
                 "dropout": 0.1,
             },
-            unified_width=128,
             schedule="vp",
             boundaries=SDE_STAGES,
             shares=THIRDS,
@@ -256,7 +230,6 @@ PRESETS: dict[str, Preset] = {
                 "num_heads": 8,
                 "patch_size": 2,
             },
-            unified_width=512,
             schedule="vp",
             boundaries=SDE_STAGES,
             shares=THIRDS,
@@ -288,7 +261,6 @@ PRESETS: dict[str, Preset] = {
                 "attn_resolutions": [8, 16, 32],
                 "head_channels": 32,
             },
-            unified_width=224,
             schedule="ldm",
             boundaries=LDM_STAGES,
             shares=THIRDS,
@@ -296,6 +268,7 @@ PRESETS: dict[str, Preset] = {
             sampler_steps=20,
             # arXiv 2112.10752.
             training={**_LDM_TRAINING, "steps": 410_000, "lr": 9.6e-5},
+            reference={"reduced_attention": True},
         ),
         Preset(
             name="ldm-imagenet256",
@@ -314,7 +287,6 @@ PRESETS: dict[str, Preset] = {
                 "context_dim": 512,
                 "label_dim": 1000,
             },
-            unified_width=256,
             schedule="ldm",
             boundaries=LDM_STAGES,
             shares=THIRDS,
@@ -322,6 +294,7 @@ PRESETS: dict[str, Preset] = {
             sampler_steps=20,
             # arXiv 2112.10752; the number of steps is ours.
             training={**_LDM_TRAINING, "steps": 400_000, "lr": 4.8e-5},
+            reference={"reduced_attention": True},
         ),
     )
 }
@@ -342,7 +315,6 @@ DIGITS = Preset(
         "attn_resolutions": [],
         "dropout": 0.0,
     },
-    unified_width=32,
     schedule="edm",
     boundaries=(0.0, 0.5, 2.0, math.inf),
     shares=(0.25, 0.5, 0.25),
@@ -362,6 +334,7 @@ DIGITS = Preset(
     },
 )
 
+DEFAULT_PRESET = "edm-cifar10"  # of all data but the digits
 TRAINABLE: dict[str, Preset] = {DIGITS.name: DIGITS, **PRESETS}
 
 

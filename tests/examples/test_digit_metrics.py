@@ -82,10 +82,10 @@ def test_frechet_distance_is_symmetric_and_takes_arrays(generator):
     ("a", "b", "message"),
     [
         (np.zeros((4, 3)), np.zeros((4, 2)), "3 features, features_b has 2"),
-        (np.zeros((1, 3)), np.zeros((4, 3)), r"features_a must be .* given shape \[1, 3\]"),
-        (np.zeros((4, 3)), np.zeros(3), r"features_b must be .* given shape \[3\]"),
+        (np.zeros((1, 3)), np.zeros((4, 3)), r"features_a must be .* got shape \[1, 3\]"),
+        (np.zeros((4, 3)), np.zeros(3), r"features_b must be .* got shape \[3\]"),
         (np.zeros((4, 3)), np.full((4, 3), np.nan), "features_b holds"),
-        (np.zeros((4, 0)), np.zeros((4, 0)), r"D at least 1, given shape \[4, 0\]"),
+        (np.zeros((4, 0)), np.zeros((4, 0)), r"D at least 1, got shape \[4, 0\]"),
         (np.eye(4, 3) * 1e160, np.zeros((4, 3)), "too large, their squares overflow float64"),
         (np.full((4, 3), 1e160), np.zeros((4, 3)), "too large, their squares overflow float64"),
     ],
@@ -96,7 +96,7 @@ def test_frechet_distance_refuses_wrong_features(a, b, message):
 
 
 def test_frechet_distance_refuses_complex_features():
-    with pytest.raises(TypeError, match=r"features_b must be real, given torch\.complex128"):
+    with pytest.raises(TypeError, match=r"features_b must be real, got torch\.complex128"):
         frechet_distance(np.zeros((4, 3)), np.zeros((4, 3), dtype=complex))
 
 
@@ -243,13 +243,13 @@ def test_evaluation_reports_what_it_promises(classifier, held_out):
 @pytest.mark.parametrize(
     ("samples", "error", "message"),
     [
-        (torch.zeros(4, 1, 32, 32), ValueError, r"must be 16x16, given 32x32; .*digit_classifier"),
-        (torch.zeros(4, 3, 16, 16), ValueError, r"given shape \[4, 3, 16, 16\]"),
-        (torch.zeros(4, 16, 16), ValueError, r"given shape \[4, 16, 16\]"),
-        (torch.zeros(0, 1, 16, 16), ValueError, r"given shape \[0, 1, 16, 16\]"),
-        (torch.zeros(1, 1, 16, 16), ValueError, "at least 2, given 1"),
-        (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), TypeError, "given torch.uint8"),
-        (np.zeros((4, 1, 16, 16)), TypeError, "given ndarray"),
+        (torch.zeros(4, 1, 32, 32), ValueError, r"must be 16x16, got 32x32; .*digit_classifier"),
+        (torch.zeros(4, 3, 16, 16), ValueError, r"got shape \[4, 3, 16, 16\]"),
+        (torch.zeros(4, 16, 16), ValueError, r"got shape \[4, 16, 16\]"),
+        (torch.zeros(0, 1, 16, 16), ValueError, r"got shape \[0, 1, 16, 16\]"),
+        (torch.zeros(1, 1, 16, 16), ValueError, "at least 2, got 1"),
+        (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), TypeError, "got torch.uint8"),
+        (np.zeros((4, 1, 16, 16)), TypeError, "got ndarray"),
         (torch.full((4, 1, 16, 16), torch.inf), ValueError, "4 of 4 images hold"),
     ],
 )
@@ -260,5 +260,5 @@ def test_evaluation_refuses_wrong_samples(samples, error, message):
 
 @pytest.mark.parametrize("image_size", [4, 18, 64])
 def test_classifier_refuses_other_image_sizes(image_size):
-    with pytest.raises(ValueError, match=f"multiple of 4 from 8 to 32, given {image_size}"):
+    with pytest.raises(ValueError, match=f"multiple of 4 from 8 to 32, got {image_size}"):
         digit_classifier(image_size=image_size)

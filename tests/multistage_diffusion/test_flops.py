@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -12,14 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion import networks, official
+from multistage_diffusion import Stages, TrainingConfig, costs, networks, official
 from multistage_diffusion.cli import main
-from multistage_diffusion.commands import flops as command
 from multistage_diffusion.flops import NetworkCost, conditioning, count, expected
 from multistage_diffusion.networks.layers import StageModule
+from multistage_diffusion.noise.distributions import LogNormal
 from multistage_diffusion.noise.losses import denoising_loss
+from multistage_diffusion.noise.noise_levels import RestagedNoise, StratifiedNoise
 from multistage_diffusion.noise.schedules import LDM, SCHEDULES, VP
-from multistage_diffusion.presets import PRESETS, Preset, evaluation_levels, find
+from multistage_diffusion.official.network_files import save_network
+from multistage_diffusion.presets import PRESETS, Preset, find
+from multistage_diffusion.sampling.table import find_sampler
 
 # The paper's networks, run in the reference implementation: GMACs per stage, of the unified baseline, its parameters
 # and those of the decoders in millions.
@@ -150,11 +154,12 @@ def test_heun_evaluates_the_stages_18_4_and_13_times():
 @pytest.mark.parametrize("sampler", ["dpm-singlestep", "dpm-multistep", "ddim"])
 @pytest.mark.parametrize("schedule", [VP(), LDM()], ids=["VP", "LDM"])
 def test_a_sampler_evaluates_as_often_as_it_says_from_noise_to_data(sampler, schedule, steps):
-    levels = evaluation_levels(sampler, schedule, steps)
+    config = find_sampler(sampler).config(schedule, steps)
+    levels = schedule.value(torch.tensor(config.evaluated_levels(), dtype=torch.float64))
     assert len(levels) == steps
     assert (levels.diff() < 0).all()
     assert levels[0].item() == pytest.approx(1 if schedule.variable == "t" else 999, rel=1e-12)
-    assert levels.max() <= schedule.domain[1]
+    assert levels.max() <= schedule.domain[1] * (1 + 1e-12)
 
 
 def test_shares_of_the_stages_in_training():
@@ -171,12 +176,12 @@ def test_presets_name_what_they_do_not_know():
         with pytest.raises(ValueError, match=rf"the {variant} network's widths follow .* got {name}"):
             find("edm-cifar10").config(variant, **{name: [64]})
     with pytest.raises(ValueError, match=r"sampler must be one of heun, .* got 'euler'"):
-        evaluation_levels("euler", VP(), 3)
+        find_sampler("euler")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_command_prints_a_table_and_the_same_as_json(name, capsys, monkeypatch):
-    monkeypatch.setattr(command, "_count", lambda config: counted(json.dumps(config)))
+    monkeypatch.setattr(costs, "count_config", lambda config: counted(json.dumps(config)))
     assert main(["flops", "--preset", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["stages"]) == 3
@@ -216,6 +221,81 @@ def test_the_command_takes_other_widths_shares_and_samplers(capsys):
     assert found["training"]["macs_per_image"] == pytest.approx(3 * mean)
     assert main(["flops", "--preset", "edm-cifar10", "--decoder-widths", "128,64"]) == 2
     assert "one width per stage (3) is needed" in capsys.readouterr().err
+
+
+TINY = {
+    "family": "edm",
+    "image_size": 8,
+    "encoder_widths": [8],
+    "decoder_widths": [16, 8, 8],
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
+
+
+def counted_of(capsys, *arguments) -> dict:
+    assert main(["flops", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_users_own_configurations_and_files_are_counted(tmp_path, capsys):
+    """A network alone has the stages of its family's published model; a run and a converted file have their own."""
+    network = networks.build(TINY)
+    (tmp_path / "network.json").write_text(json.dumps(TINY))
+    stages = Stages.from_boundaries([0, 1, 5, math.inf])
+    config = TrainingConfig(
+        TINY, stages=stages, stage_sampling="stratified", stage_probabilities=(0.5, 0.3, 0.2)
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_json()))
+    save_network(tmp_path / "model.safetensors", config.denoiser(network))
+    alone = counted_of(capsys, tmp_path / "network.json")
+    assert alone["training"]["shares"] == list(find("edm-cifar10").stage_shares())
+    assert alone["sampling"]["evaluations"] == [18, 4, 13]
+    for source in ("run", "run/config.json", "model.safetensors"):
+        found = counted_of(capsys, tmp_path / source)
+        assert [row["macs"] for row in found["stages"]] == [row["macs"] for row in alone["stages"]]
+        assert found["stages"][0]["noise_levels"] == "sigma in (0, 1]"
+        own = (0.5, 0.3, 0.2) if "run" in source else stages.probabilities(LogNormal())
+        assert found["training"]["shares"] == pytest.approx(own)
+        macs, evaluations = [row["macs"] for row in found["stages"]], found["sampling"]["evaluations"]
+        assert sum(evaluations) == 35
+        assert found["training"]["macs_per_image"] == pytest.approx(3 * expected(macs, own))
+        assert found["sampling"]["macs_per_image"] == sum(
+            n * m for n, m in zip(evaluations, macs, strict=True)
+        )
+        assert found["sampling"]["unified_macs_per_image"] == 35 * found["unified"]["macs"]
+    assert found["unified"]["macs"] == cost_of(TINY | {"decoder_widths": [8]}).macs[0]
+
+
+def cost_of(config: dict) -> NetworkCost:
+    return counted(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON of a configuration"),
+        ("[]", "is no configuration of a network or of a run"),
+        (json.dumps(TINY | {"decoder_widths": [8, 8]}), "does not say where its 2 stages are cut"),
+        (json.dumps({"family": "vgg"}), "vgg"),
+    ],
+)
+def test_what_cannot_be_counted_is_named(content, message, tmp_path, capsys):
+    (tmp_path / "x.json").write_text(content)
+    assert main(["flops", str(tmp_path / "x.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_share_of_a_stage_among_levels_that_another_cut_draws():
+    drawn = StratifiedNoise(Stages.from_boundaries([0, 1, 5, math.inf]), (0.5, 0.3, 0.2))
+    noise = RestagedNoise(drawn, Stages([[(0, 0.5), (2, 5)], [(0.5, 2), (5, math.inf)]]))
+    counts = noise.draw(100_000, torch.Generator().manual_seed(0)).counts
+    # The standard deviation of a share of 100,000 independent draws is at most 0.0016.
+    assert [count / 100_000 for count in counts] == pytest.approx(noise.shares(), abs=0.008)
+    assert sum(noise.shares()) == pytest.approx(1)
+    assert RestagedNoise(drawn, Stages.single()).shares() == pytest.approx((1.0,))
 
 
 def test_help_is_quick_because_presets_need_no_torch():
@@ -275,7 +355,7 @@ def test_a_narrow_preset_trains_in_bf16_and_exports_again(name, variant):
     changes = dict(SMALL[preset.network["family"]])
     if variant == "unified":
         changes = {k: v for k, v in changes.items() if not k.endswith("widths")}
-        preset = Preset(**{**vars(preset), "unified_width": 32})
+        preset = Preset(**{**vars(preset), "network": {**preset.network, "encoder_widths": [32]}})
     elif variant == "separate":
         del changes["encoder_widths"]
     network = train_one_step(preset, variant, changes)

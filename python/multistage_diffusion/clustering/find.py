@@ -17,7 +17,7 @@ from multistage_diffusion.clustering.similarity import (
     standard_error,
 )
 from multistage_diffusion.clustering.splits import Split, split, split_from_ends, split_uniformly
-from multistage_diffusion.common.checks import integer
+from multistage_diffusion.common.checks import integer, one_of
 from multistage_diffusion.data.images import ImageData
 from multistage_diffusion.noise.preconditioning import Preconditioner
 from multistage_diffusion.noise.schedules import SCHEDULES, Schedule
@@ -61,8 +61,7 @@ class Rule:
         if self.method is None:
             fill("method", "ends" if self.stages == 3 else "optimal")
         method = self.method
-        if method not in METHODS:
-            raise ValueError(f"find_stages: method must be one of {', '.join(METHODS)}, got {method!r}")
+        one_of("find_stages", "method", method, METHODS)
         if method == "ends" and self.stages != 3:
             raise ValueError(f"find_stages: method ends gives three stages, not stages={self.stages}")
         if method != "ends" and self.level is not None:
@@ -152,8 +151,7 @@ def find_stages(
     if (rule.method == "gradient") != (denoiser is not None):
         raise ValueError("find_stages: method gradient and denoiser go together")
     if not isinstance(schedule, Schedule):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"find_stages: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        one_of("find_stages", "schedule", schedule, SCHEDULES)
         schedule = SCHEDULES[schedule]()
     data = images if isinstance(images, ImageData) else ImageData(images)
     sigmas = schedule.sigma(schedule.grid(rule.grid))

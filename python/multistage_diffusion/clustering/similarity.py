@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msd_kernels import optimal_denoiser
-from multistage_diffusion.common.checks import integer
+from multistage_diffusion.common.checks import integer, one_of
 
 THRESHOLD = 2 / 256
 
@@ -161,11 +161,8 @@ def standard_error(scores: Tensor) -> Tensor:
 
 
 def _check_options(form: str, measure: str, threshold: float) -> None:
-    for name, value, allowed in (("form", form, ("x0", "eps")), ("measure", measure, ("pixels", "smooth"))):
-        if value not in allowed:
-            raise ValueError(
-                f"similarity_matrix: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
-            )
+    one_of("similarity_matrix", "form", form, ("x0", "eps"))
+    one_of("similarity_matrix", "measure", measure, ("pixels", "smooth"))
     if not 0 < threshold < math.inf:
         raise ValueError(f"similarity_matrix: threshold={threshold} must be positive and finite")
 

@@ -1,14 +1,12 @@
-"""Arguments that several subcommands share, and the types of their values."""
+"""Arguments that several subcommands share."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import warnings
-from collections.abc import Callable
 
-SCHEDULE_NAMES = ("edm", "vp", "ve", "ldm", "flow")  # those of ``noise.schedules``, without torch
+from multistage_diffusion.common.settings import whole
 
 
 def add_command(subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -66,55 +64,3 @@ def set_up_machine(args: argparse.Namespace):
     elif getattr(args, "precision", None) == "bf16" and not processor.computes_in(torch.bfloat16):
         warnings.warn(f"--precision bf16: no faster than fp32 here; {processor.describe()}", stacklevel=2)
     return device
-
-
-def number(
-    low: float | None = None, above: float | None = None, *, infinite: bool = False
-) -> Callable[[str], float]:
-    """A number that is at least ``low`` or greater than ``above``; finite, unless ``infinite`` allows infinity."""
-
-    def parse(text: str) -> float:
-        value = _parsed(float, text, "a number")
-        if (low is not None and not value >= low) or (above is not None and not value > above):
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {'at least' if low is not None else 'above'} {low or above or 0}"
-            )
-        if math.isnan(value) or (math.isinf(value) and not infinite):
-            raise argparse.ArgumentTypeError(f"{text} must be finite")
-        return value
-
-    return parse
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number that is at least ``low`` and at most ``high``."""
-
-    def parse(text: str) -> int:
-        value = _parsed(int, text, "a whole number")
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} must be at least {low}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{value} must be at most {high}")
-        return value
-
-    return parse
-
-
-seed = whole(0, 2**64 - 1)  # what PyTorch's generators take
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Finite numbers separated by commas."""
-    return tuple(map(number(), text.split(",")))
-
-
-def wholes(text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas; an empty text is none."""
-    return tuple(_parsed(int, part, "a whole number") for part in text.split(",") if text.strip())
-
-
-def _parsed(kind, text: str, name: str):
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from multistage_diffusion.commands._options import (
-    SCHEDULE_NAMES,
-    add_command,
-    add_machine_options,
-    number,
-    seed,
-    set_up_machine,
-    whole,
-)
+from multistage_diffusion.commands._options import add_command, add_machine_options, set_up_machine
+from multistage_diffusion.common.settings import Choice, Setting, add_options, given, number, seed, whole
+from multistage_diffusion.noise import SCHEDULE_NAMES
 
 EXAMPLES = """\
   msd cluster --data digits --schedule edm --measure smooth --method ends --out runs/stages
@@ -29,6 +22,32 @@ OUTPUTS = ("stages.json", "similarity.npz", "similarity.png", "curves.png")
 METHODS = ("optimal", "ends", "uniform-t", "uniform-log-snr", "gradient")  # of clustering.find, without torch
 
 
+CUT = {
+    "stages": Setting(whole(1), "number of stages; default: 3"),
+    "method": Setting(
+        Choice(METHODS),
+        "`ends`: the paper's rule for three stages (the default for three); `optimal`: the best split (the default for "
+        "others); `uniform-`: equal lengths in the schedule's variable or in log-SNR; `gradient`: the best split by "
+        "the gradients of a trained unified model",
+    ),
+    "level": Setting(number(above=0), "similarity, below 1, at which `ends` cuts; default: 0.9"),
+    "min_levels": Setting(
+        whole(1), "levels of the grid in each stage, for `optimal` and `gradient`; default: 1"
+    ),
+    "grid": Setting(whole(2), "noise levels that are compared; default: 21"),
+}
+SIMILARITY = {
+    "samples": Setting(whole(1), "images compared; default: 20"),
+    "seed": Setting(seed, "of images and noise; default: 0"),
+    "form": Setting(Choice(("x0", "eps")), "compare predicted images (default) or predicted noise"),
+    "measure": Setting(
+        Choice(("pixels", "smooth")),
+        "the share of pixels that differ by less than a threshold (default), or one without a threshold",
+    ),
+    "threshold": Setting(number(above=0), "as a share of the data range; default: 2/256"),
+}
+
+
 def add_parser(subparsers):
     parser = add_command(
         subparsers,
@@ -36,14 +55,6 @@ def add_parser(subparsers):
         "Find the stages of a data set: noise levels whose optimal denoisers agree.",
         EXAMPLES,
     )
-    _add_data_options(parser)
-    _add_stage_options(parser)
-    _add_similarity_options(parser)
-    add_machine_options(parser)
-    return parser
-
-
-def _add_data_options(parser) -> None:
     group = parser.add_argument_group("data and output")
     group.add_argument(
         "--data", required=True, metavar="SOURCE", help='"digits", or a folder, .zip, .npy or .npz of images'
@@ -52,15 +63,8 @@ def _add_data_options(parser) -> None:
         "--image-size", type=whole(1), metavar="N", help="pixels per side to bring the images to"
     )
     group.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {', '.join(OUTPUTS)}",
+        "--out", required=True, type=Path, metavar="DIR", help=f"folder for {', '.join(OUTPUTS)}"
     )
-
-
-def _add_stage_options(parser) -> None:
     group = parser.add_argument_group("stages")
     group.add_argument(
         "--schedule",
@@ -68,26 +72,7 @@ def _add_stage_options(parser) -> None:
         default="vp",
         help="the noise levels to compare, and their names; default: vp",
     )
-    group.add_argument("--stages", type=whole(1), default=3, metavar="K", help="number of stages; default: 3")
-    group.add_argument(
-        "--method",
-        choices=METHODS,
-        help="`ends`: the paper's rule for three stages (the default for three); `optimal`: the best split (the "
-        "default for others); `uniform-`: equal lengths in the schedule's variable or in log-SNR; `gradient`: "
-        "the best split by the gradients of a trained unified model",
-    )
-    group.add_argument(
-        "--level",
-        type=number(above=0),
-        metavar="X",
-        help="similarity, below 1, at which `ends` cuts; default: 0.9",
-    )
-    group.add_argument(
-        "--min-levels",
-        type=whole(1),
-        metavar="N",
-        help="levels of the grid in each stage, for `optimal` and `gradient`; default: 1",
-    )
+    add_options(group, CUT)
     group.add_argument(
         "--run",
         type=Path,
@@ -108,34 +93,8 @@ def _add_stage_options(parser) -> None:
         metavar="W",
         help="width of the single decoder whose compute the suggested widths may use; default: 128",
     )
-
-
-def _add_similarity_options(parser) -> None:
     group = parser.add_argument_group("similarity")
-    group.add_argument("--grid", type=whole(2), default=21, metavar="L", help="noise levels; default: 21")
-    group.add_argument(
-        "--samples", type=whole(1), default=20, metavar="N", help="images compared; default: 20"
-    )
-    group.add_argument("--seed", type=seed, default=0, metavar="S", help="of images and noise; default: 0")
-    group.add_argument(
-        "--form",
-        choices=("x0", "eps"),
-        default="x0",
-        help="compare predicted images (default) or predicted noise",
-    )
-    group.add_argument(
-        "--measure",
-        choices=("pixels", "smooth"),
-        default="pixels",
-        help="the share of pixels that differ by less than a threshold (default), or one without a threshold",
-    )
-    group.add_argument(
-        "--threshold",
-        type=number(above=0),
-        default=2 / 256,
-        metavar="X",
-        help="as a share of the data range; default: 2/256",
-    )
+    add_options(group, SIMILARITY)
     group.add_argument(
         "--sigma-units",
         choices=("-1,1", "0,1"),
@@ -143,6 +102,8 @@ def _add_similarity_options(parser) -> None:
         help="the range of the data that sigma is meant for; in [0,1] the same sigma is twice the noise; "
         "default: -1,1",
     )
+    add_machine_options(parser)
+    return parser
 
 
 def run(args) -> None:
@@ -150,39 +111,35 @@ def run(args) -> None:
     from multistage_diffusion.clustering.pictures import plot_curves, plot_matrix
     from multistage_diffusion.common.atomic_files import check_replaceable
     from multistage_diffusion.data.images import load_images
+    from multistage_diffusion.training.data_parallel import Processes
 
     if (args.method == "gradient") != (args.source is not None):
         raise ValueError("--method gradient and --run go together")
-    cut = {name: getattr(args, name) for name in ("stages", "method", "level", "min_levels", "grid")}
+    cut = given(args, CUT)
     Rule(**cut)  # what is wrong with these shows before the images are loaded
     for name in OUTPUTS:
         check_replaceable(args.out / name, "--out")
     device = set_up_machine(args)
     images = load_images(args.data, image_size=args.image_size)
-    with _process_group() as group:
-        first = group is None or group.rank() == 0
-        with _progress(first) as progress:
+    with Processes.of_launcher() as processes:
+        with _progress(processes.is_first) as progress:
             found = find_stages(
                 images,
                 args.schedule,
-                samples=args.samples,
-                form=args.form,
-                measure=args.measure,
-                threshold=args.threshold,
                 sigma_units=tuple(map(float, args.sigma_units.split(","))),
-                seed=args.seed,
                 denoiser=None if args.source is None else _denoiser(args.source, device),
                 device=device,
-                group=group,
+                group=processes.group,
                 progress=progress,
                 **cut,
+                **given(args, SIMILARITY),
             )
-        if not first:
+        if not processes.is_first:
             return
     similarity, schedule = found.similarity, found.schedule
     own = found.split.stages(schedule)
     stages, numbers, matrix, curves = (args.out / name for name in OUTPUTS)
-    (own if args.variable == "own" else found.stages).save(stages)
+    {"own": own, "sigma": found.stages}[args.variable].save(stages)
     _save_numbers(similarity, schedule, numbers)
     plot_matrix(similarity, found.split, matrix, schedule, title=f"{images.name}, {args.schedule}")
     plot_curves(similarity, found.split, curves, level=found.rule.level)
@@ -195,21 +152,6 @@ def _denoiser(source: Path, device):
     from multistage_diffusion.training.checkpoints import load_model
 
     return load_model(source, "ema", device).denoiser
-
-
-@contextmanager
-def _process_group():
-    """The processes that ``torchrun`` started, or None for a single one."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -253,7 +195,7 @@ def _print_stages(result, own, budget: float) -> None:
     similarity, found, stages = result.similarity, result.split, result.stages
     columns = {"stage": [str(k) for k in range(len(stages))]}
     columns["sigma"] = [stages.describe(k) for k in range(len(stages))]
-    if own.variable != "sigma":
+    if own.variable not in columns:
         columns[own.variable] = [own.describe(k) for k in range(len(stages))]
     columns["log-SNR down to"] = [f"{float(log_snr(cut)):.4g}" for cut in found.cuts] + ["-inf"]
     columns["cut in 95 %"] = [f"{low:.4g} to {high:.4g}" for low, high in result.confidence] + [""]

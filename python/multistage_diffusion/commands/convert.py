@@ -7,9 +7,11 @@ import json
 import reprlib
 from pathlib import Path
 
-from multistage_diffusion.commands._options import SCHEDULE_NAMES, add_command, number, wholes
+from multistage_diffusion.commands._options import add_command
 from multistage_diffusion.common.atomic_files import check_replaceable
-from multistage_diffusion.presets import PRESETS
+from multistage_diffusion.common.settings import Several, number, whole
+from multistage_diffusion.noise import SCHEDULE_NAMES
+from multistage_diffusion.presets import PRESETS, find
 
 FAMILIES = ("edm", "ncsnpp", "ldm", "uvit")
 PRECONDITIONINGS = (*SCHEDULE_NAMES, "iddpm")
@@ -68,7 +70,7 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--start-multistage",
-        type=wholes,
+        type=Several(whole(1)),
         metavar="WIDTHS",
         help="make a multi-stage model of a unified one, with decoders of these widths, lowest noise first",
     )
@@ -104,7 +106,7 @@ def _number(text: str) -> float:
 
 def run(args: argparse.Namespace) -> None:
     from multistage_diffusion import official
-    from multistage_diffusion.official import convert
+    from multistage_diffusion.official import convert, denoisers
 
     check_replaceable(args.out, "--out")
     config = _read_config(args.config) if args.config else None
@@ -113,8 +115,9 @@ def run(args: argparse.Namespace) -> None:
     if args.start_multistage:
         network, report = official.start_multistage(network, args.start_multistage)
         print(report)
-    kept = convert.denoiser_of(
-        checkpoint, network, config, args.preset, args.preconditioning, _stages(args, checkpoint)
+    preset = find(args.preset) if args.preset else None
+    kept = denoisers.denoiser(
+        network, checkpoint, config, preset, args.preconditioning, _stages(args, checkpoint)
     )
     source = args.file.name.encode(errors="backslashreplace").decode()  # names of files need be no text
     notes = {"source": source, "weights": checkpoint.weights}
@@ -130,11 +133,12 @@ def run(args: argparse.Namespace) -> None:
 def _stages(args: argparse.Namespace, checkpoint):
     """--stages, whose boundaries are in the variable of the preconditioning that is used."""
     from multistage_diffusion.noise.parsing import parse_stages
-    from multistage_diffusion.official.convert import schedule_name
+    from multistage_diffusion.official.denoisers import published_by, schedule_name
 
     if args.stages is None:
         return None
-    name = schedule_name(checkpoint, args.family, args.preset, args.preconditioning)
+    published = find(args.preset) if args.preset else published_by(args.family)
+    name = schedule_name(checkpoint.preconditioner, args.preconditioning, published)
     return parse_stages(args.stages, "edm" if name == "iddpm" else name)
 
 

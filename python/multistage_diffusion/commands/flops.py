@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from multistage_diffusion.commands._options import add_command, numbers, whole, wholes
-from multistage_diffusion.common.checks import are_shares
-from multistage_diffusion.presets import PRESETS, SAMPLERS
+from multistage_diffusion.commands._options import add_command
+from multistage_diffusion.common.settings import Several, whole
+from multistage_diffusion.presets import SAMPLERS, TRAINABLE
 
 EXAMPLES = """\
   msd flops --preset edm-cifar10
   msd flops --preset ldm-celebahq256 --decoder-widths 224,192,128 --json
   msd flops --preset edm-cifar10 --shares 0.4,0.3,0.3 --sampler dpm-multistep --steps 20
+  msd flops runs/cifar10                             a run of msd train, or one of its checkpoints
+  msd flops model.safetensors                        what msd convert wrote
+  msd flops network.json --sampler ddim --steps 50   {"family": "edm", "image_size": 32, ...}
 """
 
 
@@ -20,20 +24,34 @@ def add_parser(subparsers):
     parser = add_command(
         subparsers,
         "flops",
-        "Count parameters and multiply-accumulates of a published network; no weights are allocated.",
+        "Count parameters and multiply-accumulates of a network, what a training image and a sample cost, and the same "
+        "for\na unified network; no weights are allocated.",
         EXAMPLES,
     )
-    parser.add_argument("--preset", required=True, choices=PRESETS, metavar="NAME", help=", ".join(PRESETS))
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "source",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        help="run or checkpoint folder, a file of msd convert, or JSON of a network's or a run's configuration",
+    )
+    source.add_argument(
+        "--preset", choices=TRAINABLE, metavar="NAME", help="or one of " + ", ".join(TRAINABLE)
+    )
     parser.add_argument(
         "--decoder-widths",
-        type=wholes,
+        type=Several(whole(1)),
         metavar="LIST",
         help="other widths, one per stage, lowest noise first",
     )
     parser.add_argument(
-        "--shares", type=numbers, metavar="LIST", help="of the stages in training; default: as published"
+        "--shares",
+        type=Several(),
+        metavar="LIST",
+        help="of the stages in training; default: the model's, else those of the schedule's distribution",
     )
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: that of the published results")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the preset's, or that of the schedule")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="of the sampler")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -46,97 +64,20 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> dict:
     """Everything that the command prints, as JSON-able values; costs in multiply-accumulates."""
-    from multistage_diffusion.flops import TRAINING, expected
-    from multistage_diffusion.presets import find
+    from multistage_diffusion import costs
 
-    preset = find(args.preset)
-    stages = preset.stages()
-    if args.decoder_widths and len(args.decoder_widths) != len(stages):
-        raise ValueError(
-            f"--decoder-widths: one width per stage ({len(stages)}) is needed, got {args.decoder_widths}"
-        )
-    changes = {"decoder_widths": list(args.decoder_widths)} if args.decoder_widths else {}
-    shares = args.shares or preset.stage_shares()
-    if len(shares) != len(stages) or not are_shares(shares):
-        given = ",".join(f"{share:g}" for share in shares)
-        raise ValueError(
-            f"--shares {given}: one share per stage ({len(stages)}) is needed, none negative, with the sum 1"
-        )
-    multistage = _count(preset.config(**changes))
-    unified = _count(preset.config("unified"))
-    separate = _count(preset.config("separate", **changes))
-    evaluations = preset.evaluations(args.sampler, args.steps)
-
-    def per_sample(macs) -> int:
-        return sum(n * m for n, m in zip(evaluations, macs, strict=True))
-
-    everywhere = unified.macs * len(stages)
-    found = {
-        "preset": preset.name,
-        "title": preset.title,
-        "stages": [
-            {
-                "stage": k,
-                "noise_levels": f"{stages.variable} in {stages.describe(k)}",
-                "decoder_width": preset.config(**changes)["decoder_widths"][k],
-                "parameters": multistage.parameters[k],
-                **_costs(multistage, k, preset.published_attention),
-            }
-            for k in range(len(stages))
-        ],
-        "shared": {"parameters": multistage.shared_parameters, "macs": multistage.shared_macs},
-        "total_parameters": multistage.total_parameters,
-        "unified": {
-            "width": preset.unified_width,
-            "parameters": unified.total_parameters,
-            **_costs(unified, 0, preset.published_attention),
-        },
-        "separate": {"parameters": separate.total_parameters, "macs": list(separate.macs)},
-        "published_macs_count_attention": preset.published_attention,
-        "training": {
-            "shares": list(shares),
-            "macs_per_image": TRAINING * expected(multistage.macs, shares),
-            "unified_macs_per_image": TRAINING * unified.macs[0],
-        },
-        "sampling": {
-            "sampler": args.sampler or preset.sampler,
-            "steps": args.steps or preset.sampler_steps,
-            "evaluations": list(evaluations),
-            "macs_per_image": per_sample(multistage.macs),
-            "unified_macs_per_image": per_sample(everywhere),
-        },
-    }
-    if preset.network["family"] == "ldm":
-        built = _count(preset.config(**changes, reduced_attention=True))
-        found["reference_checkpoints"] = {
-            "parameters": list(built.parameters),
-            "total_parameters": built.total_parameters,
-            "macs": list(built.macs),
-        }
-    return found
-
-
-def _count(config: dict):
-    import torch
-
-    from multistage_diffusion.flops import count
-    from multistage_diffusion.networks import build
-
-    with torch.device("meta"):
-        network = build(config)
-    return count(network)
-
-
-def _costs(cost, stage: int, with_attention: bool) -> dict[str, int]:
-    macs, attention = cost.macs[stage], cost.attention_macs[stage]
-    published = macs if with_attention else macs - attention
-    return {"macs": macs, "attention_macs": attention, "published_macs": published}
+    model = costs.Model.of_preset(TRAINABLE[args.preset]) if args.preset else costs.Model.of_file(args.source)
+    widths = {"decoder_widths": list(args.decoder_widths)} if args.decoder_widths else {}
+    model = model.changed(
+        network={**model.network, **widths}, shares=args.shares, sampler=args.sampler, steps=args.steps
+    )
+    return costs.report(model)
 
 
 def table(found: dict) -> str:
     """The report as text."""
     lines = [
-        f"{found['preset']}: {found['title']}",
+        f"{found['name']}: {found['title']}".removesuffix(": "),
         "",
         f"{'stage':<10}{'noise levels':<28}{'width':>6}{'parameters':>14}{'GMACs':>9}  attention's products",
     ]
@@ -179,14 +120,16 @@ def table(found: dict) -> str:
 def _row(name: str, levels: str, width, parameters: int, costs: dict | None = None) -> str:
     text = f"{name:<10}{levels:<28}{width!s:>6}{_millions(parameters):>12} M"
     if costs is not None:
-        text += f"{costs['macs'] / 1e9:>9.2f}"
-        text += f"  {costs['attention_macs'] / 1e9:.2f}" if "attention_macs" in costs else ""
+        digits = 2 if costs["macs"] >= 1e8 else 5
+        text += f"{costs['macs'] / 1e9:>9.{digits}f}"
+        text += f"  {costs['attention_macs'] / 1e9:.{digits}f}" if "attention_macs" in costs else ""
     return text
 
 
 def _compared(costs: dict) -> str:
     own, unified = costs["macs_per_image"], costs["unified_macs_per_image"]
-    return f"  {own / 1e9:.1f} GMACs per image; unified {unified / 1e9:.1f}, ratio {own / unified:.3f}"
+    own_text, unified_text = (f"{macs / 1e9:.{1 if macs > 1e10 else 3}f}" for macs in (own, unified))
+    return f"  {own_text} GMACs per image; unified {unified_text}, ratio {own / unified:.3f}"
 
 
 def _millions(parameters: int) -> str:

@@ -9,15 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multistage_diffusion.commands._options import (
-    add_command,
-    add_machine_options,
-    number,
-    seed,
-    set_up_machine,
-    whole,
-)
-from multistage_diffusion.sampling.table import SAMPLERS
+from multistage_diffusion.commands._options import add_command, add_machine_options, set_up_machine
+from multistage_diffusion.common.settings import Setting, add_options, given, option_of, seed, whole
+from multistage_diffusion.sampling.table import HEUN, SAMPLERS, SETTINGS, STEPS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,72 +113,13 @@ def _add_sampler_options(parser) -> None:
         metavar="N",
         help="network evaluations, 2 N - 1 of them for heun; default: 18 for heun, else 20",
     )
-    group.add_argument(
-        "--spacing",
-        choices=("own", "karras", "log-snr"),
-        help="with dpm-multistep and ddim: steps evenly spaced in the schedule's own variable, in sigma^(1/7), or in "
-        "log-SNR; default: karras for edm, else own",
-    )
-    group.add_argument(
-        "--denoise-to-zero",
-        action="store_true",
-        default=None,
-        help="with the other samplers than heun: one more evaluation, which removes the noise that they leave",
-    )
-    group.add_argument(
-        "--eta",
-        type=number(low=0),
-        metavar="X",
-        help="with ddim: 0, a deterministic sampler (default), to 1, ancestral sampling",
-    )
-
+    add_options(group, _of_group(STEPS))
     group = parser.add_argument_group("heun", "noise levels in units of the data; images are in [-1, 1]")
-    group.add_argument(
-        "--sigma-min",
-        type=number(above=0),
-        metavar="X",
-        help="lowest noise level before 0; default: 0.002, or the schedule's lowest if that is higher",
-    )
-    group.add_argument(
-        "--sigma-max",
-        type=number(above=0),
-        metavar="X",
-        help="noise level to start from; default: 80, or the schedule's highest if that is lower",
-    )
-    group.add_argument(
-        "--rho",
-        type=number(above=0),
-        metavar="X",
-        help="how much steps are shortened towards low noise; default: 7",
-    )
-    group.add_argument(
-        "--s-churn",
-        type=number(low=0, infinite=True),
-        dest="S_churn",
-        metavar="X",
-        help="amount of added noise; default: 0, a deterministic sampler",
-    )
-    group.add_argument(
-        "--s-min",
-        type=number(low=0),
-        dest="S_min",
-        metavar="X",
-        help="lowest noise level at which noise is added; default: 0",
-    )
-    group.add_argument(
-        "--s-max",
-        type=number(low=0, infinite=True),
-        dest="S_max",
-        metavar="X",
-        help="highest one; default: inf",
-    )
-    group.add_argument(
-        "--s-noise",
-        type=number(low=0),
-        dest="S_noise",
-        metavar="X",
-        help="standard deviation of the added noise; default: 1",
-    )
+    add_options(group, _of_group(HEUN))
+
+
+def _of_group(group: str) -> dict[str, Setting]:
+    return {name: setting for name, setting in SETTINGS.items() if setting.group == group}
 
 
 def output_path(text: str) -> Path:
@@ -237,7 +172,7 @@ def _sample(args, processes) -> None:
     if args.seeds is not None and args.num is not None:
         raise ValueError("--seeds and --num exclude each other")
     seeds = args.seeds if args.seeds is not None else list(range(args.seed, args.seed + (args.num or 16)))
-    settings = given_settings(args)
+    settings = given(args, SETTINGS)
     # What is wrong whatever the model is shows before one is loaded.
     seeds = require_seeds(seeds, "sample")
     processes.first_does(lambda: check_replaceable(args.out, "--out"))
@@ -280,12 +215,6 @@ def _sample(args, processes) -> None:
     )
 
 
-def given_settings(args) -> dict:
-    """The sampler's options on the command line, as ``sampler_config`` takes them."""
-    names = dict.fromkeys(name for sampler in SAMPLERS.values() for name in sampler.settings)
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
 def _sampler_of(settings: dict, sampler: str | None) -> str:
     """The sampler asked for; where it is not known yet, one that takes the settings.
 
@@ -296,16 +225,12 @@ def _sampler_of(settings: dict, sampler: str | None) -> str:
         fitting = (name for name, known in SAMPLERS.items() if settings.keys() <= set(known.settings))
         sampler = next(fitting, None)
     if sampler is None:
-        raise ValueError(f"{', '.join(map(_option, settings))}: no sampler takes all of these")
+        raise ValueError(f"{', '.join(map(option_of, settings))}: no sampler takes all of these")
     for name in settings:
         if name not in SAMPLERS[sampler].settings:
             others = " or ".join(other for other, known in SAMPLERS.items() if name in known.settings)
-            raise ValueError(f"{_option(name)} is for --sampler {others}, not for {sampler}")
+            raise ValueError(f"{option_of(name)} is for --sampler {others}, not for {sampler}")
     return sampler
-
-
-def _option(name: str) -> str:
-    return "--" + name.lower().replace("_", "-")
 
 
 def _progress(done: int, total: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import index
 
 
@@ -21,6 +21,17 @@ def integer(user: str, name: str, value: int, least: int) -> int:
     if found < least:
         raise ValueError(f"{user}: {name}={found} must be at least {least}")
     return found
+
+
+def is_number(value: object) -> bool:
+    """Whether a value, such as one out of JSON, is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def one_of(user: str, name: str, value: object, allowed: Collection[str]) -> None:
+    """Raises ValueError for a value that is none of the names allowed."""
+    if value not in tuple(allowed):
+        raise ValueError(f"{user}: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def are_shares(values: Sequence[float]) -> bool:

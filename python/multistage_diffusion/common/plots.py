@@ -69,7 +69,7 @@ def save_sample_grid(
     scale = max(1, round(_CELL_PIXELS / max(height, width))) if scale is None else scale
     for name, value in (("columns", columns), ("scale", scale)):
         if value < 1:
-            raise ValueError(f"save_sample_grid: {name} must be at least 1, given {value}")
+            raise ValueError(f"save_sample_grid: {name} must be at least 1, got {value}")
     path = output_path(path, "save_sample_grid", (".png",))
     columns = min(columns, batch)
     rows = math.ceil(batch / columns)
@@ -109,18 +109,18 @@ def saved_axes(path: Path, *, width: float, height: float):
 def output_path(path: str | os.PathLike, function: str, suffixes: tuple[str, ...]) -> Path:
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{function}: path must end in {' or '.join(suffixes)}, given {path}")
+        raise ValueError(f"{function}: path must end in {' or '.join(suffixes)}, got {path}")
     return path
 
 
 def _check_grid_images(images: torch.Tensor) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         given = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise TypeError(f"save_sample_grid: images must be a floating-point tensor in [-1, 1], given {given}")
+        raise TypeError(f"save_sample_grid: images must be a floating-point tensor in [-1, 1], got {given}")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
         raise ValueError(
             "save_sample_grid: images must be [B, C, H, W] with C 1 (grey) or 3 (RGB) and none of them 0, "
-            f"given shape {list(images.shape)}"
+            f"got shape {list(images.shape)}"
         )
     finite = images.isfinite().flatten(1).all(1)
     if not finite.all():

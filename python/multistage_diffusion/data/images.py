@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -127,14 +127,14 @@ class ImageData:
         if index.numel() == 0:
             index = index.to(torch.int64)
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise TypeError(f"ImageData.sample: indices of {self.name} must be integers, given {index.dtype}")
+            raise TypeError(f"ImageData.sample: indices of {self.name} must be integers, got {index.dtype}")
         if index.ndim != 1:
-            raise DataError(f"ImageData.sample: indices must be [B], given shape {list(index.shape)}")
+            raise DataError(f"ImageData.sample: indices must be [B], got shape {list(index.shape)}")
         index = index.to("cpu", torch.int64)
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_images):
             raise DataError(
                 f"ImageData.sample: {self.name} has images 0..{self.num_images - 1}, "
-                f"given indices {int(index.min())}..{int(index.max())}"
+                f"got indices {int(index.min())}..{int(index.max())}"
             )
         batch = self._gather(index).to(torch.float32, memory_format=torch.contiguous_format)
         if self.value_range in (None, (-1.0, 1.0)):
@@ -228,14 +228,14 @@ def load_images(
     _check_image_size(image_size)
     _check_values(values, "load_images")
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f'load_images: source must be "digits" or a path, given {type(source).__name__}')
+        raise TypeError(f'load_images: source must be "digits" or a path, got {type(source).__name__}')
     array_loader = {".npy": _load_npy, ".npz": _load_npz}.get(Path(source).suffix.lower())
     if values == "latents" and array_loader is None:
         raise DataError(
-            f"load_images: latents are floating-point arrays in a .npy or .npz file, given {os.fspath(source)!r}"
+            f"load_images: latents are floating-point arrays in a .npy or .npz file, got {os.fspath(source)!r}"
         )
-    if source == "digits":
-        return _load_digits(DIGITS_IMAGE_SIZE if image_size is None else image_size)
+    if source in LOADERS:
+        return LOADERS[source](image_size)
     path = Path(source)
     if not path.exists():
         raise DataError(
@@ -260,7 +260,8 @@ def _of_files(path: Path, images: np.ndarray) -> ImageData:
     return ImageData(torch.from_numpy(images), name=path.stem)
 
 
-def _load_digits(image_size: int) -> ImageData:
+def _load_digits(image_size: int | None) -> ImageData:
+    image_size = DIGITS_IMAGE_SIZE if image_size is None else image_size
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -274,6 +275,10 @@ def _load_digits(image_size: int) -> ImageData:
     images = np.stack([np.asarray(image) for image in enlarged])
     labels = torch.from_numpy(digits.target.astype(np.int64))
     return ImageData(torch.from_numpy(images[:, None]), labels, name="digits")
+
+
+# Data sets by name, as ``source``; each is made for an image size, or its own where that is None.
+LOADERS: dict[str, Callable[[int | None], ImageData]] = {"digits": _load_digits}
 
 
 def _load_npy(path: Path, image_size: int | None, values: str) -> ImageData:
@@ -348,7 +353,7 @@ def _image_data(
         )
     if labels is not None:
         if labels.dtype.kind not in "iu":
-            raise DataError(f"load_images: labels in {path} must be integers, given {labels.dtype}")
+            raise DataError(f"load_images: labels in {path} must be integers, got {labels.dtype}")
         labels = torch.from_numpy(labels.astype(labels.dtype.newbyteorder("=")))
     return ImageData(torch.from_numpy(array), labels, name=path.stem, values=values)
 
@@ -379,7 +384,7 @@ def _to_nchw(array: np.ndarray, path: Path) -> np.ndarray:
     if array.ndim != 4:
         raise DataError(
             f"load_images: {path} must hold a 4-dimensional array, [N, C, H, W] or [N, H, W, C]; "
-            f"given shape {list(array.shape)}"
+            f"got shape {list(array.shape)}"
         )
     _, first, second, third = array.shape
     channels_first = first in CHANNELS and second == third
@@ -401,14 +406,14 @@ def _check_image_size(image_size: int | None) -> None:
     if image_size is None:
         return
     if not isinstance(image_size, int) or isinstance(image_size, bool):
-        raise TypeError(f"load_images: image_size must be an integer, given {image_size!r}")
+        raise TypeError(f"load_images: image_size must be an integer, got {image_size!r}")
     if image_size < 1:
-        raise DataError(f"load_images: image_size must be at least 1, given {image_size}")
+        raise DataError(f"load_images: image_size must be at least 1, got {image_size}")
 
 
 def _check_values(values: str, caller: str) -> None:
     if values not in VALUES:
-        raise DataError(f"{caller}: values must be one of {', '.join(VALUES)}, given {values!r}")
+        raise DataError(f"{caller}: values must be one of {', '.join(VALUES)}, got {values!r}")
 
 
 def _checked_images(images: torch.Tensor, name: str, values: str) -> torch.Tensor:
@@ -416,12 +421,12 @@ def _checked_images(images: torch.Tensor, name: str, values: str) -> torch.Tenso
     dtypes = (torch.float32,) if latents else (torch.uint8, torch.float32)
     if images.dtype not in dtypes:
         allowed = "float32, for latents" if latents else "uint8 or float32"
-        raise DataError(f"ImageData: {name} must be {allowed}, given {images.dtype}")
+        raise DataError(f"ImageData: {name} must be {allowed}, got {images.dtype}")
     square = images.ndim == 4 and images.shape[2] == images.shape[3]
     if not square or (images.shape[1] not in CHANNELS and not latents):
         allowed = "H = W" if latents else f"H = W and C one of {CHANNELS}"
         raise DataError(
-            f"ImageData: {name} must be [N, C, H, W] with {allowed}, given shape {list(images.shape)}"
+            f"ImageData: {name} must be [N, C, H, W] with {allowed}, got shape {list(images.shape)}"
         )
     if images.numel() == 0:
         raise DataError(f"ImageData: {name} holds no {values}, its shape is {list(images.shape)}")
@@ -434,7 +439,7 @@ def _checked_labels(labels: torch.Tensor | None, num_images: int, name: str) -> 
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (num_images,):
         raise DataError(
             f"ImageData: labels of {name} must be {num_images} integers, "
-            f"given {labels.dtype} of shape {list(labels.shape)}"
+            f"got {labels.dtype} of shape {list(labels.shape)}"
         )
     classes = labels.to(torch.int64)
     bad = (classes < 0).nonzero()
@@ -460,7 +465,7 @@ def _value_range(images: torch.Tensor, name: str, values: str) -> tuple[float, f
         return None
     if low < -1 or high > 1:
         raise DataError(
-            f"ImageData: floats of {name} must lie in [0, 1] or [-1, 1], given {low:.6g} to {high:.6g}"
+            f"ImageData: floats of {name} must lie in [0, 1] or [-1, 1], got {low:.6g} to {high:.6g}"
         )
     if -0.5 <= low < 0:
         raise DataError(

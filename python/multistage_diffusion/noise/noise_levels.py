@@ -43,6 +43,10 @@ class _Noise:
         self.stages = stages
         self.distribution = distribution or LogNormal()
 
+    def shares(self) -> tuple[float, ...]:
+        """The probability of each stage."""
+        return self.stages.probabilities(self.distribution)
+
 
 class MixedNoise(_Noise):
     """Noise levels as EDM draws them: every sample on its own from the distribution.
@@ -196,6 +200,9 @@ class StratifiedNoise(_EvenlySpaced):
             self._weight = _float64([a / b if b else 0.0 for a, b in zip(p, q, strict=True)])
         self._tabulate_intervals()
 
+    def shares(self) -> tuple[float, ...]:
+        return self.probabilities
+
     def _tabulate_intervals(self) -> None:
         """Per stage: the ends of its intervals and their cumulative mass, padded to the longest union."""
         width = max(len(stage) for stage in self.stages.intervals)
@@ -232,6 +239,23 @@ class RestagedNoise:
     def __init__(self, noise: MixedNoise | SystematicNoise | StratifiedNoise, stages: Stages):
         stages.require_variable("sigma", type(self).__name__)
         self.noise, self.stages, self.distribution = noise, stages, noise.distribution
+
+    def shares(self) -> tuple[float, ...]:
+        """The probability of each of the network's stages."""
+        drawn, mass = self.noise.stages, self.distribution.mass
+        density = [
+            q / p if q else 0.0
+            for q, p in zip(self.noise.shares(), drawn.probabilities(self.distribution), strict=True)
+        ]
+        both = [
+            (own, weight * mass(max(low, first), min(high, last)))
+            for own, stage in enumerate(self.stages.intervals)
+            for low, high in stage
+            for weight, other in zip(density, drawn.intervals, strict=True)
+            for first, last in other
+            if max(low, first) < min(high, last)
+        ]
+        return tuple(math.fsum(share for own, share in both if own == k) for k in range(len(self.stages)))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> NoiseLevels:
         levels = self.noise.draw(batch_size, generator)

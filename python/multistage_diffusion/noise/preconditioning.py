@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.common.transfer import host_to_device
 from multistage_diffusion.networks.stage_network import Takes
 from multistage_diffusion.networks.stage_order import StageOrder
@@ -98,7 +99,7 @@ class Preconditioner(nn.Module):
 
         ``network.preconditioning`` is what ``to_json`` said of that one.
         """
-        said = getattr(self.network, "preconditioning", None)
+        said = said_of(self.network)
         if said is None:
             return
         if wrong := differences(said, self.to_json()):
@@ -293,11 +294,7 @@ class SchedulePreconditioner(Preconditioner):
             allowed = f"{', '.join(others)} or {last}" if others else last
             raise ValueError(f"{type(self).__name__}: schedule must be {allowed}, got {schedule!r}")
         prediction = schedule.predictions[0] if prediction is None else prediction
-        if prediction not in schedule.predictions:
-            raise ValueError(
-                f"SchedulePreconditioner: prediction must be one of {', '.join(schedule.predictions)}, "
-                f"got {prediction!r} for {schedule.name}"
-            )
+        one_of(f"SchedulePreconditioner of {schedule.name}", "prediction", prediction, schedule.predictions)
         super().__init__(network, stages_in_sigma(stages, schedule))
         self.schedule, self.prediction = schedule, prediction
         self.require_own_network()
@@ -353,6 +350,11 @@ PRECONDITIONINGS: dict[str, type[Schedule]] = {**SCHEDULES, IDDPM.name: IDDPM}
 DENOISERS: dict[str, type[Preconditioner]] = {EDM.name: EDMPreconditioner, IDDPM.name: IDDPMPreconditioner}
 # They say what a network was made for, but D is the same without them.
 LIMITS = ("sigma_min", "sigma_max", "epsilon_t")
+
+
+def said_of(network: nn.Module) -> dict[str, object] | None:
+    """What the file that a network was read from says of its denoiser; None for a network of no file."""
+    return getattr(network, "preconditioning", None)
 
 
 def denoiser_of(schedule: str) -> type[Preconditioner]:

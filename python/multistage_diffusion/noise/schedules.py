@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from multistage_diffusion.common.checks import integer
+from multistage_diffusion.common.checks import integer, one_of
 from multistage_diffusion.noise.distributions import LogLogistic, LogNormal, Uniform, host64
 from multistage_diffusion.noise.levels import between, edm_sigmas, vp_sigma, vp_t
 
@@ -89,15 +89,14 @@ class Schedule:
             ValueError: an unknown spacing.
         """
         spacing = self.spacing if spacing is None else spacing
+        one_of("spaced", "spacing", spacing, SPACINGS)
         if spacing == "own":
             return self.evenly(steps)
         sigma_max, sigma_min = self._spacing_ends()
         if spacing == "karras":
             return tuple(edm_sigmas(steps + 1, sigma_min, sigma_max)[:-1].tolist())
-        if spacing == "log-snr":
-            inner = (between(sigma_max, sigma_min, i / steps) for i in range(1, steps))
-            return (sigma_max, *inner, sigma_min)
-        raise ValueError(f"spaced: spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+        inner = (between(sigma_max, sigma_min, i / steps) for i in range(1, steps))
+        return (sigma_max, *inner, sigma_min)
 
     def evenly(self, steps: int) -> tuple[float, ...]:
         """``[steps + 1]`` noise levels, evenly spaced in the variable between ``ends``."""

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.networks import build as build_network
 from multistage_diffusion.networks.layers import OnStages, StageModule
 from multistage_diffusion.networks.network_limits import at_most
+from multistage_diffusion.networks.stage_network import StageNetwork
 from multistage_diffusion.official import edm, ldm, ncsnpp, uvit
 from multistage_diffusion.official.entries import Family, Place, tensors
-from multistage_diffusion.official.unpickling import shown
+from multistage_diffusion.official.pickles import shown
 
 __all__ = [
     "FAMILIES",
@@ -188,9 +190,8 @@ def export(network: nn.Module, values: str = "parameters") -> dict[str, Tensor]:
         ValueError: another ``values``, or a network without a reference: of another family, or with one encoder
             per stage.
     """
-    if values not in VALUES:
-        raise ValueError(f"official.export: values must be one of {', '.join(VALUES)}, got {values!r}")
-    rules = _family(getattr(network, "family", type(network).__name__))
+    one_of("official.export", "values", values, VALUES)
+    rules = _family(network.family if isinstance(network, StageNetwork) else type(network).__name__)
     if not network.shared_encoder:
         raise ValueError(
             "official.export: the reference has no network with one encoder per stage; "
@@ -274,8 +275,7 @@ def start_multistage(unified: nn.Module, decoder_widths: Sequence[int]) -> tuple
 
 
 def _family(family: str) -> Family:
-    if family not in FAMILIES:
-        raise ValueError(f"official: family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    one_of("official", "family", family, FAMILIES)
     return FAMILIES[family]
 
 

@@ -11,15 +11,15 @@ import mmap
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from multistage_diffusion import networks, official
-from multistage_diffusion.noise.stages import Stages
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.official import denoisers, irregular
+from multistage_diffusion.official.denoisers import ReferenceCheckpoint
 from multistage_diffusion.official.network_files import load_denoiser, load_network, save_network
 from multistage_diffusion.official.pickles import (
     CheckpointFileError,
@@ -33,13 +33,11 @@ from multistage_diffusion.presets import find
 __all__ = [
     "CheckpointFileError",
     "ReferenceCheckpoint",
-    "denoiser_of",
     "load_denoiser",
     "load_network",
     "network_of",
     "read",
     "save_network",
-    "schedule_name",
 ]
 
 WEIGHTS = ("ema", "raw")
@@ -53,25 +51,6 @@ LDM_PREFIX, LDM_EMA_PREFIX, LDM_CLASSES, LDM_BETAS = (
 ZIP_START, PICKLE = b"PK\x03\x04", "data.pkl"
 # Of the weights' bytes in relation to the file's: some layers are saved under several names.
 MOST_COPIES, SLACK = 2, 1 << 20
-
-
-@dataclass(frozen=True)
-class ReferenceCheckpoint:
-    """What a file of the reference holds.
-
-    Attributes:
-        tensors: the chosen weights under the reference's names.
-        config: the constructor's arguments, where the file has them.
-        weights: which weights they are: averaged, raw, or the only ones of the file.
-        preconditioner: schedule and constants of the denoiser, where the file has them, as ``precondition`` takes them.
-        unknown_preconditioner: what the file has instead that is not known here, in words.
-    """
-
-    tensors: dict[str, Tensor]
-    config: dict[str, object] | None
-    weights: str
-    preconditioner: dict[str, object] | None = None
-    unknown_preconditioner: str | None = None
 
 
 def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
@@ -88,8 +67,7 @@ def read(path: str | Path, weights: str = "ema") -> ReferenceCheckpoint:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    if weights not in WEIGHTS:
-        raise ValueError(f"convert: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    one_of("convert", "weights", weights, WEIGHTS)
     with path.open("rb") as file:  # here, so that a missing file is an OSError, whatever reads it then
         head = file.read(1024)
     _refuse_text(head, path)
@@ -351,56 +329,11 @@ def network_of(
             "convert: the file does not say how its network was built; give --config with the reference's "
             "constructor arguments as JSON, or --preset"
         )
-    if (
-        family == "ldm" and LDM_CLASSES in checkpoint.tensors
-    ):  # the class embedder is not the U-Net's argument
-        config = {"n_classes": _size_of(checkpoint.tensors, LDM_CLASSES, 0), **config}
-    return official.load(checkpoint.tensors, family, config)
-
-
-def denoiser_of(
-    checkpoint: ReferenceCheckpoint,
-    network: nn.Module,
-    config: Mapping[str, object] | None = None,
-    preset: str | None = None,
-    preconditioning: Mapping[str, object] | None = None,
-    stages: Stages | None = None,
-) -> denoisers.KeptDenoiser:
-    """D(x; sigma) around a converted network, and in words how it is known.
-
-    Schedule and constants are the file's, where it has them, else ``preconditioning``, else those of the preset or the
-    family's published model. Stages are ``stages``, else those of the constructor's arguments, else the published ones.
-
-    Args:
-        checkpoint: what ``read`` gave.
-        network: what ``network_of`` made of it, or a multi-stage network that starts from that.
-        config, preset: as given to ``network_of``.
-        preconditioning: ``{"schedule": name, **constants}``, as ``precondition`` takes them.
-        stages: in sigma or in the schedule's variable.
-
-    Raises:
-        ValueError: ``preconditioning`` contradicts the file, or stages or constants do not fit.
-    """
-    return denoisers.denoiser(
-        network,
-        {} if preset else config or checkpoint.config or {},
-        checkpoint.preconditioner,
-        preconditioning,
-        stages,
-        preset=find(preset) if preset else None,
-        unknown=checkpoint.unknown_preconditioner,
-    )
-
-
-def schedule_name(
-    checkpoint: ReferenceCheckpoint,
-    family: str,
-    preset: str | None = None,
-    preconditioning: Mapping[str, object] | None = None,
-) -> str:
-    """The schedule that ``denoiser_of`` takes for these arguments."""
-    published = find(preset) if preset else denoisers.published_by(family)
-    return denoisers.schedule_name(checkpoint.preconditioner, preconditioning, published)
+    outside = official.FAMILIES[family].outside if family in official.FAMILIES else {}
+    shown = {
+        name: _size_of(checkpoint.tensors, *at) for name, at in outside.items() if at[0] in checkpoint.tensors
+    }
+    return official.load(checkpoint.tensors, family, {**shown, **config})
 
 
 def _size_of(tensors: Mapping[str, Tensor], name: str, dim: int) -> int:
@@ -415,11 +348,8 @@ def _preset_config(name: str, family: str, tensors: Mapping[str, Tensor]) -> dic
     if preset.network["family"] != family:
         raise ValueError(f"convert: preset {name} is of the family {preset.network['family']}, not {family}")
     stages = {int(match[1]) for key in tensors if (match := re.match(r"(?:decs|de_modules)\.(\d+)\.", key))}
-    changes: dict[str, object] = {}
-    if family == "ldm":
-        changes = {"reduced_attention": True, "label_dim": _size_of(tensors, LDM_CLASSES, 0)}
-    elif family == "edm":
-        changes = {"augment_dim": _size_of(tensors, "map_augment.weight", 1)}
+    sizes = official.FAMILIES[family].sizes
+    changes = {**preset.reference, **{name: _size_of(tensors, *at) for name, at in sizes.items()}}
     if any(key.startswith(("dec.", "all_modules.")) for key in tensors):  # the original EDM or score SDE
         changes["max_groups"] = 32
     return preset.config("multistage" if len(stages) > 1 else "unified", **changes)

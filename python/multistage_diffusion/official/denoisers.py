@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from multistage_diffusion.common.checks import is_number
 from multistage_diffusion.noise.preconditioning import (
     PRECONDITIONINGS,
     Preconditioner,
@@ -25,12 +26,20 @@ from multistage_diffusion.noise.preconditioning import (
     require_known,
     stages_in_sigma,
 )
-from multistage_diffusion.noise.schedules import Schedule
+from multistage_diffusion.noise.schedules import DiscreteSchedule, Schedule
 from multistage_diffusion.noise.stages import Stages, StagesError
 from multistage_diffusion.official.pickles import Record
 from multistage_diffusion.presets import PRESETS, Preset
 
-__all__ = ["KeptDenoiser", "denoiser", "of_betas", "of_record"]
+__all__ = [
+    "KeptDenoiser",
+    "ReferenceCheckpoint",
+    "denoiser",
+    "of_betas",
+    "of_record",
+    "published_by",
+    "schedule_name",
+]
 
 # EDM's classes: which schedule they are, and the attributes that are constants.
 CLASSES = {
@@ -44,6 +53,25 @@ CLASS_DEFAULTS = {"VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0}}
 LARGEST = 1 << 63
 # float32 keeps this of betas that were computed in float64.
 BETAS_AGREE = 1e-6
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """What a file of the reference holds.
+
+    Attributes:
+        tensors: the chosen weights under the reference's names.
+        config: the constructor's arguments, where the file has them.
+        weights: which weights they are: averaged, raw, or the only ones of the file.
+        preconditioner: schedule and constants of the denoiser, where the file has them, as ``precondition`` takes them.
+        unknown_preconditioner: what the file has instead that is not known here, in words.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, object] | None
+    weights: str
+    preconditioner: dict[str, object] | None = None
+    unknown_preconditioner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ def of_record(record: Record) -> dict[str, object] | None:
     given = {**CLASS_DEFAULTS.get(record.class_name, {}), **record.entries("_init_kwargs"), **record.state}
     found = {name: given[name] for name in names if name in given}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value <= math.inf:
+        if not is_number(value) or not -LARGEST < value <= math.inf:
             raise ValueError(f"the preconditioner's {name} is no number")
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"the preconditioner's {name} is a huge number")
@@ -98,28 +126,30 @@ def of_betas(betas: Tensor) -> dict[str, object] | None:
 
 def denoiser(
     network: nn.Module,
-    config: Mapping[str, object],
-    said: Mapping[str, object] | None,
+    checkpoint: ReferenceCheckpoint,
+    config: Mapping[str, object] | None = None,
+    preset: Preset | None = None,
     asked: Mapping[str, object] | None = None,
     stages: Stages | None = None,
-    *,
-    preset: Preset | None = None,
-    unknown: str | None = None,
 ) -> KeptDenoiser:
-    """D(x; sigma) around a converted network.
+    """D(x; sigma) around a converted network, and in words how it is known.
+
+    Schedule and constants are the file's, where it has them, else ``asked``, else those of the preset or the family's
+    published model. Stages are ``stages``, else those of the constructor's arguments, else the published ones.
 
     Args:
-        network: the converted network.
-        config: the reference constructor's arguments, which may name constants and stages.
-        said: what the file says: schedule and constants; None where it says nothing.
-        asked: what the caller says, in the same form.
-        stages: what the caller says; default: those of ``config``, else the family's published ones.
-        preset: the published configuration of the network, whose schedule and stages are taken before the family's.
-        unknown: what the file has in place of a schedule and constants that are known, in words.
+        network: what ``convert.network_of`` made of the checkpoint, or a multi-stage network that starts from that.
+        checkpoint: what ``convert.read`` gave.
+        config: the reference constructor's arguments, which may name constants and stages; default: those in the file.
+        preset: the published configuration of the network, in place of ``config``.
+        asked: ``{"schedule": name, **constants}``, as ``precondition`` takes them.
+        stages: in sigma or in the schedule's variable.
 
     Raises:
-        ValueError: the caller contradicts the file, or constants or stages do not fit.
+        ValueError: ``asked`` contradicts the file, or constants or stages do not fit.
     """
+    said, unknown = checkpoint.preconditioner, checkpoint.unknown_preconditioner
+    config = {} if preset else config or checkpoint.config or {}
     if said and asked and (wrong := differences(as_json(said), as_json(asked))):
         raise ValueError(f"convert: --preconditioning contradicts the file: {'; '.join(wrong)}")
     if not said and not asked and unknown is not None:
@@ -228,7 +258,7 @@ def _of_interval(interval: object, family: str, schedule: Schedule) -> Stages | 
     try:
         if isinstance(interval, str):
             interval = json.loads(interval.replace("inf", "Infinity"))
-        if variable == "step":
+        if isinstance(schedule, DiscreteSchedule):
             cuts = [float(schedule.sigma(int(first) - 1)) for first in interval[:-1]]
             return Stages.from_boundaries([0.0, *cuts, math.inf])
         return stages_in_sigma(Stages(interval, variable), schedule)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -53,9 +52,7 @@ def build(config: Mapping[str, object]) -> EDMUNet:
             "decoder_widths": arguments.take("de_model_channels", [192, 128, 16]),
         }
     own |= DEFAULTS | arguments.renamed(ARGUMENTS)
-    arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
-    if "image_size" not in own:
-        raise ValueError("official: edm needs the argument img_resolution")
+    arguments.finish(own, "img_resolution")
     return EDMUNet(**EDMUNet.in_effect(own))
 
 
@@ -96,10 +93,6 @@ def constants(network: EDMUNet) -> Iterator[tuple[str, Tensor]]:
             yield from _per_stage(network, f"decs.{{stage}}.{resolution}_aux_up.resample_filter", value)
 
 
-def unified_name(network: nn.Module) -> Callable[[str], str]:
-    return lambda name: re.sub(r"^dec\.", "decs.0.", name)
-
-
 def _parts(network: EDMUNet) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer, block or input) in the reference's order."""
     for level, (resolution, encoder) in enumerate(network.enc.items()):
@@ -135,4 +128,6 @@ def _per_stage(network: EDMUNet, name: str, value: Tensor) -> Iterator[tuple[str
         yield name.format(stage=stage), value.clone()
 
 
-FAMILY = Family(build, entries, constants, unified_name)
+FAMILY = Family(
+    build, entries, [(r"^dec\.", "decs.0.")], constants, {"augment_dim": ("map_augment.weight", 1)}
+)

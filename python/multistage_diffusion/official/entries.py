@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from multistage_diffusion.networks.layers import OnStages, StageModule
-from multistage_diffusion.official.unpickling import shown
+from multistage_diffusion.official.pickles import shown
 
 View = Callable[[Tensor], Tensor]
 
@@ -49,17 +50,35 @@ class Family:
     Attributes:
         build: the reference constructor's arguments -> network.
         entries: network -> an entry for every parameter.
+        unified: (pattern, replacement) that make of a name in a checkpoint of the family's original, unified network
+            the one in a checkpoint of a multi-stage network of one stage; other names stay as they are. Or a function
+            of the network that returns a function of the name.
         constants: network -> names and values of what the reference saves and nobody trains.
-        unified_name: network -> (name in a checkpoint of the family's original, unified network -> name in a
-            checkpoint of a multi-stage network of one stage); other names stay as they are.
+        sizes: arguments of a network that a checkpoint shows, with the name of the matrix and the dimension that do; 0
+            without the matrix.
+        outside: arguments of the reference's that are not those of its constructor, with the matrix that shows them.
         constants_matter: whether the network computes with the constants, so that others do not fit it.
     """
 
     build: Callable[[Mapping[str, object]], nn.Module]
     entries: Callable[[nn.Module], Iterator[Entry]]
-    constants: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
-    unified_name: Callable[[nn.Module], Callable[[str], str]]
+    unified: Sequence[tuple[str, str]] | Callable[[nn.Module], Callable[[str], str]]
+    constants: Callable[[nn.Module], Iterable[tuple[str, Tensor]]] = lambda network: ()
+    sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    outside: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     constants_matter: bool = True
+
+    def unified_name(self, network: nn.Module) -> Callable[[str], str]:
+        """What renames the parameters of a checkpoint of the original, unified network."""
+        if callable(self.unified):
+            return self.unified(network)
+
+        def rename(name: str) -> str:
+            for pattern, replacement in self.unified:
+                name = re.sub(pattern, replacement, name)
+            return name
+
+        return rename
 
 
 @dataclass(frozen=True)
@@ -150,8 +169,15 @@ class Arguments:
         for name in names:
             self.rest.pop(name, None)
 
-    def finish(self, decoder_widths: Sequence[int], stages: Sequence | str | None) -> None:
-        """Raises ValueError for arguments left over, and unless there is one stage per decoder."""
+    def finish(self, own: Mapping[str, object], size: str = "image_size") -> None:
+        """Raises ValueError for arguments left over, and unless there are an image size and one stage per decoder.
+
+        Args:
+            own: what has been read, under our names.
+            size: their name of the image size.
+        """
+        decoder_widths, stages = own["decoder_widths"], self.take("stage_interval")
+        number = self.take("stage_num")
         if self.rest:
             raise ValueError(
                 f"official: unknown arguments for {self.family}: {', '.join(map(shown, sorted(self.rest)))}"
@@ -166,6 +192,10 @@ class Arguments:
                 f"official: stage_interval names {len(stages)} stages, but {len(decoder_widths)} decoder widths "
                 f"were given: {list(decoder_widths)}"
             )
+        if "image_size" not in own:
+            raise ValueError(f"official: {self.family} needs the argument {size}")
+        if number not in (None, len(decoder_widths)):
+            raise ValueError(f"official: {self.family} got stage_num={number} for de_nfs={decoder_widths}")
 
 
 def separable_filter(taps: Sequence[float]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
@@ -37,20 +36,16 @@ FIXED = {
 def build(config: Mapping[str, object]) -> LDMUNet:
     """Without ``de_nfs`` it is the original, unified network. ``n_classes`` is the class embedder's argument."""
     arguments = Arguments("ldm", config)
-    width, stages = arguments.take("model_channels", 224), arguments.take("stage_num")
+    width = arguments.take("model_channels", 224)
     own = {"encoder_widths": [width], "decoder_widths": arguments.take("de_nfs", [width])}
     own |= {"reduced_attention": True, "channel_mult": [1, 2, 4, 8]} | arguments.renamed(ARGUMENTS)
     factors = arguments.take("attention_resolutions", ())
     own |= _heads(arguments) | _conditioning(arguments)
     arguments.fixed(FIXED)
     arguments.ignored("use_checkpoint", "use_fp16")
-    arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
-    if "image_size" not in own:
-        raise ValueError("official: ldm needs the argument image_size")
+    arguments.finish(own)
     levels = [1 << level for level in range(len(own["channel_mult"]))]
     own["attn_resolutions"] = [own["image_size"] // factor for factor in factors if factor in levels]
-    if stages not in (None, len(own["decoder_widths"])):
-        raise ValueError(f"official: ldm got stage_num={stages} for de_nfs={own['decoder_widths']}")
     return LDMUNet(**own)
 
 
@@ -121,17 +116,6 @@ def _upsampling_name(index: int, block: ResidualBlock, parameter: str) -> Callab
     return name
 
 
-def constants(network: LDMUNet) -> Iterator[tuple[str, Tensor]]:
-    yield from ()
-
-
-def unified_name(network: nn.Module) -> Callable[[str], str]:
-    def rename(name: str) -> str:
-        return re.sub(r"^output_blocks\.", "de_modules.0.", re.sub(r"^out\.", "outs.0.", name))
-
-    return rename
-
-
 def _block(name: str, block: ResidualBlock) -> Iterator[Entry]:
     """A residual block and its attention, one after the other in a sequence."""
     yield from _residual(f"{name}.0", block)
@@ -191,4 +175,6 @@ def _one_dimensional(weight: Tensor) -> Tensor:
     return weight[:, :, 0]
 
 
-FAMILY = Family(build, entries, constants, unified_name)
+CLASSES = ("cond_stage_model.embedding.weight", 0)
+UNIFIED = [(r"^out\.", "outs.0."), (r"^output_blocks\.", "de_modules.0.")]
+FAMILY = Family(build, entries, UNIFIED, sizes={"label_dim": CLASSES}, outside={"n_classes": CLASSES})

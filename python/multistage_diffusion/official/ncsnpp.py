@@ -60,9 +60,7 @@ def build(config: Mapping[str, object]) -> NCSNpp:
     arguments.ignored(
         "sigma_min", "sigma_max", "num_scales", "beta_min", "beta_max", "init_scale", "ema_rate"
     )
-    arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
-    if "image_size" not in own:
-        raise ValueError("official: ncsnpp needs the argument image_size")
+    arguments.finish(own)
     return NCSNpp(**NCSNpp.in_effect(own))
 
 
@@ -144,4 +142,4 @@ def _transposed(weight: Tensor) -> Tensor:
     return weight[:, :, 0, 0].t()
 
 
-FAMILY = Family(build, entries, constants, unified_name, constants_matter=False)
+FAMILY = Family(build, entries, unified_name, constants, constants_matter=False)

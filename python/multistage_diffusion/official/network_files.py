@@ -7,7 +7,8 @@ preconditioning, constants and stages.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,15 +26,16 @@ from multistage_diffusion.noise.preconditioning import (
     from_json,
     precondition,
     require_known,
+    said_of,
     stages_in_sigma,
 )
 from multistage_diffusion.noise.stages import Stages
 from multistage_diffusion.official import summary
-from multistage_diffusion.official.unpickling import CheckpointFileError
+from multistage_diffusion.official.pickles import CheckpointFileError
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.checkpoints import write_tensors
 
-__all__ = ["CheckpointFileError", "load_denoiser", "load_network", "save_network"]
+__all__ = ["CheckpointFileError", "load_denoiser", "load_network", "read_descriptions", "save_network"]
 
 FORMAT = "multistage_diffusion.network"
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names the types that a network's weights have
@@ -56,9 +58,7 @@ def save_network(
         OSError: the disk is full, or the folder cannot be made or written.
     """
     network = model.network if isinstance(model, Preconditioner) else model
-    description = (
-        model.to_json() if isinstance(model, Preconditioner) else getattr(network, "preconditioning", None)
-    )
+    description = model.to_json() if isinstance(model, Preconditioner) else said_of(network)
     metadata = {"format": FORMAT, "config": json.dumps(network.config), **(notes or {})}
     if description is not None:
         metadata["denoiser"] = json.dumps(description)
@@ -166,27 +166,45 @@ def _denoiser_of_run(folder: Path, weights: str) -> Preconditioner:
 
 def _read(path: Path) -> tuple[nn.Module, dict | None]:
     """The network of a file, and the description of its denoiser, where it has one."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointFileError(
-                    f"{path} was not written by msd convert: it has no {FORMAT} metadata"
-                )
-            names = list(file.keys())
-            slices = {name: file.get_slice(name) for name in names}
-            config = networks.in_effect(_json_of(metadata, "config", path))
-            _require_fit(config, slices, path)
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise CheckpointFileError(f"{path} is truncated or no safetensors file: {error}") from error
+    with _opened(path) as file:
+        config, said = _descriptions(file, path)
+        names = list(file.keys())
+        _require_fit(config, {name: file.get_slice(name) for name in names}, path)
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     network = networks.build(config)
     network.load_state_dict(tensors)
-    said = _json_of(metadata, "denoiser", path) if "denoiser" in metadata else None
     if said is not None:
         _described(network, said, path)
     network.preconditioning = said
     return network.eval(), said
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointFileError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def _descriptions(file, path: Path) -> tuple[dict, dict | None]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise CheckpointFileError(f"{path} was not written by msd convert: it has no {FORMAT} metadata")
+    said = _json_of(metadata, "denoiser", path) if "denoiser" in metadata else None
+    return networks.in_effect(_json_of(metadata, "config", path)), said
+
+
+def read_descriptions(path: str | Path) -> tuple[dict, dict | None]:
+    """What a file that ``msd convert`` wrote says of its network and of its denoiser (None: nothing); reads no weights.
+
+    Raises:
+        CheckpointFileError: the file is truncated or was written by something else.
+        OSError: the file cannot be read.
+    """
+    with _opened(Path(path)) as file:
+        return _descriptions(file, Path(path))
 
 
 def _require_fit(config: dict, slices: Mapping[str, object], path: Path) -> None:

@@ -1,14 +1,15 @@
-"""Reads pickled EDM snapshots without running anything that they contain.
+"""Reads pickles and runs nothing of them; one made to crash its reader crashes it: convert that in a child process.
 
-EDM pickles whole networks, together with the source code of their classes, which unpickling would execute. Here the
-pickle's opcodes are interpreted (``unpickling``): tensors are made of the file's own bytes, networks become inert
-records, their source stays unread, arrays too, and every other global is refused by name.
+EDM pickles whole networks, together with the source code of their classes, which unpickling would execute. Here
+Python's unpickler finds inert builders alone: tensors are made of the file's own bytes, networks become records
+without behaviour, their source stays unread, arrays too, and every other global is refused by name.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import pickle
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,44 +20,105 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multistage_diffusion.official.unpickling import (
-    Builder,
-    CheckpointFileError,
-    Filled,
-    checked_key,
-    interpret,
-    refused,
-)
+__all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors", "screen_pickles", "shown"]
 
-__all__ = ["CheckpointFileError", "Record", "read_pickle", "record_tensors", "screen_pickles"]
-
+# What calls may hand over beyond twice the length of the file (protocol 2 hands over what it has encoded once more):
+# strings and empty containers that many of them share.
+SLACK = 1 << 20
+SIZED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
 # More than any network has. A pickle may name one module in many places, and even inside of itself.
 MOST_NAMES, LONGEST_NAME = 100_000, 1000
 TOO_MANY = "a module contains itself, or the network has far more modules or longer names than a network has"
 
 
-class Record(Filled):
-    """An object of the pickle without behaviour.
+class CheckpointFileError(ValueError):
+    """A checkpoint file cannot be read: it is truncated, holds something else, or wants to run code."""
 
-    Attributes:
-        class_name: of its class.
-        state: its attributes by name.
+
+def shown(name: str) -> str:
+    """A name of a file for a message: what cannot be printed escaped, and not too long."""
+    printable = name if name.isprintable() else ascii(name)
+    return printable if len(printable) <= 100 else f"{printable[:100]}..."
+
+
+def refused(reason: str) -> CheckpointFileError:
+    """The error of a pickle that asks for what inert data does not need."""
+    return CheckpointFileError(f"refused: {reason}; nothing was run")
+
+
+# ------------------------------------------------------------------ the unpickler
+
+
+class Inert:
+    """What a pickle may build besides plain containers; the pickle can call nothing of it but ``__setstate__``."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        raise refused(f"the pickle changes a {type(self).__name__}")
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Python's unpickler, which finds nothing but builders of inert objects.
+
+    Args:
+        file: where the pickle begins; it is left behind the pickle's end.
+        size: of the pickle in bytes. What the calls hand over in all may not exceed it by far: else a short file could
+            let them copy one long object again and again.
+        find: the global of a full name: a function that makes an object of the arguments, whose types it checks, or a
+            value; None for what may be named, but not called; raises KeyError for what is refused.
+        persistent: makes an object of a persistent id; by default they are refused.
     """
 
-    __slots__ = ("class_name", "state")
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: int,
+        find: Callable[[str], object],
+        persistent: Callable[[object], object] | None = None,
+    ) -> None:
+        super().__init__(file)
+        self.left = 2 * size + SLACK
+        self.find, self.persistent = find, persistent
+        self.found: dict[str, object] = {}
 
-    def __init__(self, class_name: str) -> None:
-        self.class_name = class_name
-        self.state: dict = {}
+    def find_class(self, module: str, name: str) -> object:
+        full_name = f"{module}.{name}"
+        if full_name not in self.found:
+            try:
+                made = self.find(full_name)
+            except KeyError:
+                raise refused(
+                    f"the pickle asks for {shown(full_name)}, which is no builder of tensors or containers"
+                ) from None
+            called = made is None or callable(made)
+            self.found[full_name] = self._builder(full_name, made) if called else made
+        return self.found[full_name]
 
-    def fill(self, state: object) -> None:
-        if isinstance(state, dict):
-            self.state = state
+    def persistent_load(self, description: object) -> object:
+        if self.persistent is None:
+            raise refused("the pickle refers to something outside of it")
+        return self.persistent(description)
 
-    def entries(self, name: str) -> dict:
-        """An attribute that is a dictionary; empty where there is none."""
-        found = self.state.get(name)
-        return found if isinstance(found, dict) else {}
+    def _builder(self, full_name: str, function: Callable | None) -> type:
+        """A class that makes nothing of its own: some opcodes call classes alone."""
+
+        def build(_, *arguments: object) -> object:
+            if function is None:
+                raise refused(f"the pickle calls {full_name}, which it may only name")
+            self.account(arguments)
+            built = function(*arguments)
+            if isinstance(built, Record):
+                built.account = self.account
+            return built
+
+        return type("Builder", (Inert,), {"__new__": build})
+
+    def account(self, handed: tuple) -> None:
+        """Raises once calls and states have been given more than the file holds."""
+        self.left -= 1 + len(handed) + sum(len(item) for item in handed if isinstance(item, SIZED))
+        if self.left < 0:
+            raise refused("the pickle builds more than it holds")
 
 
 def read_pickle(path: str | Path) -> object:
@@ -65,22 +127,23 @@ def read_pickle(path: str | Path) -> object:
     Whatever else is in it, arrays for instance, is a :class:`Record` without attributes.
 
     Raises:
-        CheckpointFileError: a global or an opcode that is not allowed (named); the file is truncated or no pickle.
+        CheckpointFileError: a global or an object that is not allowed (named); the file is truncated or no pickle.
         OSError: the file cannot be read.
     """
-    content = Path(path).read_bytes()  # in memory no read gets, or allocates, more than there is
+    content = Path(path).read_bytes()
     try:
-        return interpret(io.BytesIO(content), len(content), GLOBALS)
+        found = InertUnpickler(io.BytesIO(content), len(content), FUNCTIONS.__getitem__).load()
     except CheckpointFileError as error:
         raise CheckpointFileError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointFileError(
             f"{path} is truncated or no pickle ({type(error).__name__}: {error}); copy it again"
         ) from error
+    return _plain(found) if isinstance(found, dict) else found
 
 
 def screen_pickles(file: BinaryIO, size: int, count: int = 1) -> None:
-    """Raises where pickles that PyTorch is to read would take far more memory than they have, or exhaust the stack.
+    """Raises where pickles that PyTorch is to read would take far more memory than they have.
 
     Which globals may be called is left to ``torch.load(weights_only=True)``; here all are inert. But that allows types,
     such as bytearray and the storages, that make objects of any size out of one number, and copies of one long object.
@@ -95,38 +158,69 @@ def screen_pickles(file: BinaryIO, size: int, count: int = 1) -> None:
     """
     try:
         for _ in range(count):
-            interpret(file, size, _INERT, lambda _: Record("storage"))
+            InertUnpickler(file, size, _inert, Anything).load()
     except CheckpointFileError:
         raise
     except Exception:  # PyTorch says what is wrong with a damaged pickle
         return
 
 
-class _InertGlobals(dict):
-    """Every global by its full name, without what it does: PyTorch decides which there are."""
+class Anything(dict):
+    """An object of which nothing is known: it takes every state, and is filled as any container."""
 
-    def __contains__(self, name: object) -> bool:
-        return True
+    __hash__ = object.__hash__
 
-    def __missing__(self, name: str) -> Builder:
-        if name.endswith(("Storage", "Tensor")):
-            return Builder(name, None)
-        if name.startswith("collections."):
-            return Builder(name, lambda *_: {})
-        if name.endswith((".set", ".frozenset")):
-            return Builder(name, lambda *_: set())
-        if name.endswith(".bytearray"):
-            return Builder(name, _bytes)
-        return Builder(name, lambda *_: Record(name))
+    def __init__(self, *_: object) -> None:
+        super().__init__()
 
+    def __setstate__(self, state: object) -> None:
+        pass
 
-_INERT = _InertGlobals()
+    def append(self, item: object) -> None:
+        pass
+
+    add = append
 
 
-def _bytes(*arguments: object) -> Record:
+def _inert(name: str) -> Callable | None:
+    """A global without what it does."""
+    if name.endswith(("Storage", "Tensor")):
+        return None
+    return _bytes if name.endswith(".bytearray") else Anything
+
+
+def _bytes(*arguments: object) -> Anything:
     if any(isinstance(argument, int) for argument in arguments):
         raise refused("the pickle builds bytes of a number")
-    return Record("bytearray")
+    return Anything()
+
+
+# ------------------------------------------------------------------ networks
+
+
+class Record(Inert):
+    """An object of the pickle without behaviour.
+
+    Attributes:
+        class_name: of its class.
+        state: its attributes by name.
+    """
+
+    __slots__ = ("account", "class_name", "state")
+
+    def __init__(self, class_name: str) -> None:
+        self.class_name = class_name
+        self.state: dict = {}
+
+    def __setstate__(self, state: object) -> None:
+        self.account(state if isinstance(state, tuple) else (state,))
+        if isinstance(state, dict):
+            self.state = state
+
+    def entries(self, name: str) -> dict:
+        """An attribute that is a dictionary; empty where there is none."""
+        found = self.state.get(name)
+        return _plain(found) if isinstance(found, dict) else {}
 
 
 def record_tensors(record: Record) -> Iterator[tuple[str, Tensor]]:
@@ -158,22 +252,59 @@ def _full_name(prefix: str, name: object) -> str:
     return prefix + name
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """A tensor's memory."""
+def _persistent_object(meta: dict) -> Record:
+    """What EDM's persistence makes of a class that it stores with its source: here its state alone."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
+        raise refused("the pickle builds a persistent object of something other than its description")
+    record = Record(meta["class_name"])
+    record.state = meta["state"] if isinstance(meta.get("state"), dict) else {}
+    return record
+
+
+class Dictionary(dict):
+    """A dictionary whose attributes are of no use."""
+
+    def __init__(self, *items: object) -> None:
+        if items:
+            raise refused("the pickle builds a dictionary in one call")
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _set(items: object = ()) -> set:
+    if not isinstance(items, (list, tuple)):
+        raise refused("the pickle builds a set of something other than a list")
+    return set(items)
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    """How protocol 2 writes bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise refused("the pickle encodes something other than latin1 text")
+    return text.encode("latin1")
+
+
+# ------------------------------------------------------------------ tensors and numbers
+
+
+@dataclass(frozen=True, eq=False)
+class _Built(Inert):
+    """A tensor, or its memory as one of one dimension: PyTorch's own take states."""
 
     values: Tensor
 
 
 @dataclass(frozen=True)
-class _StorageID:
+class _StorageID(Inert):
     """What PyTorch writes in place of a tensor's memory, which lies behind the pickle."""
 
     dtype: torch.dtype
     key: str
 
 
-class _DType(Filled):
+class _DType(Inert):
     """The type of a numpy scalar."""
 
     __slots__ = ("dtype",)
@@ -183,10 +314,15 @@ class _DType(Filled):
             raise refused("the pickle builds an array's type other than a plain number")
         self.dtype = np.dtype(code)
 
-    def fill(self, state: object) -> None:
+    def __setstate__(self, state: object) -> None:
         """Checks that the state is that of a plain number in this machine's byte order."""
         if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", "|", "=")):
             raise refused("the pickle changes a number's type by more than its byte order")
+
+
+def _plain(found: dict) -> dict:
+    """A dictionary with its tensors as PyTorch has them."""
+    return {name: value.values if isinstance(value, _Built) else value for name, value in found.items()}
 
 
 def _scalar(kind: _DType, content: bytes) -> complex:
@@ -200,16 +336,7 @@ def _array(*_: object) -> Record:
     return Record("numpy.ndarray")
 
 
-def _persistent_object(meta: dict) -> Record:
-    """What EDM's persistence makes of a class that it stores with its source: here its state alone."""
-    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
-        raise refused("the pickle builds a persistent object of something other than its description")
-    record = Record(meta["class_name"])
-    record.fill(meta.get("state"))
-    return record
-
-
-def _storage(content: bytes) -> _Storage:
+def _storage(content: bytes) -> _Built:
     """A tensor's memory, which PyTorch pickles as a file of its own in the format it had before 1.6.
 
     That is: four pickles (a magic number, the format's version, facts about the machine, and the storage's identity),
@@ -218,7 +345,7 @@ def _storage(content: bytes) -> _Storage:
     if not isinstance(content, bytes):
         raise refused("the pickle builds a tensor's memory of something other than bytes")
     file = io.BytesIO(content)
-    header = [interpret(file, len(content), STORAGE_GLOBALS, _storage_id) for _ in range(5)]
+    header = [InertUnpickler(file, len(content), STORAGES.__getitem__, _storage_id).load() for _ in range(5)]
     magic, version, machine, storage, keys = header
     little_endian = isinstance(machine, dict) and machine.get("little_endian") is True
     if (magic, version) != (MAGIC_NUMBER, FORMAT_VERSION) or not little_endian:
@@ -230,8 +357,8 @@ def _storage(content: bytes) -> _Storage:
     if size * storage.dtype.itemsize != len(content) - start:
         raise refused("a tensor's memory is of another size than its bytes")
     if not size:
-        return _Storage(torch.empty(0, dtype=storage.dtype))
-    return _Storage(torch.frombuffer(bytearray(memoryview(content)[start:]), dtype=storage.dtype))
+        return _Built(torch.empty(0, dtype=storage.dtype))
+    return _Built(torch.frombuffer(bytearray(memoryview(content)[start:]), dtype=storage.dtype))
 
 
 def _storage_id(description: object) -> _StorageID:
@@ -242,18 +369,18 @@ def _storage_id(description: object) -> _StorageID:
     raise refused("a tensor's memory is described in another way than PyTorch's")
 
 
-def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> Tensor:
+def _tensor(storage: _Built, offset: int, size: tuple, stride: tuple, *rest: object) -> _Built:
     """A view of the memory, inside of it, that shows no element twice."""
-    if not isinstance(storage, _Storage) or type(offset) is not int or offset < 0:
+    if not isinstance(storage, _Built) or type(offset) is not int or offset < 0:
         raise refused("the pickle builds a tensor of something other than its memory")
-    size, stride = _size(size), _size(stride)
+    size, stride, memory = _size(size), _size(stride), storage.values
     if len(size) != len(stride):
         raise refused(f"the pickle builds a tensor of {len(size)} dimensions with {len(stride)} strides")
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if elements > len(storage.values) or (elements and last >= len(storage.values)):
+    if elements > memory.numel() or (elements and last >= memory.numel()):
         raise refused("the pickle builds a tensor that reaches beyond its memory")
-    return storage.values.as_strided(size, stride, offset) if elements else storage.values.new_empty(size)
+    return _Built(memory.as_strided(size, stride, offset) if elements else memory.new_empty(size))
 
 
 def _size(numbers: object = ()) -> tuple[int, ...]:
@@ -264,35 +391,16 @@ def _size(numbers: object = ()) -> tuple[int, ...]:
     return numbers
 
 
-def _parameter(data: Tensor, *rest: object) -> Tensor:
-    if not isinstance(data, Tensor):
+def _parameter(data: _Built, *rest: object) -> _Built:
+    if not isinstance(data, _Built):
         raise refused("the pickle builds a parameter of something other than a tensor")
     return data
-
-
-def _encoded(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise refused("the pickle encodes something other than latin1 text")
-    return text.encode("latin1")
-
-
-def _dictionary(*items: object) -> dict:
-    if items:
-        raise refused("the pickle builds a dictionary in one call")
-    return {}
-
-
-def _set(items: object = ()) -> set:
-    if not isinstance(items, (list, tuple)):
-        raise refused("the pickle builds a set of something other than a list")
-    return set(map(checked_key, items))
 
 
 MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001
 MOST_DIMENSIONS = 8
 SCALARS = {"b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8", "c8", "c16"}
-STORAGE_GLOBALS = {
+STORAGES = {
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
     "torch.HalfStorage": torch.float16,
@@ -315,11 +423,10 @@ FUNCTIONS: dict[str, Callable[..., object] | None] = {
     **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
-    **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), _dictionary),
+    **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), Dictionary),
     **dict.fromkeys(("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"), _set),
     **{
         f"torch.nn.modules.{name}": lambda *_, name=name: Record(name.rpartition(".")[2])
         for name in ("container.ModuleDict", "container.ModuleList", "container.Sequential", "module.Module")
     },
 }
-GLOBALS = {name: Builder(name, function) for name, function in FUNCTIONS.items()}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-
-from torch import Tensor, nn
+from collections.abc import Iterator, Mapping
 
 from multistage_diffusion.networks.transformer import TransformerBlock
 from multistage_diffusion.networks.uvit import UViT
@@ -28,16 +25,12 @@ FIXED = {"mlp_time_embed": False, "qk_scale": None, "skip": True}
 def build(config: Mapping[str, object]) -> UViT:
     """Without ``de_nfs`` it is the original, unified network."""
     arguments = Arguments("uvit", config)
-    width, stages = arguments.take("embed_dim", 512), arguments.take("stage_num")
+    width = arguments.take("embed_dim", 512)
     own = {"encoder_widths": [width], "decoder_widths": arguments.take("de_nfs", [width])}
     own |= {"label_dim": max(arguments.take("num_classes", -1), 0)} | arguments.renamed(ARGUMENTS)
     arguments.fixed(FIXED)
     arguments.ignored("use_checkpoint")
-    arguments.finish(own["decoder_widths"], arguments.take("stage_interval"))
-    if "image_size" not in own:
-        raise ValueError("official: uvit needs the argument image_size")
-    if stages not in (None, len(own["decoder_widths"])):
-        raise ValueError(f"official: uvit got stage_num={stages} for de_nfs={own['decoder_widths']}")
+    arguments.finish(own)
     return UViT(**own)
 
 
@@ -60,16 +53,10 @@ def entries(network: UViT) -> Iterator[Entry]:
             yield from weights(f"final_layer.{stage}", network.final_conv)
 
 
-def constants(network: UViT) -> Iterator[tuple[str, Tensor]]:
-    yield from ()
-
-
-def unified_name(network: nn.Module) -> Callable[[str], str]:
-    def rename(name: str) -> str:
-        name = re.sub(r"^out_blocks\.", "de_modules.0.", name)
-        return re.sub(r"^(norm|decoder_pred|final_layer)\.(weight|bias)$", r"\1.0.\2", name)
-
-    return rename
+UNIFIED = [
+    (r"^out_blocks\.", "de_modules.0."),
+    (r"^(norm|decoder_pred|final_layer)\.(weight|bias)$", r"\1.0.\2"),
+]
 
 
 def _block(name: str, block: TransformerBlock) -> Iterator[Entry]:
@@ -81,4 +68,4 @@ def _block(name: str, block: TransformerBlock) -> Iterator[Entry]:
     yield from weights(f"{name}.mlp.fc2", block.mlp.layer1)
 
 
-FAMILY = Family(build, entries, constants, unified_name)
+FAMILY = Family(build, entries, UNIFIED)

@@ -145,8 +145,8 @@ def sampler_config(
     """The settings of a sampler by name.
 
     Args:
-        name: one of ``table.SAMPLERS``: ``"heun"``, ``"dpm-singlestep"``, ``"dpm-multistep"`` or ``"ddim"``; see
-            ``presets.evaluation_levels`` for where each evaluates.
+        name: one of ``table.SAMPLERS``: ``"heun"``, EDM's, two evaluations per step but the last (arXiv 2206.00364);
+            ``"dpm-singlestep"``, of order 3 (arXiv 2206.00927); ``"dpm-multistep"`` (arXiv 2211.01095); or ``"ddim"``.
         schedule: of the noise levels; default: EDM's. See ``schedule_of``.
         steps: steps, and network evaluations for ``"dpm-singlestep"``; default: 18 for ``"heun"``, else 20.
         **settings: ``SamplerConfig``'s attributes for ``"heun"``; ``denoise_to_zero`` for the others, ``spacing`` (see

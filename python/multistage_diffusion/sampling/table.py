@@ -9,10 +9,48 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from multistage_diffusion.common.checks import one_of
+from multistage_diffusion.common.settings import Choice, Flag, Setting, number
+
 if TYPE_CHECKING:
     from multistage_diffusion.noise.schedules import Schedule
 
-__all__ = ["SAMPLERS", "Sampler", "find_sampler"]
+__all__ = ["SAMPLERS", "SETTINGS", "Sampler", "find_sampler"]
+
+HEUN, STEPS = "heun", "sampler"
+SETTINGS = {
+    "sigma_min": Setting(
+        number(above=0),
+        "lowest noise level before 0; default: 0.002, or the schedule's lowest if that is higher",
+        HEUN,
+    ),
+    "sigma_max": Setting(
+        number(above=0),
+        "noise level to start from; default: 80, or the schedule's highest if that is lower",
+        HEUN,
+    ),
+    "rho": Setting(number(above=0), "how much steps are shortened towards low noise; default: 7", HEUN),
+    "S_churn": Setting(
+        number(0, infinite=True), "amount of added noise; default: 0, a deterministic sampler", HEUN
+    ),
+    "S_min": Setting(number(0), "lowest noise level at which noise is added; default: 0", HEUN),
+    "S_max": Setting(number(0, infinite=True), "highest one; default: inf", HEUN),
+    "S_noise": Setting(number(0), "standard deviation of the added noise; default: 1", HEUN),
+    "spacing": Setting(
+        Choice(("own", "karras", "log-snr")),
+        "with dpm-multistep and ddim: steps evenly spaced in the schedule's own variable, in sigma^(1/7), or in "
+        "log-SNR; default: karras for edm, else own",
+        STEPS,
+    ),
+    "denoise_to_zero": Setting(
+        Flag,
+        "with the other samplers than heun: one more evaluation, which removes the noise that they leave",
+        STEPS,
+    ),
+    "eta": Setting(
+        number(0), "with ddim: 0, a deterministic sampler (default), to 1, ancestral sampling", STEPS
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +90,7 @@ SAMPLERS: dict[str, Sampler] = {
             "heun",
             "EDM's",
             18,
-            ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"),
+            tuple(name for name, setting in SETTINGS.items() if setting.group == HEUN),
             ("samplers", "SamplerConfig"),
         ),
         Sampler(
@@ -80,6 +118,5 @@ def find_sampler(name: str) -> Sampler:
     Raises:
         ValueError: there is none; lists those that there are.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler_config: sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    one_of("sampler_config", "sampler", name, SAMPLERS)
     return SAMPLERS[name]

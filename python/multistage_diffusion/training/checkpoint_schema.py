@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from multistage_diffusion.common.checks import is_number
+
 __all__ = ["CheckpointError", "Kind", "kinds"]
 
 _SHOWN = 4
@@ -218,12 +220,8 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < _BELOW
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_amount(value: object) -> bool:
-    return _is_number(value) and 0 <= value <= sys.float_info.max
+    return is_number(value) and 0 <= value <= sys.float_info.max
 
 
 FIELDS = {
@@ -301,7 +299,7 @@ def check_group(
         raise CheckpointError(f"{where} has the unknown settings {_first(surplus)}")
     if not any(_are_names(group["params"], allowed) for allowed in names):
         raise CheckpointError(f"{where}.params are not the names of the network's parameters")
-    if not (_is_number(group["lr"]) and 0 <= group["lr"] <= highest_lr):
+    if not (is_number(group["lr"]) and 0 <= group["lr"] <= highest_lr):
         raise CheckpointError(f"{where}.lr is {_shown(group['lr'])}, not a number from 0 to {highest_lr}")
     for name, value in live.items():
         if name not in ("params", "lr") and not same(group[name], value) and not _without_effect(name, group):
@@ -323,10 +321,7 @@ def _without_effect(name: str, group: dict) -> bool:
     """Whether a setting changes nothing: how weights decay, in an optimizer of before they did."""
     decay = group.get("weight_decay")
     return (
-        name == "decoupled_weight_decay"
-        and isinstance(group[name], bool)
-        and _is_number(decay)
-        and decay == 0
+        name == "decoupled_weight_decay" and isinstance(group[name], bool) and is_number(decay) and decay == 0
     )
 
 

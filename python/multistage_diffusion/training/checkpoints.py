@@ -30,6 +30,7 @@ from torch import nn
 
 from multistage_diffusion import networks
 from multistage_diffusion.common.atomic_files import flush, make_folder, set_aside
+from multistage_diffusion.common.checks import one_of
 from multistage_diffusion.networks.network_limits import at_most
 from multistage_diffusion.noise.preconditioning import Preconditioner, own_constants, precondition
 from multistage_diffusion.noise.stages import Stages
@@ -420,8 +421,7 @@ def load_model(
     Raises:
         CheckpointError: no intact checkpoint, or one that does not fit its own configuration.
     """
-    if weights not in ("ema", "network"):
-        raise ValueError(f"load_model: weights={weights!r}; allowed: 'ema', 'network'")
+    one_of("load_model", "weights", weights, ("ema", "network"))
     build = build or networks.build
     path = find_checkpoint(path)
     metadata = read_metadata(path)
@@ -429,7 +429,7 @@ def load_model(
     check_fields(metadata, ("step", "images", "config"), (file.name,), path / METADATA)
     config = metadata["config"]
     try:
-        TrainingConfig.check_types(config)
+        TrainingConfig.check_json(config)
         stages = Stages.from_json(config["stages"])
         arguments = networks.in_effect(config["network"])
         if build is networks.build:

@@ -12,18 +12,16 @@ from pathlib import Path
 import torch
 
 from multistage_diffusion.data.augmentation import LABELS
-from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.data.images import LOADERS, ImageData
 from multistage_diffusion.networks import FAMILIES, build, in_effect
 from multistage_diffusion.noise.parsing import parse_stages
 from multistage_diffusion.noise.schedules import SCHEDULES
 from multistage_diffusion.noise.stages import Stages
-from multistage_diffusion.presets import DIGITS, TRAINABLE, Preset
+from multistage_diffusion.presets import DEFAULT_PRESET, TRAINABLE, Preset
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.config import TrainingConfig, free_keys, stages_of
 
-__all__ = ["DEFAULT_PRESET", "FolderWarning", "configure", "run_settings", "saved_settings"]
-
-DEFAULT_PRESET = "edm-cifar10"
+__all__ = ["FolderWarning", "configure", "run_settings", "saved_settings"]
 
 
 class FolderWarning(UserWarning):
@@ -53,8 +51,8 @@ def run_settings(
     Args:
         data: the images.
         source: where they come from, as ``load_images`` takes it.
-        preset: the name of one of ``presets.TRAINABLE``; default: the settings of ``saved``, else ``"digits"`` for the
-            digits and ``"edm-cifar10"`` for all else.
+        preset: the name of one of ``presets.TRAINABLE``; default: the settings of ``saved``, else that of the name
+            of the data, such as ``"digits"``, else ``DEFAULT_PRESET``.
         variant: of the preset: ``"multistage"`` (default), ``"unified"`` or ``"separate"``.
         saved: the configuration of a run that goes on, as ``TrainingConfig.to_json`` has it.
         network: arguments of the network that replace the preset's.
@@ -74,7 +72,8 @@ def run_settings(
         values = {**saved, **stages_of(saved)}
         network = in_effect(saved["network"]) | network
     else:
-        chosen = TRAINABLE[preset or (DIGITS.name if source == "digits" else DEFAULT_PRESET)]
+        own = source if source in LOADERS.keys() & TRAINABLE.keys() else DEFAULT_PRESET
+        chosen = TRAINABLE[preset or own]
         values, network = _from_preset(chosen, variant or "multistage", data, network, stages, settings)
     if class_conditional:
         network["label_dim"] = _classes(source, data, network["family"])
@@ -164,4 +163,4 @@ def _complete(network: dict) -> dict:
 
 def _from_anywhere(source: str) -> str:
     """The data as any working directory names it, for a run that is resumed from another one."""
-    return source if source == "digits" else os.path.abspath(source)
+    return source if source in LOADERS else os.path.abspath(source)

@@ -84,6 +84,11 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """PyTorch's group of them; None for a single one."""
+        return dist.group.WORLD if self.size > 1 else None
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:

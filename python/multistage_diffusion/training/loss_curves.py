@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from multistage_diffusion.common.checks import is_number
 from multistage_diffusion.common.plots import COLORS, INK, output_path, saved_axes
 from multistage_diffusion.training.run_log import RunLog
 
@@ -81,8 +82,7 @@ def _loss_curves(records: list[dict]) -> list[_Curve]:
 
 
 def _positive(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= sys.float_info.max
+    return is_number(value) and 0 < value <= sys.float_info.max
 
 
 def _draw_curve(axes, curve: _Curve) -> None:

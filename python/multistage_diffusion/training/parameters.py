@@ -18,6 +18,11 @@ __all__ = ["FlatGradients", "StageParameters", "owned_parameters"]
 ALIGNMENT = 32  # numbers; where each parameter begins among flat gradients
 
 
+def _num_stages(network: nn.Module) -> int:
+    """The stages that a network declares; 0 where it declares none."""
+    return getattr(network, "num_stages", 0)
+
+
 def owned_parameters(network: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
     """(stage, parameter) for all that one stage of a network alone uses.
 
@@ -25,7 +30,7 @@ def owned_parameters(network: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
         TypeError: what holds a network with stages, such as a denoiser, instead of the network.
     """
     staged = [module for module in network.modules() if isinstance(module, StageModule)]
-    if staged and not hasattr(network, "num_stages"):
+    if staged and not _num_stages(network):
         raise TypeError(
             f"StageParameters: needs the network itself, which has num_stages, got {type(network).__name__}"
         )
@@ -66,9 +71,10 @@ class StageParameters:
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        network = network if hasattr(network, "num_stages") else getattr(network, "module", network)
+        if not _num_stages(network):
+            network = dict(network.named_children()).get("module", network)
         next(owned_parameters(network), None)  # says what is wrong with the network
-        self.network, self.num_stages = network, getattr(network, "num_stages", 1)
+        self.network, self.num_stages = network, _num_stages(network) or 1
         self.samples = [0] * self.num_stages
         self._signature = signature(network.forward)
         network.absent_stages_are_left_alone = True
@@ -156,7 +162,7 @@ class FlatGradients:
 
     def __init__(self, network: nn.Module) -> None:
         next(owned_parameters(network), None)  # says what is wrong with the network
-        self.network, self.num_stages = network, getattr(network, "num_stages", 1)
+        self.network, self.num_stages = network, _num_stages(network) or 1
         network.absent_stages_are_left_alone = True
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         kinds = {(parameter.dtype, parameter.device) for parameter in trained}

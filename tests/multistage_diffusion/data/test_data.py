@@ -135,7 +135,7 @@ def test_missing_empty_and_unknown_sources_say_what_is_allowed(tmp_path):
     (tmp_path / "images.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"\.tar file; allowed are"):
         load_images(tmp_path / "images.tar")
-    with pytest.raises(TypeError, match="given ndarray"):
+    with pytest.raises(TypeError, match="got ndarray"):
         load_images(np.zeros((2, 1, 8, 8)))
 
 
@@ -236,7 +236,7 @@ def test_float_images_are_scaled_to_minus_one_to_one(tmp_path, low, high, dtype)
     [
         (np.nan, "image 2 .*NaN"),
         (np.inf, "image 2 .*infinite"),
-        (1.5, r"given 0 to 1\.5"),
+        (1.5, r"got 0 to 1\.5"),
         (-0.02, "neither"),
     ],
 )
@@ -506,7 +506,7 @@ def test_wrong_latents_are_refused(tmp_path, array, message):
 def test_latents_are_arrays_and_are_not_resized(tmp_path):
     for source in ("digits", tmp_path, tmp_path / "images.zip"):
         with pytest.raises(
-            DataError, match=r"latents are floating-point arrays in a \.npy or \.npz file, given"
+            DataError, match=r"latents are floating-point arrays in a \.npy or \.npz file, got"
         ):
             load_images(source, values="latents")
     np.save(tmp_path / "latents.npy", random_latents(2, 4, 8, 8))
@@ -517,13 +517,13 @@ def test_latents_are_arrays_and_are_not_resized(tmp_path):
 
 
 def test_wrong_latent_tensors_and_unknown_values_are_refused():
-    with pytest.raises(DataError, match=r"must be float32, for latents, given torch\.uint8"):
+    with pytest.raises(DataError, match=r"must be float32, for latents, got torch\.uint8"):
         ImageData(torch.zeros(1, 4, 2, 2, dtype=torch.uint8), values="latents")
-    with pytest.raises(DataError, match=r"\[N, C, H, W\] with H = W, given shape \[1, 4, 2, 3\]"):
+    with pytest.raises(DataError, match=r"\[N, C, H, W\] with H = W, got shape \[1, 4, 2, 3\]"):
         ImageData(torch.zeros(1, 4, 2, 3), values="latents")
     for make in (
         lambda: ImageData(torch.zeros(1, 1, 2, 2), values="sounds"),
         lambda: load_images("x", values="?"),
     ):
-        with pytest.raises(DataError, match="values must be one of images, latents, given"):
+        with pytest.raises(DataError, match="values must be one of images, latents, got"):
             make()

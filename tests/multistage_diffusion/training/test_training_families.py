@@ -230,10 +230,13 @@ def test_latents_for_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schedule": "cosine"}, "schedule='cosine'; allowed: vp, ve, edm, ldm"),
-        ({"schedule": "edm", "prediction": "v"}, "prediction='v'; allowed with schedule edm: epsilon"),
+        ({"schedule": "cosine"}, "schedule='cosine' must be one of edm, vp, ve, ldm, flow"),
+        (
+            {"schedule": "edm", "prediction": "v"},
+            "prediction must be one of epsilon with schedule edm, got 'v'",
+        ),
         ({"stages": Stages.single("step"), "stage_probabilities": None}, "needs stages of 't'"),
-        ({"augment": 1.5}, "augment=1.5 must be None or lie in 0..1"),
+        ({"augment": 1.5}, "augment=1.5 must be at most 1"),
         ({"augment": 0.1}, "needs a network that is told of it"),
         ({"values": "latents"}, "latents are no images"),
         ({"weight_decay": -1}, "weight_decay=-1 must be at least 0"),

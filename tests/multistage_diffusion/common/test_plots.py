@@ -56,13 +56,13 @@ def test_grid_clamps_and_takes_half_precision(tmp_path):
 @pytest.mark.parametrize(
     ("images", "options", "error", "message"),
     [
-        (torch.zeros(2, 2, 4, 4), {}, ValueError, r"given shape \[2, 2, 4, 4\]"),
-        (torch.zeros(2, 4, 4), {}, ValueError, r"given shape \[2, 4, 4\]"),
-        (torch.zeros(0, 1, 4, 4), {}, ValueError, r"given shape \[0, 1, 4, 4\]"),
+        (torch.zeros(2, 2, 4, 4), {}, ValueError, r"got shape \[2, 2, 4, 4\]"),
+        (torch.zeros(2, 4, 4), {}, ValueError, r"got shape \[2, 4, 4\]"),
+        (torch.zeros(0, 1, 4, 4), {}, ValueError, r"got shape \[0, 1, 4, 4\]"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), {}, TypeError, "uint8"),
         (torch.full((2, 1, 4, 4), torch.nan), {}, ValueError, "2 of 2 images"),
-        (torch.zeros(2, 1, 4, 4), {"columns": 0}, ValueError, "columns .* given 0"),
-        (torch.zeros(2, 1, 4, 4), {"scale": -1}, ValueError, "scale .* given -1"),
+        (torch.zeros(2, 1, 4, 4), {"columns": 0}, ValueError, "columns .* got 0"),
+        (torch.zeros(2, 1, 4, 4), {"scale": -1}, ValueError, "scale .* got -1"),
     ],
 )
 def test_grid_refuses_what_is_no_batch_of_images(tmp_path, images, options, error, message):
@@ -141,9 +141,9 @@ def test_thinning_keeps_both_ends_and_few_points():
 
 
 def test_output_suffix_is_checked(tmp_path):
-    with pytest.raises(ValueError, match=r"\.png or \.svg or \.pdf, given .*loss\.txt"):
+    with pytest.raises(ValueError, match=r"\.png or \.svg or \.pdf, got .*loss\.txt"):
         plot_loss(write_log(tmp_path / "log.jsonl", [{"step": 1, "loss": 1.0}]), tmp_path / "loss.txt")
-    with pytest.raises(ValueError, match=r"end in \.png, given"):
+    with pytest.raises(ValueError, match=r"end in \.png, got"):
         save_sample_grid(torch.zeros(1, 1, 2, 2), tmp_path / "grid.svg")
 
 

@@ -492,5 +492,5 @@ def test_load_model(tmp_path):
     assert torch.equal(model.denoiser.network.encoder.weight, average.encoder.weight)
     raw = checkpoints.load_model(tmp_path, weights="network", build=build)
     assert torch.equal(raw.denoiser.network.encoder.weight, network.encoder.weight)
-    with pytest.raises(ValueError, match="weights='best'"):
+    with pytest.raises(ValueError, match="weights must be one of ema, network, got 'best'"):
         checkpoints.load_model(tmp_path, weights="best", build=build)

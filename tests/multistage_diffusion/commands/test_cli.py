@@ -109,8 +109,11 @@ def test_help_does_not_load_torch():
             "ncsnpp takes no classes; edm",
         ),
         ("train --out x --data digits --schedule vp --stages 2,3", "its lower end must lie below"),
-        ("train --out x --data digits --prediction v", "prediction='v'; allowed with schedule edm: epsilon"),
-        ("train --out x --data digits --augment 2", "augment=2.0 must be None or lie in 0..1"),
+        (
+            "train --out x --data digits --prediction v",
+            "prediction must be one of epsilon with schedule edm, got 'v'",
+        ),
+        ("train --out x --data digits --augment 2", "argument --augment: 2 must be at most 1"),
         ("train --out x --data digits --depth 5", "edm does not take these arguments"),
         ("train --out x --resume", "holds no run to resume"),
         ("train --out x --data digits --device tpu", "--device tpu"),

@@ -61,8 +61,8 @@ def test_config_json_round_trip():
         ({"batch_size": 1.5}, r"batch_size=1\.5"),
         ({"lr": 0}, "lr=0"),
         ({"lr": math.inf}, "lr=inf"),
-        ({"precision": "fp16"}, "precision='fp16'; allowed: fp32, bf16"),
-        ({"stage_sampling": "random"}, "stage_sampling='random'; allowed: mixed, stratified"),
+        ({"precision": "fp16"}, "precision='fp16' must be one of fp32, bf16"),
+        ({"stage_sampling": "random"}, "stage_sampling='random' must be one of mixed, stratified"),
         ({"lr_decay": "step"}, "lr_decay='step'"),
         ({"accumulate": 3}, "accumulate=3 does not divide batch_size=8"),
         ({"stage_sampling": "mixed", "importance_weights": True}, 'stage_sampling="stratified"'),
@@ -72,7 +72,7 @@ def test_config_json_round_trip():
         ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
         ({"P_std": -1}, "P_std=-1"),
         ({"seed": -1}, "seed=-1"),
-        ({"network": "edm"}, "network must be a dictionary"),
+        ({"network": "edm"}, "network='edm' must be a dictionary"),
     ],
 )
 def test_config_rejects(changes, message):
@@ -423,7 +423,7 @@ print("ended at", result.step, "by", result.stopped_by)
 
 
 def start(directory, mode, pause=0.0) -> forks.Program:
-    return forks.Program(RUN_SCRIPT, directory, mode, pause, path=[Path(__file__).parent])
+    return forks.Program(RUN_SCRIPT, directory, mode, pause, path=[Path(__file__).parent.parent])
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):

@@ -31,7 +31,7 @@ from stand_ins import (
     weights_of,
 )
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 # Two processes run all the scenarios one after the other, because starting them takes longest; each process prints what
 # every scenario returned to it, or its traceback.

@@ -142,8 +142,8 @@ DATA = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5, 0.0]])
         (DATA, {"sigmas": [1.0]}, "at least two"),
         (DATA, {"sigmas": [0.0, 0.5]}, "positive"),
         (DATA, {"num_samples": 0}, "num_samples=0"),
-        (DATA, {"form": "v"}, "form must be 'x0' or 'eps', got 'v'"),
-        (DATA, {"measure": "psnr"}, "measure must be 'pixels' or 'smooth', got 'psnr'"),
+        (DATA, {"form": "v"}, "form must be one of x0, eps, got 'v'"),
+        (DATA, {"measure": "psnr"}, "measure must be one of pixels, smooth, got 'psnr'"),
     ],
 )
 def test_similarity_matrix_rejects(data, options, message):

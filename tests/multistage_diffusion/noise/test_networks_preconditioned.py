@@ -160,7 +160,7 @@ def test_uniform_steps_are_whole_steps_and_all_of_them():
         ),
         (
             lambda: SchedulePreconditioner(RecordingNetwork(), STAGES["ve"], VE(), "v"),
-            r"must be one of epsilon, x0, got 'v' for ve",
+            r"of ve: prediction must be one of epsilon, x0, got 'v'",
         ),
         (lambda: Uniform(EDM()), r"needs a schedule in t or step, got one in sigma"),
         (lambda: Uniform(VP(), t_min=1), r"t_min=1 must be at least 0 and below 1"),

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from multistage_diffusion.commands._options import number, numbers, seed, whole
+from multistage_diffusion.common.settings import Several, number, seed, whole
 
 
 @pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e999"])
 def test_numbers_are_finite(text):
-    for parse in (number(), numbers):
+    for parse in (number(), Several()):
         with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} must be finite"):
             parse(text)
     for parse in (number(low=0), number(above=0)):
@@ -29,9 +29,9 @@ def test_infinity_where_it_has_a_meaning():
 
 
 def test_several_numbers():
-    assert numbers("0.5,2,-1e3") == (0.5, 2.0, -1000.0)
+    assert Several()("0.5,2,-1e3") == (0.5, 2.0, -1000.0)
     with pytest.raises(argparse.ArgumentTypeError, match="'x' is not a number"):
-        numbers("1,x")
+        Several()("1,x")
 
 
 def test_whole_numbers_and_seeds_have_ends():
