@@ -36,6 +36,7 @@ _EXPORTS = {
     "training.trainer": ("Trainer", "train"),
     "training.configure": ("configure",),
     "training.config": ("TrainingConfig",),
+    "evaluation": ("Evaluation", "evaluate"),
     "data.images": ("DataError", "ImageData", "load_images"),
 }
 _SOURCE = {name: module for module, names in _EXPORTS.items() for name in names}
