@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from multistage_diffusion.common.checks import integer
 from multistage_diffusion.evaluation.distances import Statistics, frechet_distance, kernel_distance
-from multistage_diffusion.evaluation.features import Features, Images, Progress, extract
+from multistage_diffusion.evaluation.features import Features, Images, extract
 from multistage_diffusion.evaluation.neighbours import precision, radii
 
 # Half the width of a 95 % interval in standard errors.
@@ -82,7 +81,6 @@ def evaluate(
     resamples: int = 20,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Callable[[str, int], None] | None = None,
 ) -> Evaluation:
     """Compares generated images with real ones by their features.
 
@@ -104,7 +102,6 @@ def evaluate(
         resamples: how many halves; 0 leaves errors and biases out.
         seed: of the halves.
         batch_size: images per call of ``features``.
-        progress: called with the name of what is done, and how many images of it.
 
     Raises:
         TypeError: arguments of a wrong kind.
@@ -112,31 +109,31 @@ def evaluate(
             a wrong shape.
     """
     k = integer("evaluate", "k", k, 1)
-    resamples = integer("evaluate", "resamples", resamples, 0)
     batch_size = integer("evaluate", "batch_size", batch_size, 1)
-
-    def tell(name: str) -> Progress | None:
-        return None if progress is None else lambda done: progress(name, done)
-
     _check_few(images, "images", k)
     if not isinstance(against, Statistics):
         _check_few(against, "against", k)
-    found = _enough(
-        extract(images, features, name="images", batch_size=batch_size, progress=tell("images")), "images", k
-    )
-    halves = _halves(len(found), resamples, k, seed)
-    if isinstance(against, Statistics):
-        if len(against.mean) != found.shape[1]:
-            raise ValueError(
-                f"evaluate: against has statistics of {len(against.mean)} features, the images have {found.shape[1]}"
-            )
-        return Evaluation({"frechet": _frechet(found, against, halves)}, against.count)
-    real = extract(against, features, name="against", batch_size=batch_size, progress=tell("against"))
-    _enough(real, "against", k)
-    if real.shape[1] != found.shape[1]:
+    found = extract(images, features, batch_size=batch_size)
+    if not isinstance(against, Statistics):
+        against = extract(against, features, name="against", batch_size=batch_size)
+    return compare(found, against, k=k, resamples=resamples, seed=seed)
+
+
+def compare(
+    found: Tensor, real: Tensor | Statistics, *, k: int = 3, resamples: int = 20, seed: int = 0
+) -> Evaluation:
+    """As :func:`evaluate`, of features ``[N, D]`` and ``[M, D]`` that :func:`extract` has computed."""
+    k, resamples = integer("evaluate", "k", k, 1), integer("evaluate", "resamples", resamples, 0)
+    sizes = [len(found[0]), len(real.mean) if isinstance(real, Statistics) else len(real[0])]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"evaluate: images have {found.shape[1]} features and against has {real.shape[1]}; these must be equal"
+            f"evaluate: images have {sizes[0]} features and against has {sizes[1]}; these must be equal"
         )
+    _require_enough(found, "images", k)
+    halves = _halves(len(found), resamples, k, seed)
+    if isinstance(real, Statistics):
+        return Evaluation({"frechet": _frechet(found, real, halves)}, real.count)
+    _require_enough(real, "against", k)
     distance = kernel_distance(found, real)
     figures = {
         "frechet": _frechet(found, Statistics.of(real), halves),
@@ -155,7 +152,7 @@ def _check_few(images: Images, name: str, k: int) -> None:
         raise ValueError(f"evaluate: {name} must be more than {max(k, 1)} images for k={k}, got {count}")
 
 
-def _enough(features: Tensor, name: str, k: int) -> Tensor:
+def _require_enough(features: Tensor, name: str, k: int) -> None:
     count, size = features.shape
     if count <= k:
         raise ValueError(f"evaluate: {name} must be more than {k} images for k={k}, got {count}")
@@ -164,7 +161,6 @@ def _enough(features: Tensor, name: str, k: int) -> Tensor:
             f"evaluate: {name} must be at least as many as features ({size}), got {count}: no covariance follows from "
             "fewer; take more images, or features that are fewer"
         )
-    return features
 
 
 def _halves(count: int, resamples: int, k: int, seed: int) -> list[Tensor]:

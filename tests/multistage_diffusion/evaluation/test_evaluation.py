@@ -200,7 +200,7 @@ def test_statistics_refuse_other_files(arrays, message, tmp_path):
 
 
 A = torch.zeros(8, 1, 2, 2)
-NAN = A.clone()
+NAN, NINE = A.clone(), torch.zeros(9, 1, 3, 3)
 NAN[5] = torch.nan
 
 
@@ -212,15 +212,15 @@ NAN[5] = torch.nan
         (NAN, A, flat, "image 5 of images has a value that is NaN or infinite"),
         (A, NAN.split(2), flat, "image 5 of against has a value that is NaN or infinite"),
         ([A, A[..., :1]], A, flat, r"of one size, got \[1, 2, 2\] and, from image 8 on, \[1, 2, 1\]"),
-        (A, torch.zeros(8, 1, 3, 3), flat, "must be at least as many as features"),
+        (NINE, NINE[:8], flat, r"against must be at least as many as .* \(9\), got 8"),
         (A, torch.zeros(8, 1, 1, 1), flat, "images have 4 features and against has 1"),
         (A[0], A, flat, r"images must be \[N, C, H, W\], got shape \[1, 2, 2\]"),
         ([], A, flat, "images must hold at least one image"),
         (A, A, lambda batch: batch[:1].flatten(1), r"must return \[8, D\] for 8 images of images, got \[1, 4\]"),
         (A, A, lambda batch: flat(batch) / 0, "the features of image 0 of images are NaN or infinite"),
         (A, A, lambda batch: flat(batch).sum(1), r"features must return \[8, D\]"),
-        (torch.zeros(8, 1, 3, 3), A, flat, r"images must be at least as many as features \(9\), got 8"),
-        (A, Statistics(torch.zeros(3), torch.eye(3), None), flat, "statistics of 3 features, the images have 4"),
+        (NINE[:8], NINE, flat, r"images must be at least as many as .* \(9\), got 8"),
+        (A, Statistics(torch.zeros(3), torch.eye(3), None), flat, "images have 4 features and against has 3"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(given, against, features, message):
