@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class Evaluation(dict[str, float]):
             name: {**asdict(figure), "interval": figure.interval} for name, figure in self.figures.items()
         }
         return {"figures": figures, "reference_images": self.reference_images}
+
+    @staticmethod
+    def of_report(report: dict) -> Evaluation:
+        """What :meth:`report` was made of, read from JSON."""
+        names = [field.name for field in fields(Figure)]
+        figures = {
+            name: Figure(*(entry[name] for name in names)) for name, entry in report["figures"].items()
+        }
+        return Evaluation(figures, report["reference_images"])
 
     def __str__(self) -> str:
         lines = [f"{'':<10} {'value':>10} {'95 % interval':>23} {'bias':>10}"]

@@ -62,6 +62,12 @@ def test_frechet_distance_of_singular_covariances(generator):
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("features", [np.eye(4, 3) * 1e160, np.full((4, 3), 1e160)])
+def test_features_whose_squares_overflow_are_refused(features):
+    with pytest.raises(ValueError, match="too large, their squares overflow float64"):
+        Statistics.of(torch.from_numpy(features))
+
+
 def test_the_same_images_are_at_no_distance(generator):
     a = images(normal(generator, 60, 4))
     found = evaluate(a, a, flat)
