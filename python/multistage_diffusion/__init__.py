@@ -24,6 +24,7 @@ _EXPORTS = {
     "noise.schedules": ("EDM", "LDM", "VE", "VP", "FlowMatching"),
     "sampling.samplers": ("SamplerConfig", "SeededNoise", "generate", "heun", "sample", "sampler_config"),
     "sampling.dpm_solver": ("DDIMConfig", "DPMMultistepConfig", "DPMSinglestepConfig"),
+    "sampling.service": ("Request", "SampleError", "SamplerService"),
     "data.augmentation": ("Augmentation",),
     "presets": ("PRESETS",),
     "training.ema": ("EMA",),
