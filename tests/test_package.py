@@ -38,7 +38,7 @@ STOREYS = (
 # The rooms of multistage_diffusion, and the modules that lie flat beside them. Each imports only what stands before it.
 ROOMS = (
     *("common", "networks", "noise", "data", "clustering", "sampling", "presets", "training", "official"),
-    *("flops", "costs", "layers", "checkpoints", "commands", "cli", "integrations", "__main__"),
+    *("flops", "costs", "layers", "checkpoints", "evaluation", "commands", "cli", "integrations", "__main__"),
 )
 MOST_FLAT_MODULES = 10
 

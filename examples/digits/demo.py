@@ -16,9 +16,19 @@ from pathlib import Path
 
 import torch
 
-from digit_classifier import digit_classifier
+from digit_classifier import all_images, digit_classifier, digit_halves
 from digit_metrics import evaluate_digits
-from multistage_diffusion import Stages, configure, find_stages, generate, load_images, load_model, train
+from multistage_diffusion import (
+    Evaluation,
+    Stages,
+    configure,
+    evaluate,
+    find_stages,
+    generate,
+    load_images,
+    load_model,
+    train,
+)
 from multistage_diffusion.clustering.pictures import plot_curves, plot_matrix
 from multistage_diffusion.common.atomic_files import replacing
 from multistage_diffusion.common.host_memory import keep_freed_memory
@@ -101,12 +111,16 @@ def measure(directory: Path, device) -> dict:
     samples = generate(model.denoiser, seeds, shape, batch_size=128, dtype=torch.float32, **labels)
     images = samples.images.float()
     save_sample_grid(images[:SHOWN], directory / "samples.png", columns=network.label_dim)
-    judged = digit_classifier().probabilities(images).argmax(dim=1)
+    classifier = digit_classifier()
+    judged = classifier.probabilities(images).argmax(dim=1)
+    held_out = all_images(digit_halves()[1])
+    quality = evaluate(images, held_out, classifier.features, batch_size=NUM_SAMPLES)
     asked = labels["class_labels"].argmax(dim=1)
     log, seconds = RunLog(directory / "log.jsonl"), model.metadata["seconds"]
     records = [] if log.is_empty() else log.read()
     return {
         **evaluate_digits(images),
+        "quality": quality.report(),
         "asked_digit_share": float((judged == asked).float().mean()),
         "steps": model.step,
         "train_seconds": round(seconds, 3),
@@ -119,6 +133,7 @@ def measure(directory: Path, device) -> dict:
 
 def summary(directory: Path, metrics: dict) -> str:
     """What the demo did, in a few lines."""
+    quality = Evaluation.of_report(metrics["quality"])
     return (
         f"{directory}: {metrics['steps']} steps at {metrics['images_per_second']:.0f} images/s, "
         f"{metrics['seconds']:.0f} s in all\n"
@@ -127,7 +142,8 @@ def summary(directory: Path, metrics: dict) -> str:
         f"  and takes {metrics['asked_digit_share']:.1%} for the digit that was asked for\n"
         f"  Fréchet distance {metrics['frechet_samples']:.2f} "
         f"(real digits {metrics['frechet_held_out']:.2f}, noise {metrics['frechet_noise']:.2f})\n"
-        f"  see samples.png, loss.png, metrics.json"
+        f"  see samples.png, loss.png, metrics.json\n"
+        f"by that classifier's features, against {quality.reference_images} held-out digits:\n{quality}"
     )
 
 

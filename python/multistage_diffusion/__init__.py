@@ -24,6 +24,7 @@ _EXPORTS = {
     "noise.schedules": ("EDM", "LDM", "VE", "VP", "FlowMatching"),
     "sampling.samplers": ("SamplerConfig", "SeededNoise", "generate", "heun", "sample", "sampler_config"),
     "sampling.dpm_solver": ("DDIMConfig", "DPMMultistepConfig", "DPMSinglestepConfig"),
+    "sampling.service": ("Request", "SampleError", "SamplerService"),
     "data.augmentation": ("Augmentation",),
     "presets": ("PRESETS",),
     "training.ema": ("EMA",),
@@ -36,6 +37,7 @@ _EXPORTS = {
     "training.trainer": ("Trainer", "train"),
     "training.configure": ("configure",),
     "training.config": ("TrainingConfig",),
+    "evaluation": ("Evaluation", "evaluate"),
     "data.images": ("DataError", "ImageData", "load_images"),
 }
 _SOURCE = {name: module for module, names in _EXPORTS.items() for name in names}

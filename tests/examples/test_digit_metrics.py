@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import digit_classifier as module
 from digit_classifier import DigitClassifier, digit_classifier, digit_halves
-from digit_metrics import evaluate_digits, frechet_distance
+from digit_metrics import evaluate_digits
 
 NUM = 1000
 
@@ -24,87 +24,6 @@ def held_out() -> torch.Tensor:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
-
-
-def with_moments(mean, cov, num, seed):
-    """`num` vectors whose sample mean and covariance are exactly these."""
-    rows = torch.randn(num, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rows -= rows.mean(0)
-    whitened = rows @ torch.linalg.inv(torch.linalg.cholesky(rows.T @ rows / (num - 1))).T
-    return whitened @ torch.linalg.cholesky(cov).T + mean
-
-
-def test_frechet_distance_of_commuting_covariances_is_the_closed_form():
-    mean_a, mean_b = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
-    std_a, std_b = torch.tensor([1.0, 2.0, 0.1]).double(), torch.tensor([3.0, 0.5, 0.1]).double()
-    a = with_moments(mean_a, std_a.square().diag(), 50, 0)
-    b = with_moments(mean_b, std_b.square().diag(), 40, 1)
-    expected = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
-
-
-def test_frechet_distance_of_two_dimensional_gaussians_is_the_closed_form():
-    cov_a = torch.tensor([[2.0, 0.7], [0.7, 1.0]]).double()
-    cov_b = torch.tensor([[1.0, -0.4], [-0.4, 3.0]]).double()
-    zero = torch.zeros(2).double()
-    product = cov_a @ cov_b
-    # For a 2x2 matrix, the trace of the square root is sqrt(trace + 2 sqrt(determinant)).
-    cross = (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt()
-    expected = cov_a.trace() + cov_b.trace() - 2 * cross
-    given = frechet_distance(with_moments(zero, cov_a, 30, 0), with_moments(zero, cov_b, 30, 1))
-    assert given == pytest.approx(float(expected), rel=1e-10)
-
-
-@pytest.mark.parametrize(("num", "dim"), [(100, 8), (20, 48), (2, 5)])
-def test_frechet_distance_to_itself_is_zero(num, dim, generator):
-    features = 30 * torch.randn(num, dim, generator=generator) + 100
-    features[:, 0] = 0  # a feature that never varies
-    scale = float(features.double().var(0).sum())
-    assert frechet_distance(features, features) <= 1e-10 * scale  # float64 rounding, relative to the variance
-
-
-@pytest.mark.parametrize(("num", "dim"), [(100, 8), (20, 48)])
-def test_frechet_distance_adds_the_square_of_a_translation(num, dim, generator):
-    features = torch.randn(num, dim, generator=generator, dtype=torch.float64)
-    shift = torch.randn(dim, generator=generator, dtype=torch.float64)
-    assert frechet_distance(features, features + shift) == pytest.approx(
-        float(shift.square().sum()), rel=1e-9
-    )
-
-
-def test_frechet_distance_is_symmetric_and_takes_arrays(generator):
-    a = torch.randn(40, 12, generator=generator).double()
-    b = a.new_empty(30, 12).normal_(generator=generator) * torch.linspace(0, 2, 12) + 1
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b.numpy(), a.numpy()), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        (np.zeros((4, 3)), np.zeros((4, 2)), "3 features, features_b has 2"),
-        (np.zeros((1, 3)), np.zeros((4, 3)), r"features_a must be .* got shape \[1, 3\]"),
-        (np.zeros((4, 3)), np.zeros(3), r"features_b must be .* got shape \[3\]"),
-        (np.zeros((4, 3)), np.full((4, 3), np.nan), "features_b holds"),
-        (np.zeros((4, 0)), np.zeros((4, 0)), r"D at least 1, got shape \[4, 0\]"),
-        (np.eye(4, 3) * 1e160, np.zeros((4, 3)), "too large, their squares overflow float64"),
-        (np.full((4, 3), 1e160), np.zeros((4, 3)), "too large, their squares overflow float64"),
-    ],
-)
-def test_frechet_distance_refuses_wrong_features(a, b, message):
-    with pytest.raises(ValueError, match=message):
-        frechet_distance(a, b)
-
-
-def test_frechet_distance_refuses_complex_features():
-    with pytest.raises(TypeError, match=r"features_b must be real, got torch\.complex128"):
-        frechet_distance(np.zeros((4, 3)), np.zeros((4, 3), dtype=complex))
-
-
-def test_frechet_distance_takes_arrays_that_are_reversed(generator):
-    a, b = torch.randn(2, 30, 5, generator=generator, dtype=torch.float64).numpy()
-    assert frechet_distance(a[::-1], b[:, ::-1]) == pytest.approx(
-        frechet_distance(a, b[:, ::-1].copy()), rel=1e-9
-    )
 
 
 def test_halves_share_no_image():

@@ -28,6 +28,9 @@ class ZeroForEverything:
     def probabilities(self, images):
         return torch.eye(10)[:1].expand(len(images), -1)
 
+    def features(self, images):
+        return images.flatten(1)[:, ::64]
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -46,7 +49,15 @@ def quick(monkeypatch):
 def test_demo(quick, tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "demo"), "--steps", "3", "--device", "cpu"]
     assert demo.main(arguments) == 0
-    assert "a classifier is sure of 50.0%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "a classifier is sure of 50.0%" in printed
+    assert "against 899 held-out digits" in printed.splitlines()[-6]
+    assert [line.split()[0] for line in printed.splitlines()[-4:]] == [
+        "frechet",
+        "precision",
+        "recall",
+        "kid",
+    ]
     written = {p.name for p in (tmp_path / "demo").iterdir()}
     assert {"samples.png", "loss.png", "metrics.json", "checkpoints", "stages"} <= written
     assert {p.name for p in (tmp_path / "demo" / "stages").iterdir()} == {

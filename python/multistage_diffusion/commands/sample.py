@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,13 @@ from multistage_diffusion.common.settings import Setting, add_options, given, op
 from multistage_diffusion.sampling.table import HEUN, SAMPLERS, SETTINGS, STEPS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from multistage_diffusion.noise.preconditioning import Preconditioner
+    from multistage_diffusion.sampling.samplers import AnyConfig, Samples
+    from multistage_diffusion.training.checkpoints import LoadedModel
+    from multistage_diffusion.training.data_parallel import Processes
 
 EXAMPLES = """\
   msd sample --run runs/digits --out digits.png
@@ -22,11 +29,13 @@ EXAMPLES = """\
   msd sample --run runs/digits/checkpoints/step-00002000 --seeds 3,7,20-29 --s-churn 40 --out some.png
   msd sample --run runs/ncsnpp --sampler ddim --steps 50 --eta 1 --out ancestral.png
   msd sample --run runs/ldm --num 64 --out latents.npz
+  msd sample --run runs/cifar10 --num 50000 --out samples/          again with --resume, should it be stopped
 
 several GPUs, each with its share of the seeds:
   torchrun --nproc-per-node 8 -m -- multistage_diffusion sample --run runs/cifar10 --num 50000 --out samples.npz
 """
 
+FILES = (".png", ".npz")
 MOST_IMAGES = 10_000_000  # of one call: their seeds are a list
 
 
@@ -54,8 +63,14 @@ def add_parser(subparsers):
         required=True,
         type=output_path,
         metavar="FILE",
-        help="a grid as .png, or .npz with images [N, H, W, C] (uint8) and seeds; for a model of latents .npz with "
+        help="a grid as .png, or .npz with images [N, H, W, C] (uint8) and seeds, or DIR/ for a folder with a PNG for "
+        "each, written batch by batch, and with dataset.json for their classes; for a model of latents .npz with "
         "latents [N, C, H, W] (float32) and seeds",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --out DIR/: go on where the same command was stopped or killed; the files are the same",
     )
     group.add_argument("--num", type=whole(1, MOST_IMAGES), metavar="N", help="number of images; default: 16")
     group.add_argument(
@@ -124,8 +139,8 @@ def _of_group(group: str) -> dict[str, Setting]:
 
 def output_path(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".npz"):
-        raise argparse.ArgumentTypeError(f"{text} must end in .png or .npz")
+    if not (text.endswith("/") or path.is_dir() or path.suffix in FILES):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .npz, or / for a folder")
     return path
 
 
@@ -155,14 +170,11 @@ def run(args) -> None:
 
 
 def _sample(args, processes) -> None:
-    import torch
-
     from multistage_diffusion.common.atomic_files import check_replaceable
     from multistage_diffusion.sampling.cuda_graphs import GraphedNetwork
+    from multistage_diffusion.sampling.sample_folder import found_in
     from multistage_diffusion.sampling.samplers import (
-        class_labels,
         default_sampler,
-        generate,
         require_seeds,
         sampler_config,
         schedule_of,
@@ -175,7 +187,13 @@ def _sample(args, processes) -> None:
     settings = given(args, SETTINGS)
     # What is wrong whatever the model is shows before one is loaded.
     seeds = require_seeds(seeds, "sample")
-    processes.first_does(lambda: check_replaceable(args.out, "--out"))
+    to_folder = args.out.suffix not in FILES
+    if args.resume and not to_folder:
+        raise ValueError(f"--resume: is for a folder of samples, --out DIR/, got --out {args.out}")
+    if to_folder:
+        processes.first_does(lambda: found_in(args.out, args.resume))
+    else:
+        processes.first_does(lambda: check_replaceable(args.out, "--out"))
     sampler_config(_sampler_of(settings, args.sampler), None, args.steps, **settings)
     device = set_up_machine(args)
     if args.batch_invariant and device.type != "cpu":
@@ -188,31 +206,105 @@ def _sample(args, processes) -> None:
     values = model.metadata["config"].get("values", "images")
     network = model.denoiser.network
     check_output(args.out, values, network.in_channels, model.path)
-    own_seeds = processes.deal(seeds)
-    conditioning = class_labels(network, own_seeds, args.class_id)
+    job = _Job(args, device, model.denoiser, config, values, _progress_of(processes, to_folder))
     start = time.monotonic()
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        samples = generate(
-            model.denoiser,
-            own_seeds,
-            (network.in_channels, network.image_size, network.image_size),
-            config,
-            args.batch_invariant,
-            batch_size=args.batch,
-            device=device,
-            progress=_progress if processes.is_first and sys.stderr.isatty() else None,
-            **conditioning,
-        )
-    written = processes.collect(written_form(args.out, samples.images, values), len(seeds))
+    if to_folder:
+        samples = _fill_folder(job, processes, seeds, sampler, model)
+    else:
+        samples = job.draw(processes.deal(seeds))
+        written = processes.collect(written_form(args.out, samples.images, values), len(seeds))
+        if processes.is_first:
+            write_samples(args.out, written, seeds, values)
     if not processes.is_first:
         return
-    seconds = time.monotonic() - start
-    write_samples(args.out, written, seeds, values)
+    made = f"{args.out}: {len(seeds)} {values} of {model.path.name} ({args.weights}), {time.monotonic() - start:.1f} s"
+    if samples is None:
+        print(f"{made}, all of them were there")
+        return
     per_stage = " / ".join(map(str, samples.evaluations_per_stage))
-    print(
-        f"{args.out}: {len(seeds)} {values} of {model.path.name} ({args.weights}), {seconds:.1f} s, {sampler}, "
-        f"{samples.evaluations} network evaluations each (stages {per_stage})"
-    )
+    print(f"{made}, {sampler}, {samples.evaluations} network evaluations each (stages {per_stage})")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every sample of a call has in common."""
+
+    args: argparse.Namespace
+    device: torch.device
+    denoiser: Preconditioner
+    config: AnyConfig
+    values: str
+    progress: Callable[[int, int], None] | None
+
+    def draw(self, seeds: list[int]) -> Samples:
+        import torch
+
+        from multistage_diffusion.sampling.samplers import class_labels, generate
+
+        network = self.denoiser.network
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            return generate(
+                self.denoiser,
+                seeds,
+                (network.in_channels, network.image_size, network.image_size),
+                self.config,
+                self.args.batch_invariant,
+                batch_size=self.args.batch,
+                device=self.device,
+                progress=self.progress,
+                **class_labels(network, seeds, self.args.class_id),
+            )
+
+
+def _fill_folder(
+    job: _Job, processes: Processes, seeds: list[int], sampler: str, model: LoadedModel
+) -> Samples | None:
+    """Writes what is missing, batch by batch; returns the last samples, None where nothing was missing.
+
+    A batch of which an image is missing is drawn again as a whole, so that its images are what they would have been.
+    """
+    from tqdm import tqdm
+
+    from multistage_diffusion.sampling.sample_folder import SampleFolder
+    from multistage_diffusion.sampling.samplers import class_labels
+
+    args = job.args
+    description = {
+        "model": model.path.name,
+        "checkpoint": model.metadata.get("sha256"),
+        "weights": args.weights,
+        "sampler": sampler,
+        "settings": {name: str(value) for name, value in vars(job.config).items()},
+        "seeds": [seeds[0], seeds[-1], len(seeds)],
+        "class": args.class_id,
+        "batch": args.batch,
+        "batch_invariant": args.batch_invariant,
+        "precision": args.precision,
+        "processes": processes.size,
+    }
+    folder = processes.first_does(lambda: SampleFolder(args.out, description, resume=args.resume))
+    processes.first_does(folder.remove_unfinished)
+    own = processes.deal(seeds)
+    samples = None
+    with tqdm(
+        total=len(own), unit=" images", disable=not (processes.is_first and sys.stderr.isatty())
+    ) as bar:
+        for start in range(0, len(own), args.batch):
+            batch = own[start : start + args.batch]
+            if not folder.has(batch):
+                samples = job.draw(batch)
+                folder.write(written_form(args.out, samples.images, job.values), batch)
+            bar.update(len(batch))
+    processes.largest(0)  # all have written theirs
+    labels = class_labels(job.denoiser.network, seeds, args.class_id).get("class_labels")
+    if labels is not None:
+        processes.first_does(lambda: folder.write_labels(seeds, labels.argmax(1).tolist()))
+    return samples
+
+
+def _progress_of(processes: Processes, to_folder: bool) -> Callable[[int, int], None] | None:
+    """What shows the steps on a terminal; a folder has a bar of images."""
+    return _progress if processes.is_first and sys.stderr.isatty() and not to_folder else None
 
 
 def _sampler_of(settings: dict, sampler: str | None) -> str:
@@ -245,9 +337,9 @@ def check_output(path: Path, values: str, channels: int, model: Path) -> None:
             f"--out {path}: {model} was trained on latents, which are no picture before the autoencoder decodes them; "
             "write them as .npz and decode its array `latents`"
         )
-    if path.suffix == ".png" and channels not in (1, 3):
+    if path.suffix != ".npz" and channels not in (1, 3):
         raise ValueError(
-            f"--out {path}: {model} makes images of {channels} channels, a .png grid has 1 or 3; write them as .npz"
+            f"--out {path}: {model} makes images of {channels} channels, a PNG has 1 or 3; write them as .npz"
         )
 
 
@@ -255,7 +347,7 @@ def written_form(path: Path, samples: Tensor, values: str = "images") -> Tensor:
     """Samples ``[N, C, H, W]`` as ``write_samples`` takes them.
 
     Args:
-        path: where they go: .png for a grid of images, .npz for arrays.
+        path: where they go: .png for a grid of images, .npz for arrays, or a folder.
         samples: images in [-1, 1], or latents.
         values: "images" or "latents".
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,9 +26,7 @@ import torch
 from multistage_diffusion.common.checks import integer
 from multistage_diffusion.noise.levels import between
 from multistage_diffusion.noise.schedules import Schedule
-
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-Draw = Callable[[], torch.Tensor]
+from multistage_diffusion.sampling.trajectory import Draw, Evaluation, Walk
 
 FEW_STEPS = 15  # a multistep solver of fewer steps ends with one of order 1
 
@@ -103,15 +100,15 @@ class DDIMConfig(_StepConfig):
         """
         return cls(_spaced(cls, schedule, steps, spacing, denoise_to_zero), eta)
 
-    def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
-        """x after each step."""
-        for sigma, sigma_next in itertools.pairwise(self.levels):
+    def walk(self, x: torch.Tensor, draw: Draw) -> Walk:
+        """From ``x`` at the first noise level to the samples; ``draw()`` is unit noise of their shape."""
+        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(self.levels)):
             s = self.eta * sigma_next / sigma * math.sqrt(sigma**2 - sigma_next**2)
-            denoised = D(x, sigma)
+            denoised = yield Evaluation(x, sigma, step)
             x = denoised + math.sqrt(sigma_next**2 - s**2) / sigma * (x - denoised)
             if s > 0:
                 x = x + s * draw()
-            yield x
+        return x
 
 
 @dataclass(frozen=True)
@@ -178,11 +175,12 @@ class DPMSinglestepConfig(_SolverConfig):
         steps = zip(itertools.pairwise(self.levels), self.orders, strict=True)
         return [level for ends, order in steps for level in _levels_of_step(*ends, order)]
 
-    def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
-        """x after each step."""
-        for (sigma, sigma_next), order in zip(itertools.pairwise(self.levels), self.orders, strict=True):
-            x = _singlestep(D, x, sigma, sigma_next, order)
-            yield x
+    def walk(self, x: torch.Tensor, draw: Draw) -> Walk:
+        """From ``x`` at the first noise level to the samples; nothing is drawn."""
+        ends = itertools.pairwise(self.levels)
+        for step, ((sigma, sigma_next), order) in enumerate(zip(ends, self.orders, strict=True)):
+            x = yield from _singlestep(x, sigma, sigma_next, order, step)
+        return x
 
 
 @dataclass(frozen=True)
@@ -223,11 +221,12 @@ class DPMMultistepConfig(_SolverConfig):
             orders = (*orders[:-1], 1)[:before_zero]
         return cls(levels, (*orders, *(1,) * (len(levels) - 1 - before_zero)))
 
-    def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
-        """x after each step."""
+    def walk(self, x: torch.Tensor, draw: Draw) -> Walk:
+        """From ``x`` at the first noise level to the samples; nothing is drawn."""
         before = sigma_before = None
-        for (sigma, sigma_next), order in zip(itertools.pairwise(self.levels), self.orders, strict=True):
-            denoised = D(x, sigma)
+        ends = itertools.pairwise(self.levels)
+        for step, ((sigma, sigma_next), order) in enumerate(zip(ends, self.orders, strict=True)):
+            denoised = yield Evaluation(x, sigma, step)
             estimate = denoised
             if order == 2:
                 r = math.log(sigma_before / sigma) / math.log(sigma / sigma_next)
@@ -235,27 +234,28 @@ class DPMMultistepConfig(_SolverConfig):
             ratio = sigma_next / sigma
             x = ratio * x + (1 - ratio) * estimate
             before, sigma_before = denoised, sigma
-            yield x
+        return x
 
 
-def _singlestep(D: Denoise, x: torch.Tensor, sigma: float, sigma_next: float, order: int) -> torch.Tensor:
+def _singlestep(x: torch.Tensor, sigma: float, sigma_next: float, order: int, step: int) -> Walk:
     """One step of ``DPMSinglestepConfig``."""
 
-    def eps(u: torch.Tensor, level: float) -> torch.Tensor:
-        return (u - D(u, level)) / level
+    def eps(u: torch.Tensor, level: float) -> Walk:
+        denoised = yield Evaluation(u, level, step)
+        return (u - denoised) / level
 
     def w(level: float) -> float:
         return (sigma - level) / math.log(sigma / level) - level
 
     inner = _levels_of_step(sigma, sigma_next, order)[1:]
-    eps_0 = eps(x, sigma)
+    eps_0 = yield from eps(x, sigma)
     if order == 1:
         return x + (sigma_next - sigma) * eps_0
-    eps_1 = eps(x + (inner[0] - sigma) * eps_0, inner[0])
+    eps_1 = yield from eps(x + (inner[0] - sigma) * eps_0, inner[0])
     if order == 2:
         return x + (sigma_next - sigma) * eps_1
     v = x + (inner[1] - sigma) * eps_0 - 2 * w(inner[1]) * (eps_1 - eps_0)
-    eps_2 = eps(v, inner[1])
+    eps_2 = yield from eps(v, inner[1])
     return x + (sigma_next - sigma) * eps_0 - 1.5 * w(sigma_next) * (eps_2 - eps_0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from operator import index
@@ -25,12 +25,11 @@ from multistage_diffusion.noise.preconditioning import Preconditioner
 from multistage_diffusion.noise.schedules import EDM, Schedule
 from multistage_diffusion.sampling.dpm_solver import (
     DDIMConfig,
-    Denoise,
     DPMMultistepConfig,
     DPMSinglestepConfig,
-    Draw,
 )
 from multistage_diffusion.sampling.table import find_sampler
+from multistage_diffusion.sampling.trajectory import Draw, Evaluation, Trajectory, Walk
 
 Progress = Callable[[int, int], None]
 
@@ -115,24 +114,26 @@ class SamplerConfig:
         pairs = [(sigma * (1 + self.gamma(sigma)), after) for sigma, after in itertools.pairwise(sigmas)]
         return [level for pair in pairs for level in pair if level > 0]
 
-    def trajectory(self, D: Denoise, x: torch.Tensor, draw: Draw) -> Iterator[torch.Tensor]:
-        """x after each step."""
-        for sigma, sigma_next in itertools.pairwise(self.sigmas().tolist()):
+    def walk(self, x: torch.Tensor, draw: Draw) -> Walk:
+        """From ``x`` at the first noise level to the samples; ``draw()`` is unit noise of their shape."""
+        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(self.sigmas().tolist())):
             gamma = self.gamma(sigma)
             sigma_hat = sigma * (1 + gamma)
             if gamma > 0:
                 x = x + math.sqrt(sigma_hat**2 - sigma**2) * self.S_noise * draw()
-            x = _heun_step(D, x, sigma_hat, sigma_next)
-            yield x
+            x = yield from _heun_step(x, sigma_hat, sigma_next, step)
+        return x
 
 
-def _heun_step(D: Denoise, x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+def _heun_step(x: torch.Tensor, sigma: float, sigma_next: float, step: int) -> Walk:
     """One step of dx/dsigma = (x − D(x; sigma)) / sigma; Euler's where it ends at sigma = 0."""
-    slope = (x - D(x, sigma)) / sigma
+    denoised = yield Evaluation(x, sigma, step)
+    slope = (x - denoised) / sigma
     x_next = x + (sigma_next - sigma) * slope
     if sigma_next == 0:
         return x_next
-    slope_next = (x_next - D(x_next, sigma_next)) / sigma_next
+    denoised = yield Evaluation(x_next, sigma_next, step)
+    slope_next = (x_next - denoised) / sigma_next
     return x + (sigma_next - sigma) * (slope + slope_next) / 2
 
 
@@ -233,19 +234,6 @@ class SeededNoise:
         return torch.stack(noise).to(self.device, self.dtype)
 
 
-class _CountingDenoiser:
-    """D at one host-side noise level for the whole batch; counts evaluations per stage."""
-
-    def __init__(self, denoiser: Preconditioner, conditioning: dict):
-        self.denoiser, self.conditioning = denoiser, conditioning
-        self.per_stage = [0] * len(denoiser.stages)
-
-    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        stage = self.denoiser.stages.assign(sigma)
-        self.per_stage[stage] += 1
-        return self.denoiser(x, sigma, stage, **self.conditioning).to(x.dtype)
-
-
 @torch.no_grad()
 def sample(
     denoiser: Preconditioner,
@@ -273,14 +261,16 @@ def sample(
     if not isinstance(config, AnyConfig):
         allowed = ", ".join(kind.__name__ for kind in get_args(AnyConfig))
         raise TypeError(f"sample: config must be one of {allowed}, got {type(config).__name__}")
-    D = _CountingDenoiser(denoiser, conditioning)
-    trajectory = config.trajectory(D, config.start * noise.draw(), noise.draw)
+    per_stage = [0] * len(denoiser.stages)
+    trajectory = Trajectory(config, noise.draw)
     with msd_kernels.frozen_weights():
-        for finished in range(1, config.num_steps + 1):
-            x = next(trajectory)
-            if progress is not None:
-                progress(finished, config.num_steps)
-    return Samples(x, sum(D.per_stage), tuple(D.per_stage))
+        while (wanted := trajectory.wanted) is not None:
+            stage = denoiser.stages.assign(wanted.sigma)
+            per_stage[stage] += 1
+            trajectory.advance(denoiser(wanted.x, wanted.sigma, stage, **conditioning))
+            if progress is not None and trajectory.finished > wanted.step:
+                progress(trajectory.finished, config.num_steps)
+    return Samples(trajectory.images, sum(per_stage), tuple(per_stage))
 
 
 def heun(
@@ -332,7 +322,7 @@ def generate(
     """
     batch_size = integer("generate", "batch_size", batch_size, 1)
     seeds = require_seeds(seeds, "generate")
-    device = torch.device(device if device is not None else _device_of(denoiser))
+    device = torch.device(device if device is not None else device_of(denoiser))
     if batch_invariant and device.type != "cpu":
         raise NotImplementedError(f"generate: batch_invariant holds on the CPU, got device={device}")
     starts = range(0, len(seeds), batch_size)
@@ -381,7 +371,8 @@ def class_labels(network, seeds: Sequence[int], class_id: int | None = None) -> 
     return {"class_labels": torch.nn.functional.one_hot(labels, label_dim).float()}
 
 
-def _device_of(denoiser: Preconditioner) -> torch.device:
+def device_of(denoiser: Preconditioner) -> torch.device:
+    """Where a denoiser's weights are."""
     for parameter in denoiser.parameters():
         return parameter.device
     return torch.device("cpu")

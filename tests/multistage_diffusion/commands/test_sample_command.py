@@ -230,7 +230,7 @@ def test_channels_that_are_no_picture_are_refused_before_sampling(runs, tmp_path
         "multistage_diffusion.sampling.samplers.generate", lambda *a, **k: pytest.fail("sampled")
     )
     assert msd_sample(runs / "ldm", "--out", tmp_path / "x.png") == 2
-    assert "makes images of 5 channels, a .png grid has 1 or 3; write them as .npz" in capsys.readouterr().err
+    assert "makes images of 5 channels, a PNG has 1 or 3; write them as .npz" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

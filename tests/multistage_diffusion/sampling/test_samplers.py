@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from multistage_diffusion.sampling.samplers import (
     sampler_config,
     schedule_of,
 )
+from multistage_diffusion.sampling.trajectory import Trajectory
 from stand_ins import RecordingNetwork, TinyNetwork, one_thread  # noqa: F401
 
 SHAPE = (1, 4, 4)
@@ -369,9 +371,12 @@ def test_every_sampler_finds_mean_and_deviation_of_gaussian_data_on_every_schedu
     D, noise = GaussianDenoiser(0.3, 0.5), torch.tensor([0.0, 1.0], dtype=torch.float64)
     for steps, error in ((None, LONG_STEPS.get((name, schedule.name), DEFAULT_ERROR[name])), (400, 0.02)):
         config = sampler_config(name, schedule, steps)
-        *_, x = config.trajectory(
-            lambda x, sigma: D(x, sigma, 0), config.start * noise, lambda: pytest.fail("drawn")
-        )
+        draws = iter([noise])  # that of the start alone
+        trajectory = Trajectory(config, partial(next, draws))
+        while trajectory.wanted is not None:
+            x, sigma, _ = trajectory.wanted
+            trajectory.advance(D(x, sigma, 0))
+        x = trajectory.images
         mean, deviation = x[0].item(), (x[1] - x[0]).item()
         last = 0.0 if name == "heun" else config.levels[-1]
         assert mean == pytest.approx(0.3, rel=0.02)
