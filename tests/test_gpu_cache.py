@@ -61,10 +61,11 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
         "_group_norm_parameters_kernel",
     ]
     forward, backward, parameters = [launch for launch in found if "group_norm" in launch.kernel]
-    assert forward.arguments == (HALF,) * 6 + (FLOAT, FLOAT, TABLE, 17, 0.5)  # 81 pixels, and eps
+    # One source, 81 pixels, and eps.
+    assert forward.arguments == (HALF, None, *(HALF,) * 5, FLOAT, FLOAT, TABLE, 17, 0.5)
     from msd_kernels.ops.group_norm import triton as group_norm
 
-    layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (3, 8, 20), 81, True, 1e-5, False)
+    layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (0, 0, 0), (3, 8, 20), 81, True, 1e-5, False)
     constants = group_norm.tile_constants(layout)
     assert constants.items() <= dict(forward.options).items()
     assert dict(backward.options)["SILU"] is True

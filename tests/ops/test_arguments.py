@@ -162,25 +162,25 @@ def test_arguments_that_lie_are_refused_without_data(build, generator):
     [
         (
             "group_norm",
-            ([None, None, [], []], [2**62] * 4, [1] * 4, [1] * 4, 4, True, 1e-5, False),
+            ([None, None, None, [], []], [2**62] * 4, [1] * 4, [0] * 4, [1] * 4, 4, True, 1e-5, False),
             "group_norm: sizes of stages must fit 64 bits",
         ),
         (
             "group_norm",
-            ([None, None, [], []], [0] * 4, [2**62] * 4, [1] * 4, 1, True, 1e-5, False),
+            ([None, None, None, [], []], [0] * 4, [2**62] * 4, [0] * 4, [1] * 4, 1, True, 1e-5, False),
             "group_norm: sizes of stages must fit 64 bits",
         ),
         (
             "group_norm",
-            ([None, None, [], []], [0, 0], [4, 2], [2, 1], 2**62, True, 1e-5, False),
+            ([None, None, None, [], []], [0, 0], [4, 2], [0, 0], [2, 1], 2**62, True, 1e-5, False),
             "group_norm: sizes of stages must fit 64 bits",
         ),
         (
             "group_norm_backward",
             (
-                [*[torch.zeros(16)] * 3, None, None, [], []],
-                *([2**62] * 4, [1] * 4, [1] * 4, 1, True, 1e-5, False),
-                [True] * 11,
+                [torch.zeros(16), None, *[torch.zeros(16)] * 2, None, None, [], []],
+                *([2**62] * 4, [1] * 4, [0] * 4, [1] * 4, 1, True, 1e-5, False),
+                [True] * 12,
             ),
             "group_norm: sizes of stages must fit 64 bits",
         ),

@@ -18,7 +18,10 @@ CHANNELS = tl.constexpr(FIELDS.index("channels"))
 GROUPS = tl.constexpr(FIELDS.index("groups"))
 GROUPS_PER_BLOCK = tl.constexpr(FIELDS.index("groups_per_block"))
 SAMPLES = tl.constexpr(FIELDS.index("samples"))
+OWN_CHANNELS = tl.constexpr(FIELDS.index("own_channels"))
 X_OFFSET = tl.constexpr(FIELDS.index("x"))
+OWN_OFFSET = tl.constexpr(FIELDS.index("own"))
+SKIP_OFFSET = tl.constexpr(FIELDS.index("skip"))
 SAMPLE_OFFSET = tl.constexpr(FIELDS.index("per_sample"))
 CHANNEL_OFFSET = tl.constexpr(FIELDS.index("per_channel"))
 STATS_OFFSET = tl.constexpr(FIELDS.index("stats"))
@@ -26,11 +29,13 @@ STATS_OFFSET = tl.constexpr(FIELDS.index("stats"))
 
 @triton.jit
 def _columns(
-    table, pixels,
+    table, pixels, skip,
     CHANNELS_LAST: tl.constexpr, PROBLEMS: tl.constexpr, BC: tl.constexpr, GB: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Where the slab of this program lies: its columns (channels), their groups, and its offsets in every buffer.
 
+    ``base`` and ``stride`` are the slab's in y and dy, and in x where that is the only source. ``sources`` has them for
+    x and for skip, with the channels of x and those of the columns.
     Every channel count and every block's first channel is a multiple of ALIGN, which lets NHWC loads be wide.
     """
     field, tile = find_problem(table, tl.program_id(0), PROBLEMS)
@@ -50,16 +55,55 @@ def _columns(
         start = tl.multiple_of(tl.load(field + X_OFFSET * PROBLEMS), ALIGN)
         base = start + sample * pixels * channels + channel
         stride = channels
-        first_of_group = base - column % per_group
     else:
         base = tl.load(field + X_OFFSET * PROBLEMS) + (sample * channels + channel) * pixels
         stride = tl.full((), 1, tl.int64)
-        first_of_group = base - column % per_group * pixels
+    if skip is None:
+        sources = (base, stride, base, stride, channels, channel)
+    else:
+        own = tl.multiple_of(tl.load(field + OWN_CHANNELS * PROBLEMS), ALIGN)
+        others = tl.multiple_of(channels - own, ALIGN)
+        own_base = tl.multiple_of(tl.load(field + OWN_OFFSET * PROBLEMS), ALIGN) + sample * pixels * own
+        skip_base = tl.multiple_of(tl.load(field + SKIP_OFFSET * PROBLEMS), ALIGN) + sample * pixels * others
+        sources = (own_base + channel, own, skip_base + (channel - own), others, own, channel)
     per_sample = tl.load(field + SAMPLE_OFFSET * PROBLEMS) + sample * channels + channel
     per_channel = tl.load(field + CHANNEL_OFFSET * PROBLEMS) + channel
     stats = tl.load(field + STATS_OFFSET * PROBLEMS) + sample * groups + first_group
-    return (base, stride, first_of_group, in_block, owner, per_sample, per_channel, stats,
+    return (base, stride, sources, column % per_group, in_block, owner, per_sample, per_channel, stats,
             num_groups, per_group)  # fmt: skip
+
+
+@triton.jit
+def _load(x, skip, sources, row, inside):
+    """Rows of the columns, in float32, each from the source that has it."""
+    own_base, own_stride, skip_base, skip_stride, own, channel = sources
+    own_index = own_base[None, :] + row[:, None] * own_stride
+    if skip is None:
+        values = tl.load(x + own_index, mask=inside, other=0).to(tl.float32)
+    else:
+        is_own = (channel < own)[None, :]
+        skip_index = skip_base[None, :] + row[:, None] * skip_stride
+        first = tl.load(x + own_index, mask=inside & is_own, other=0).to(tl.float32)
+        second = tl.load(skip + skip_index, mask=inside & (channel >= own)[None, :], other=0).to(tl.float32)
+        values = tl.where(is_own, first, second)
+    return values
+
+
+@triton.jit
+def _store(dx, dskip, skip, sources, row, inside, values):
+    """Writes rows of the columns where :func:`_load` finds them, but for a source whose gradient is not wanted."""
+    own_base, own_stride, skip_base, skip_stride, own, channel = sources
+    own_index = own_base[None, :] + row[:, None] * own_stride
+    if skip is None:
+        tl.store(dx + own_index, values.to(dx.dtype.element_ty), mask=inside)
+    else:
+        if dx is not None:
+            mask = inside & (channel < own)[None, :]
+            tl.store(dx + own_index, values.to(dx.dtype.element_ty), mask=mask)
+        if dskip is not None:
+            skip_index = skip_base[None, :] + row[:, None] * skip_stride
+            mask = inside & (channel >= own)[None, :]
+            tl.store(dskip + skip_index, values.to(dskip.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -79,14 +123,31 @@ def _affine(weight, bias, scale, shift, per_channel, per_sample, in_block):
 
 
 @triton.jit
-def _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAST: tl.constexpr):
-    """What each column's sums are relative to: the median of three elements of its group, as one may be an outlier."""
+def _element(x, skip, sources, away, pixel, in_block, step):
+    """A pixel of the channels that are ``away`` from the columns, in float32."""
+    own_base, own_stride, skip_base, skip_stride, own, channel = sources
+    own_index = own_base + away * step + pixel * own_stride
+    if skip is None:
+        values = tl.load(x + own_index, mask=in_block, other=0).to(tl.float32)
+    else:
+        is_own = channel + away < own
+        first = tl.load(x + own_index, mask=in_block & is_own, other=0).to(tl.float32)
+        skip_index = skip_base + away * step + pixel * skip_stride
+        second = tl.load(skip + skip_index, mask=in_block & (channel + away >= own), other=0).to(tl.float32)
+        values = tl.where(is_own, first, second)
+    return values
+
+
+@triton.jit
+def _pivots(x, skip, sources, of_group, in_block, pixels, per_group, CHANNELS_LAST: tl.constexpr):
+    """What each column's sums are relative to: the median of three elements of its group, as one may be an outlier.
+
+    The columns are ``of_group`` behind the first one of their group.
+    """
     step = 1 if CHANNELS_LAST else pixels
-    middle = first_of_group + per_group // 2 * step + pixels // 2 * stride
-    last = first_of_group + (per_group - 1) * step + (pixels - 1 - pixels // 4) * stride
-    a = tl.load(x + first_of_group + pixels // 4 * stride, mask=in_block, other=0).to(tl.float32)
-    b = tl.load(x + middle, mask=in_block, other=0).to(tl.float32)
-    c = tl.load(x + last, mask=in_block, other=0).to(tl.float32)
+    a = _element(x, skip, sources, -of_group, pixels // 4, in_block, step)
+    b = _element(x, skip, sources, per_group // 2 - of_group, pixels // 2, in_block, step)
+    c = _element(x, skip, sources, per_group - 1 - of_group, pixels - 1 - pixels // 4, in_block, step)
     return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
 
 
@@ -106,7 +167,7 @@ def _to_groups(per_column_values, owner, GB: tl.constexpr):
 
 @triton.jit
 def _group_norm_forward_kernel(
-    x, weight, bias, scale, shift, y, mean, rstd, table, pixels, eps,
+    x, skip, weight, bias, scale, shift, y, mean, rstd, table, pixels, eps,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, GB: tl.constexpr,
     PROBLEMS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +180,8 @@ def _group_norm_forward_kernel(
     (
         base,
         stride,
-        first_of_group,
+        sources,
+        of_group,
         in_block,
         owner,
         per_sample,
@@ -127,15 +189,15 @@ def _group_norm_forward_kernel(
         stats,
         num_groups,
         per_group,
-    ) = _columns(table, pixels, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
-    pivot = _pivots(x, first_of_group, in_block, pixels, per_group, stride, CHANNELS_LAST)
+    ) = _columns(table, pixels, skip, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
+    pivot = _pivots(x, skip, sources, of_group, in_block, pixels, per_group, CHANNELS_LAST)
     column_mean = tl.zeros([BC], tl.float32)
     column_m2 = tl.zeros([BC], tl.float32)
     seen = 0.0
     for start in range(0, pixels, BP):
         row = start + tl.arange(0, BP)
         inside = (row < pixels)[:, None] & in_block[None, :]
-        tile = tl.load(x + base[None, :] + row[:, None] * stride, mask=inside, other=0).to(tl.float32)
+        tile = _load(x, skip, sources, row, inside)
         tile = tl.where(inside, tile - pivot[None, :], 0.0)
         rows = tl.minimum(pixels - start, BP).to(tl.float32)
         tile_mean = tl.sum(tile, axis=0) / rows
@@ -151,7 +213,7 @@ def _group_norm_forward_kernel(
     variance = _to_groups(column_m2 + seen * between * between, owner, GB) / (per_group * seen)
     # Where squares overflowed, the variance is infinite; its rstd of 0 would hide that.
     group_rstd = 1.0 / tl.sqrt(variance + eps) + (variance - variance)
-    group_pivot = _to_groups(tl.where(first_of_group == base, pivot, 0.0), owner, GB)
+    group_pivot = _to_groups(tl.where(of_group == 0, pivot, 0.0), owner, GB)
     group = tl.arange(0, GB)
     tl.store(mean + stats + group, group_pivot + group_mean, mask=group < num_groups)
     tl.store(rstd + stats + group, group_rstd, mask=group < num_groups)
@@ -161,18 +223,17 @@ def _group_norm_forward_kernel(
     for start in range(0, pixels, BP):
         row = start + tl.arange(0, BP)
         inside = (row < pixels)[:, None] & in_block[None, :]
-        index = base[None, :] + row[:, None] * stride
-        tile = tl.load(x + index, mask=inside, other=0).to(tl.float32)
+        tile = _load(x, skip, sources, row, inside)
         z = (tile - pivot[None, :] - mu[None, :]) * slope[None, :] + constant[None, :]
         if SILU:
             z = z * tl.sigmoid(z)
-        tl.store(y + index, z.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + base[None, :] + row[:, None] * stride, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _cotangent(x, dy, index, inside, mu, r, w, b, gain, offset, SILU: tl.constexpr):
+def _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU: tl.constexpr):
     """``(x_hat, dz)`` of a tile: the normalised input, and the cotangent in front of the activation."""
-    x_hat = (tl.load(x + index, mask=inside, other=0).to(tl.float32) - mu[None, :]) * r[None, :]
+    x_hat = (tile - mu[None, :]) * r[None, :]
     dz = tl.load(dy + index, mask=inside, other=0).to(tl.float32)
     if SILU:
         z = (x_hat * w[None, :] + b[None, :]) * gain[None, :] + offset[None, :]
@@ -183,7 +244,7 @@ def _cotangent(x, dy, index, inside, mu, r, w, b, gain, offset, SILU: tl.constex
 
 @triton.jit
 def _group_norm_backward_kernel(
-    dy, x, mean, rstd, weight, bias, scale, shift, dx, dscale, dshift, dweight_parts, dbias_parts,
+    dy, x, skip, mean, rstd, weight, bias, scale, shift, dx, dskip, dscale, dshift, dweight_parts, dbias_parts,
     table, pixels,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, GB: tl.constexpr,
     PROBLEMS: tl.constexpr, ALIGN: tl.constexpr,
@@ -198,7 +259,8 @@ def _group_norm_backward_kernel(
     (
         base,
         stride,
-        _first_of_group,
+        sources,
+        _of_group,
         in_block,
         owner,
         per_sample,
@@ -206,7 +268,7 @@ def _group_norm_backward_kernel(
         stats,
         _num_groups,
         per_group,
-    ) = _columns(table, pixels, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
+    ) = _columns(table, pixels, skip, CHANNELS_LAST, PROBLEMS, BC, GB, ALIGN)
     mu = tl.load(mean + stats + owner, mask=in_block, other=0)
     r = tl.load(rstd + stats + owner, mask=in_block, other=0)
     w, b, gain, offset = _affine(weight, bias, scale, shift, per_channel, per_sample, in_block)
@@ -215,9 +277,9 @@ def _group_norm_backward_kernel(
     for start in range(0, pixels, BP):
         row = start + tl.arange(0, BP)
         inside = (row < pixels)[:, None] & in_block[None, :]
-        x_hat, dz = _cotangent(
-            x, dy, base[None, :] + row[:, None] * stride, inside, mu, r, w, b, gain, offset, SILU
-        )
+        tile = _load(x, skip, sources, row, inside)
+        index = base[None, :] + row[:, None] * stride
+        x_hat, dz = _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU)
         p += tl.sum(dz, axis=0)
         q += tl.sum(dz * x_hat, axis=0)
     if dshift is not None:
@@ -228,7 +290,7 @@ def _group_norm_backward_kernel(
         tl.store(dweight_parts + per_sample, gain * q, mask=in_block)
     if dbias_parts is not None:
         tl.store(dbias_parts + per_sample, gain * p, mask=in_block)
-    if dx is not None:
+    if dx is not None or dskip is not None:
         size = per_group.to(tl.float32) * pixels
         a = w * gain
         mean_p = _to_columns(_to_groups(a * p, owner, GB) / size, owner)
@@ -236,10 +298,11 @@ def _group_norm_backward_kernel(
         for start in range(0, pixels, BP):
             row = start + tl.arange(0, BP)
             inside = (row < pixels)[:, None] & in_block[None, :]
+            tile = _load(x, skip, sources, row, inside)
             index = base[None, :] + row[:, None] * stride
-            x_hat, dz = _cotangent(x, dy, index, inside, mu, r, w, b, gain, offset, SILU)
+            x_hat, dz = _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU)
             d = r[None, :] * (a[None, :] * dz - mean_p[None, :] - x_hat * mean_q[None, :])
-            tl.store(dx + index, d.to(dx.dtype.element_ty), mask=inside)
+            _store(dx, dskip, skip, sources, row, inside, d)
 
 
 @triton.jit
@@ -267,18 +330,20 @@ def _group_norm_parameters_kernel(
         tl.store(dbias + out, bias_sum.to(dbias.dtype.element_ty), mask=inside)
 
 
-# (channels, groups) per stage: EDM's three decoders, with the skip and without, and the widest groups of any use.
+# (channels, those of the skip, groups) per stage: EDM's three decoders, without the skip and with it, and the widest
+# groups of any use. Two sources are NHWC alone.
 LAYOUTS = {
-    "384/256/32": ((384, 256, 32), (16, 16, 8)),
-    "640/512/288": ((640, 512, 288), (16, 16, 16)),
-    "2048": ((2048,), (32,)),
-    "3": ((3,), (1,)),
+    "384/256/32": ((384, 256, 32), (0, 0, 0), (16, 16, 8)),
+    "384+256/256+256/32+256": ((384, 256, 32), (256, 256, 256), (16, 16, 16)),
+    "2048": ((2048,), (0,), (32,)),
+    "3": ((3,), (0,), (1,)),
 }
 SPATIAL = 1024
 POINTERS = {
     "forward": ("x", "y", "scale", "shift"),
     "backward": ("dy", "x", "scale", "shift", "dx", "dscale", "dshift"),
 }
+SECOND = {"forward": ("skip",), "backward": ("skip", "dskip")}
 FLOAT32 = ("weight", "bias", "mean", "rstd", "dweight", "dbias", "dweight_parts", "dbias_parts")
 
 
@@ -287,13 +352,17 @@ def compilations(architecture: int) -> Iterator[Compilation]:
     kernels = {"forward": _group_norm_forward_kernel, "backward": _group_norm_backward_kernel}
     shared = {**dict.fromkeys(FLOAT32, "fp32"), "table": "i64", "pixels": "scalar i32", "eps": "scalar fp32"}
     for dtype in ("bf16", "fp32"):
-        for name, (channels, groups) in LAYOUTS.items():
+        for name, (channels, skip_channels, groups) in LAYOUTS.items():
             for channels_last in (True, False):
                 ones = (1,) * len(channels)
-                layout = GroupNormLayout(ones, channels, groups, SPATIAL, channels_last, 0.0, True)
+                layout = GroupNormLayout(
+                    ones, channels, skip_channels, groups, SPATIAL, channels_last, 0.0, True
+                )
+                layout = layout if channels_last else layout.joined
                 constants = tile_constants(layout)
                 for direction, kernel in kernels.items():
-                    arguments = {**shared, **dict.fromkeys(POINTERS[direction], dtype)}
+                    pointers = (*POINTERS[direction], *(SECOND[direction] if layout.has_skip else ()))
+                    arguments = {**shared, **dict.fromkeys(pointers, dtype)}
                     yield Compilation(
                         kernel,
                         f"{dtype} {name} {'nhwc' if channels_last else 'nchw'}",

@@ -23,11 +23,14 @@ from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
 FIELDS = (
     "first_tile",  # programs of the stages before this one
-    "channels",
+    "channels",  # of both sources
+    "own_channels",  # those of x
     "groups",
     "groups_per_block",  # groups that one program owns
     "samples",
-    "x",  # first element in x, y, dy, dx
+    "x",  # first element in y and dy, and in x and dx where there is one source
+    "own",  # first element in x and dx
+    "skip",  # first element in skip and dskip
     "per_sample",  # first element in scale, shift and their gradients
     "per_channel",  # first element in weight, bias and their gradients
     "stats",  # first element in mean and rstd
@@ -86,14 +89,14 @@ def tile_constants(layout: GroupNormLayout) -> dict[str, int]:
     same bits as alone.
     """
     per_block = _groups_per_block(layout)
-    blocks = [b * (c // g) for b, c, g in zip(per_block, layout.channels, layout.groups, strict=True)]
+    blocks = [b * (c // g) for b, c, g in zip(per_block, layout.in_channels, layout.groups, strict=True)]
     columns = _power_of_two(max(BLOCK_CHANNELS if layout.channels_last else 1, *blocks))
     return {
         "CHANNELS_LAST": layout.channels_last,
         "BP": max(1, min(_power_of_two(layout.spatial), TILE[layout.channels_last] // columns)),
         "BC": columns,
         "GB": _power_of_two(max(per_block)),
-        "ALIGN": math.gcd(8, *layout.channels, *blocks),
+        "ALIGN": math.gcd(8, *layout.channels, *layout.in_channels, *blocks),
     }
 
 
@@ -101,7 +104,7 @@ def _groups_per_block(layout: GroupNormLayout) -> list[int]:
     """Whole groups per program: one where each is contiguous (NCHW), else blocks that begin where wide loads can."""
     if not layout.channels_last:
         return [1] * len(layout.groups)
-    return [_aligned_groups(c // g, g) for c, g in zip(layout.channels, layout.groups, strict=True)]
+    return [_aligned_groups(c // g, g) for c, g in zip(layout.in_channels, layout.groups, strict=True)]
 
 
 def _aligned_groups(width: int, groups: int) -> int:
@@ -114,11 +117,15 @@ def _aligned_groups(width: int, groups: int) -> int:
 def _stages(layout: GroupNormLayout) -> list[dict[str, int]]:
     """One row per stage: its sizes and where it starts in every buffer."""
     rows = []
-    start = {"x": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
+    start = {"x": 0, "own": 0, "skip": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
     blocks = _groups_per_block(layout)
-    for n, c, g, b in zip(layout.counts, layout.channels, layout.groups, blocks, strict=True):
-        rows.append({"channels": c, "groups": g, "groups_per_block": b, "samples": n, **start})
-        sizes = {"x": n * c * layout.spatial, "per_sample": n * c, "per_channel": c, "stats": n * g}
+    stages = zip(layout.counts, layout.in_channels, layout.channels, layout.groups, blocks, strict=True)
+    for n, c, own, g, b in stages:
+        widths = {"channels": c, "own_channels": own, "groups": g, "groups_per_block": b}
+        rows.append({**widths, "samples": n, **start})
+        maps = {"x": n * c, "own": n * own, "skip": n * (c - own)}
+        sizes = {name: size * layout.spatial for name, size in maps.items()}
+        sizes |= {"per_sample": n * c, "per_channel": c, "stats": n * g}
         start = {name: begin + sizes[name] for name, begin in start.items()}
     return rows
 
@@ -133,7 +140,9 @@ def _kernels() -> ModuleType:
     return import_module("msd_kernels.ops.group_norm.kernels")
 
 
-def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(
+    x: Tensor, skip: Tensor | None, affine: Affine, layout: GroupNormLayout
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
     y, mean, rstd = allocate.group_norm_outputs(x, layout)
     planned = plan(layout.sizes, x.device)
@@ -141,7 +150,7 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
     if blocks.tiles:
         launch(
             _kernels()._group_norm_forward_kernel, blocks.tiles, x,
-            x, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
+            x, skip, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
             SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
         )  # fmt: skip
     return y, mean, rstd
@@ -150,15 +159,16 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
 def group_norm_backward(
     dy: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted, in two launches."""
-    gradients = allocate.gradients_like((x, *affine), wanted)
-    dx, dweight, dbias, dscale, dshift = gradients
+    """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted, in two launches."""
+    gradients = allocate.gradients_like((x, skip, *affine), wanted)
+    dx, dskip, dweight, dbias, dscale, dshift = gradients
     samples = sum(layout.sample_sizes)
     parts = [None if d is None else x.new_empty(samples, dtype=torch.float32) for d in (dweight, dbias)]
     planned = plan(layout.sizes, x.device)
@@ -166,7 +176,7 @@ def group_norm_backward(
     if blocks.tiles:
         launch(
             _kernels()._group_norm_backward_kernel, blocks.tiles, x,
-            dy, x, mean, rstd, *affine, dx, dscale, dshift, *parts, blocks.values, layout.spatial,
+            dy, x, skip, mean, rstd, *affine, dx, dskip, dscale, dshift, *parts, blocks.values, layout.spatial,
             SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
         )  # fmt: skip
     if dweight is not None or dbias is not None:

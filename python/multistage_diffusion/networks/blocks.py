@@ -152,12 +152,11 @@ class ResidualBlock(nn.Module):
         Args:
             x: features of the level below, or of the block before.
             emb: holds this block's projection.
-            skip: features of the encoder, concatenated to ``x``.
+            skip: features of the encoder, whose channels come behind those of ``x``; both are read where they are.
             context: what the attention looks at as well.
         """
-        if skip is not None:
-            x = StageBatch.concatenate(x, skip)
-        h, affine = self.norm0(x, activation="silu"), emb.of(self)[self.affine]
+        sources = {} if skip is None else {"skip": skip}
+        h, affine = self.norm0(x, activation="silu", **sources), emb.of(self)[self.affine]
         if self.adaptive_scale:
             halves = [segment.chunk(2, dim=1) for segment in affine.segments()]
             scale, shift = (StageBatch.from_segments([half[i] for half in halves]) for i in (0, 1))
@@ -165,8 +164,13 @@ class ResidualBlock(nn.Module):
         else:
             h = self.norm1(self.conv0(h, sample_bias=affine), activation="silu")
         h = h.map(lambda values: dropout(values, self.dropout, self.training))
-        h = self.conv1(h, residual=x if self.skip is None else self.skip(x), scale=self.scale)
+        h = self.conv1(h, residual=self._residual(x, sources), scale=self.scale)
         return h if self.attention is None else self.attention(h, context)
+
+    def _residual(self, x: StageBatch, sources: dict[str, StageBatch]) -> StageBatch:
+        if self.skip is not None:
+            return self.skip(x, **sources)
+        return StageBatch.concatenate(x, sources["skip"]) if sources else x
 
 
 def encoder_blocks(
