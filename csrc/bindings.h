@@ -56,7 +56,7 @@ struct GroupNormLayout {
   std::array<bool, 4> is_float;
 
   GroupNormLayout(Sizes counts, Sizes channels, Sizes skip_channels, Sizes groups, int64_t spatial,
-                  bool channels_last, double eps, bool silu, const Types<5>& types)
+                  bool channels_last, double eps, bool silu, double dropout, const Types<5>& types)
       : shape{std::move(counts), std::move(channels), std::move(skip_channels), std::move(groups),
               spatial,           channels_last,       element_type(types[0])},
         eps(static_cast<float>(eps)),
@@ -71,6 +71,7 @@ struct GroupNormLayout {
                   (shape.channels[s] + shape.skip_channels[s]) % shape.groups[s] == 0,
               "group_norm: needs channels in whole groups");
     }
+    require(dropout == 0, "group_norm: no dropout");
     require(channels_last || !shape.has_skip(), "group_norm: two sources have channels innermost");
     for (size_t i = 0; i < is_float.size(); ++i) {
       is_float[i] = element_type(types[1 + i]) == ElementType::kFloat;
@@ -136,7 +137,8 @@ inline void bind_layouts(py::module_& m) {
   py::class_<GroupNormLayout>(m, "GroupNormLayout", py::module_local(),
                               "msd_kernels.layouts.GroupNormLayout, and the types of x, weight, "
                               "bias, scale and shift.")
-      .def(py::init<Sizes, Sizes, Sizes, Sizes, int64_t, bool, double, bool, const Types<5>&>());
+      .def(py::init<Sizes, Sizes, Sizes, Sizes, int64_t, bool, double, bool, double,
+                    const Types<5>&>());
   py::class_<Resample2dLayout>(m, "Resample2dLayout", py::module_local(),
                                "msd_kernels.layouts.Resample2dLayout, and the type of x.")
       .def(py::init<std::vector<double>, bool, int64_t, Sizes, Sizes, int64_t, int64_t, int64_t,

@@ -188,6 +188,7 @@ class GroupNormLayout(NamedTuple):
         channels_last: whether the channels lie innermost.
         eps: added to the variance.
         silu: whether a SiLU follows.
+        dropout: probability that an element of the result is 0.
     """
 
     counts: tuple[int, ...]
@@ -198,11 +199,12 @@ class GroupNormLayout(NamedTuple):
     channels_last: bool
     eps: float
     silu: bool
+    dropout: float = 0.0
 
     @property
     def sizes(self) -> GroupNormLayout:
         """What a launch is planned from."""
-        return self._replace(eps=0.0, silu=False)
+        return self._replace(eps=0.0, silu=False, dropout=0.0)
 
     @property
     def in_channels(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 # The most ops and bytes that a step, or an evaluation, may need of each preset and mix.
 BOUNDS = {
-    ("edm-cifar10", (92, 3, 1), "step"): (657, 60.10e9),
+    ("edm-cifar10", (92, 3, 1), "step"): (527, 52.32e9),
     ("edm-cifar10", (92, 3, 1), "forward"): (206, 12.44e9),
 }
 

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
 from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
 from msd_kernels.ops.group_norm.sources import joined, parted
-from msd_kernels.runtime.extension import addresses, compiled_layout, load
+from msd_kernels.runtime.extension import addresses, cannot_run_on_cpu, compiled_layout, load
 
 # x and its likes may come and go in their own shapes, and dy in NCHW order although x is NHWC: the kernels look at
 # the order in memory alone.
 TAKES_OWN_SHAPES = True
 # Channels of a row are a multiple of this, and so many at least.
 ROW, LEAST_ROW = 32, 128
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cannot(call: Call) -> str | None:
     """Why the CPU kernel cannot serve a call, or None."""
-    if call.dtype not in CPU_DTYPES:
-        return f"takes float32, bfloat16 and float16, got {call.dtype}"
-    return load("cpu").reason or None
+    return "has no dropout" if call.layout.dropout else cannot_run_on_cpu(call.dtype)
 
 
 def group_norm(
-    x: Tensor, skip: Tensor | None, affine: Affine, layout: GroupNormLayout
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    _seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm` in the shape of ``x``, and each group's mean and rstd, flat."""
     if not _read_in_place(layout):
@@ -50,6 +50,7 @@ def group_norm_backward(
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    _seed: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted."""
     if not _read_in_place(layout):

@@ -27,6 +27,8 @@ def cannot(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     if call.layout.has_skip:
         return "takes one source, got two"
+    if call.layout.dropout:
+        return "has no dropout"
     widest = call.layout.widest_group
     if widest > MAX_GROUP_CHANNELS:
         return f"takes up to {MAX_GROUP_CHANNELS} channels per group, got {widest}"
@@ -34,7 +36,11 @@ def cannot(call: Call) -> str | None:
 
 
 def group_norm(
-    x: Tensor, skip: Tensor | None, affine: Affine, layout: GroupNormLayout
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    _seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd.
 
@@ -54,6 +60,7 @@ def group_norm_backward(
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    _seed: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted."""
     if layout.channels_last and dy.dim() == 4:

@@ -5,11 +5,13 @@ cache for the feature maps of diffusion U-Nets, so device memory sees one read a
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import triton
 import triton.language as tl
 
 from msd_kernels.layouts import GroupNormLayout
+from msd_kernels.ops.group_norm import masks
 from msd_kernels.ops.group_norm.triton import FIELDS, WARPS, tile_constants
 from msd_kernels.runtime.compilation import Compilation
 from msd_kernels.runtime.table import find_problem
@@ -22,6 +24,9 @@ OWN_CHANNELS = tl.constexpr(FIELDS.index("own_channels"))
 X_OFFSET = tl.constexpr(FIELDS.index("x"))
 OWN_OFFSET = tl.constexpr(FIELDS.index("own"))
 SKIP_OFFSET = tl.constexpr(FIELDS.index("skip"))
+SHIFT_1, SHIFT_2, SHIFT_3 = map(tl.constexpr, masks.SHIFTS)
+FACTOR_1, FACTOR_2 = map(tl.constexpr, masks.FACTORS)
+HIGH_FACTOR = tl.constexpr(masks.HIGH_FACTOR)
 SAMPLE_OFFSET = tl.constexpr(FIELDS.index("per_sample"))
 CHANNEL_OFFSET = tl.constexpr(FIELDS.index("per_channel"))
 STATS_OFFSET = tl.constexpr(FIELDS.index("stats"))
@@ -123,6 +128,27 @@ def _affine(weight, bias, scale, shift, per_channel, per_sample, in_block):
 
 
 @triton.jit
+def _mixed(number):
+    """Modulo 2³²."""
+    number ^= number >> SHIFT_1
+    number = tl.mul(number, tl.full((), FACTOR_1, tl.uint32), sanitize_overflow=False)
+    number ^= number >> SHIFT_2
+    number = tl.mul(number, tl.full((), FACTOR_2, tl.uint32), sanitize_overflow=False)
+    return number ^ (number >> SHIFT_3)
+
+
+@triton.jit
+def _dropped(values, index, seed, levels, factor):
+    """Values at places of y behind the dropout, as ``masks.py`` defines it."""
+    key = tl.load(seed)
+    high = tl.mul((index >> 32).to(tl.uint32), tl.full((), HIGH_FACTOR, tl.uint32), sanitize_overflow=False)
+    number = tl.add(index.to(tl.uint32), high, sanitize_overflow=False)
+    number = _mixed(tl.add(number, key.to(tl.uint32), sanitize_overflow=False))
+    number = _mixed(number ^ (key >> 32).to(tl.uint32))
+    return tl.where((number >> 8).to(tl.int32) >= levels, values * factor, 0.0)
+
+
+@triton.jit
 def _element(x, skip, sources, away, pixel, in_block, step):
     """A pixel of the channels that are ``away`` from the columns, in float32."""
     own_base, own_stride, skip_base, skip_stride, own, channel = sources
@@ -167,7 +193,7 @@ def _to_groups(per_column_values, owner, GB: tl.constexpr):
 
 @triton.jit
 def _group_norm_forward_kernel(
-    x, skip, weight, bias, scale, shift, y, mean, rstd, table, pixels, eps,
+    x, skip, weight, bias, scale, shift, seed, y, mean, rstd, table, pixels, eps, levels, factor,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, GB: tl.constexpr,
     PROBLEMS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -227,14 +253,19 @@ def _group_norm_forward_kernel(
         z = (tile - pivot[None, :] - mu[None, :]) * slope[None, :] + constant[None, :]
         if SILU:
             z = z * tl.sigmoid(z)
-        tl.store(y + base[None, :] + row[:, None] * stride, z.to(y.dtype.element_ty), mask=inside)
+        index = base[None, :] + row[:, None] * stride
+        if seed is not None:
+            z = _dropped(z, index, seed, levels, factor)
+        tl.store(y + index, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU: tl.constexpr):
+def _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, seed, levels, factor, SILU: tl.constexpr):
     """``(x_hat, dz)`` of a tile: the normalised input, and the cotangent in front of the activation."""
     x_hat = (tile - mu[None, :]) * r[None, :]
     dz = tl.load(dy + index, mask=inside, other=0).to(tl.float32)
+    if seed is not None:
+        dz = _dropped(dz, index, seed, levels, factor)
     if SILU:
         z = (x_hat * w[None, :] + b[None, :]) * gain[None, :] + offset[None, :]
         sigmoid = tl.sigmoid(z)
@@ -244,8 +275,8 @@ def _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU: tl.cons
 
 @triton.jit
 def _group_norm_backward_kernel(
-    dy, x, skip, mean, rstd, weight, bias, scale, shift, dx, dskip, dscale, dshift, dweight_parts, dbias_parts,
-    table, pixels,
+    dy, x, skip, mean, rstd, weight, bias, scale, shift, seed, dx, dskip, dscale, dshift, dweight_parts, dbias_parts,
+    table, pixels, levels, factor,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, GB: tl.constexpr,
     PROBLEMS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +310,7 @@ def _group_norm_backward_kernel(
         inside = (row < pixels)[:, None] & in_block[None, :]
         tile = _load(x, skip, sources, row, inside)
         index = base[None, :] + row[:, None] * stride
-        x_hat, dz = _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU)
+        x_hat, dz = _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, seed, levels, factor, SILU)
         p += tl.sum(dz, axis=0)
         q += tl.sum(dz * x_hat, axis=0)
     if dshift is not None:
@@ -300,7 +331,9 @@ def _group_norm_backward_kernel(
             inside = (row < pixels)[:, None] & in_block[None, :]
             tile = _load(x, skip, sources, row, inside)
             index = base[None, :] + row[:, None] * stride
-            x_hat, dz = _cotangent(tile, dy, index, inside, mu, r, w, b, gain, offset, SILU)
+            x_hat, dz = _cotangent(
+                tile, dy, index, inside, mu, r, w, b, gain, offset, seed, levels, factor, SILU
+            )
             d = r[None, :] * (a[None, :] * dz - mean_p[None, :] - x_hat * mean_q[None, :])
             _store(dx, dskip, skip, sources, row, inside, d)
 
@@ -338,6 +371,7 @@ LAYOUTS = {
     "2048": ((2048,), (0,), (32,)),
     "3": ((3,), (0,), (1,)),
 }
+WITH_DROPOUT = "384/256/32"
 SPATIAL = 1024
 POINTERS = {
     "forward": ("x", "y", "scale", "shift"),
@@ -351,6 +385,7 @@ def compilations(architecture: int) -> Iterator[Compilation]:
     """Forward and backward for typical layouts in both memory formats, and the sums over samples."""
     kernels = {"forward": _group_norm_forward_kernel, "backward": _group_norm_backward_kernel}
     shared = {**dict.fromkeys(FLOAT32, "fp32"), "table": "i64", "pixels": "scalar i32", "eps": "scalar fp32"}
+    shared |= {"levels": "scalar i32", "factor": "scalar fp32"}
     for dtype in ("bf16", "fp32"):
         for name, (channels, skip_channels, groups) in LAYOUTS.items():
             for channels_last in (True, False):
@@ -360,12 +395,15 @@ def compilations(architecture: int) -> Iterator[Compilation]:
                 )
                 layout = layout if channels_last else layout.joined
                 constants = tile_constants(layout)
-                for direction, kernel in kernels.items():
+                drops = dtype == "bf16" and channels_last and name == WITH_DROPOUT
+                for (direction, kernel), seed in product(
+                    kernels.items(), (None, "i64") if drops else (None,)
+                ):
                     pointers = (*POINTERS[direction], *(SECOND[direction] if layout.has_skip else ()))
-                    arguments = {**shared, **dict.fromkeys(pointers, dtype)}
+                    arguments = {**shared, **dict.fromkeys(pointers, dtype), "seed": seed}
                     yield Compilation(
                         kernel,
-                        f"{dtype} {name} {'nhwc' if channels_last else 'nchw'}",
+                        f"{dtype} {name} {'nhwc' if channels_last else 'nchw'}{' dropout' if seed else ''}",
                         {k: v for k, v in arguments.items() if k in kernel.arg_names},
                         {**constants, "SILU": True, "PROBLEMS": 4},
                         {"num_warps": WARPS},

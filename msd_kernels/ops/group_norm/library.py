@@ -12,11 +12,16 @@ from msd_kernels.batch_invariance import elementwise
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.dispatch.segments import gather, split
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.ops.group_norm.masks import dropped
 from msd_kernels.ops.group_norm.sources import joined, parted
 
 
 def group_norm(
-    x: Tensor, skip: Tensor | None, affine: Affine, layout: GroupNormLayout
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
     x, layout = joined(x, skip, layout)
@@ -31,7 +36,7 @@ def group_norm(
 
     y = gather(x, layout.out_sizes, stage_output)
     mean, rstd = (gather(x, layout.stat_sizes, lambda s, i=i: stats[s][i]) for i in (0, 1))
-    return y, mean.to(wide(x.dtype)), rstd.to(wide(x.dtype))
+    return dropped(y, layout, seed), mean.to(wide(x.dtype)), rstd.to(wide(x.dtype))
 
 
 def group_norm_backward(
@@ -43,9 +48,11 @@ def group_norm_backward(
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, scale, shift)``. The statistics come from a new forward, in the dtype
     that the library's own backward expects on this device."""
+    dy = dropped(dy, layout, seed)
     x, whole = joined(x, skip, layout)
     arguments = _per_stage(x, affine, whole)
     cotangents = [planes for planes, *_ in _per_stage(dy, Affine(), whole)]

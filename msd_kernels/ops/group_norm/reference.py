@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.ops.group_norm.masks import dropped
 from msd_kernels.ops.group_norm.sources import joined, parted
 
 
@@ -32,7 +33,11 @@ class _Stage:
 
 
 def group_norm(
-    x: Tensor, skip: Tensor | None, affine: Affine, layout: GroupNormLayout
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat.
 
@@ -48,7 +53,7 @@ def group_norm(
         first_of_group = slice(None, None, y.shape[1] // stage.groups)
         means.append(mean[:, first_of_group].reshape(-1))
         rstds.append(rstd[:, first_of_group].reshape(-1))
-    return torch.cat(ys), torch.cat(means), torch.cat(rstds)
+    return dropped(torch.cat(ys), layout, seed), torch.cat(means), torch.cat(rstds)
 
 
 def group_norm_backward(
@@ -60,8 +65,10 @@ def group_norm_backward(
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted."""
+    dy = dropped(dy, layout, seed)
     source, whole = joined(x, skip, layout)
     stages, cotangents = _stages(source, affine, whole), _stages(dy, Affine(), whole)
     gradients = [_stage_gradients(d.x, stage, whole) for d, stage in zip(cotangents, stages, strict=True)]

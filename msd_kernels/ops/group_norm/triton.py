@@ -18,6 +18,7 @@ from torch import Tensor
 from msd_kernels.dispatch import allocate
 from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.ops.group_norm import masks
 from msd_kernels.runtime.launch import cannot_run, launch, slower_than_others
 from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
@@ -135,13 +136,22 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def _of_dropout(layout: GroupNormLayout) -> tuple[int, float]:
+    """The levels that drop an element, and the factor of the others."""
+    return masks.dropped_levels(layout.dropout), masks.kept_factor(layout.dropout)
+
+
 @cache
 def _kernels() -> ModuleType:
     return import_module("msd_kernels.ops.group_norm.kernels")
 
 
 def group_norm(
-    x: Tensor, skip: Tensor | None, affine: Affine, layout: GroupNormLayout
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
     y, mean, rstd = allocate.group_norm_outputs(x, layout)
@@ -150,7 +160,7 @@ def group_norm(
     if blocks.tiles:
         launch(
             _kernels()._group_norm_forward_kernel, blocks.tiles, x,
-            x, skip, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
+            x, skip, *affine, seed, y, mean, rstd, blocks.values, layout.spatial, layout.eps, *_of_dropout(layout),
             SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
         )  # fmt: skip
     return y, mean, rstd
@@ -165,6 +175,7 @@ def group_norm_backward(
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted, in two launches."""
     gradients = allocate.gradients_like((x, skip, *affine), wanted)
@@ -176,7 +187,8 @@ def group_norm_backward(
     if blocks.tiles:
         launch(
             _kernels()._group_norm_backward_kernel, blocks.tiles, x,
-            dy, x, skip, mean, rstd, *affine, dx, dskip, dscale, dshift, *parts, blocks.values, layout.spatial,
+            dy, x, skip, mean, rstd, *affine, seed, dx, dskip, dscale, dshift, *parts, blocks.values, layout.spatial,
+            *_of_dropout(layout),
             SILU=layout.silu, PROBLEMS=blocks.problems, num_warps=WARPS, **planned.constants,
         )  # fmt: skip
     if dweight is not None or dbias is not None:

@@ -296,9 +296,12 @@ class StageGroupNorm(StageModule):
         scale: StageBatch | None = None,
         shift: StageBatch | None = None,
         activation: str | None = None,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
     ) -> StageBatch:
         """``channels`` counts both sources where there is a skip."""
         options = {"skip": skip, "scale": scale, "shift": shift, "activation": activation}
+        options |= {"dropout": dropout, "seed": seed}
         return group_norm(x, self.groups, self.weight(), self.bias(), self.eps, **options)
 
     def extra_repr(self) -> str:
