@@ -9,7 +9,7 @@ the machine code depends. Compiled CUDA kernels are taken as missing, so that wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -150,11 +150,15 @@ def _only_triton(choose: Callable[..., Any]) -> Callable[..., Any]:
 class _ServeOnGPU(TorchDispatchMode):
     """Serves each call of our ops on tensors that claim to be on a GPU, then lets it pass."""
 
+    def __init__(self, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._around = around
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == NAMESPACE:
             # The optimal denoiser looks at the values of its results, behind its launches.
             with suppress(_LaunchesNothing, DataDependentOutputException):
-                _kernels()[function](*tree_map(_on_gpu, args))
+                self._around(_kernels()[function])(*tree_map(_on_gpu, args))
         return function(*args, **(kwargs or {}))
 
 
@@ -171,22 +175,36 @@ def _extent(tensor: torch.Tensor) -> int:
     return tensor.storage_offset() + last + 1 if tensor.numel() else tensor.storage_offset()
 
 
-@contextmanager
-def recorded(found: dict[Launch, None], architecture: int = ARCHITECTURE) -> Iterator[None]:
-    """Notes in ``found`` what is launched inside, once each, in order.
+def recorded(found: dict[Launch, None], architecture: int = ARCHITECTURE) -> AbstractContextManager[None]:
+    """Notes in ``found`` what is launched inside, once each, in order; inside it is as in :func:`served_on_gpu`."""
 
-    Inside, tensors are fake and on the CPU; autocast there acts as on a GPU.
+    def note(kernel, arguments, options) -> None:
+        found.setdefault(Launch.of(kernel, arguments, options))
+
+    return served_on_gpu(note, architecture)
+
+
+@contextmanager
+def served_on_gpu(
+    note: Callable[[Any, Sequence[Any], Mapping[str, Any]], None],
+    architecture: int = ARCHITECTURE,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda kernel: kernel,
+) -> Iterator[None]:
+    """Calls ``note(kernel, arguments, options)`` for every launch of the ops that are called inside.
+
+    Inside, tensors are fake and on the CPU; autocast there acts as on a GPU. ``around`` makes of the function that
+    serves an op's call, on tensors that claim to be on a GPU, what is called in its place.
     """
     from triton import JITFunction
 
-    def note(kernel, *arguments, grid, warmup, **options) -> None:
-        found.setdefault(Launch.of(kernel, arguments, options))
+    def run(kernel, *arguments, grid, warmup, **options) -> None:
+        note(kernel, arguments, options)
 
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     ask_autocast = _autocast.lower_precision_dtype
     replaced = mock.patch.object
     changes = [
-        replaced(JITFunction, "run", note),
+        replaced(JITFunction, "run", run),
         # Fake tensors have no values.
         replaced(_OPTIMAL_DENOISER, "_require_values"),
         # Triton's own dispatch sees every launch.
@@ -208,5 +226,5 @@ def recorded(found: dict[Launch, None], architecture: int = ARCHITECTURE) -> Ite
         for change in changes:
             stack.enter_context(change)
         stack.enter_context(_fake_mode())
-        stack.enter_context(_ServeOnGPU())
+        stack.enter_context(_ServeOnGPU(around))
         yield

@@ -46,15 +46,15 @@ BEST = 3
 def directions(shape: tuple[int, int, int], groups: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """Name, bytes that must move and one call, forward and backward, in bfloat16 NHWC with all parameters."""
     batch, channels, side = shape
-    layout = GroupNormLayout((batch,), (channels,), (groups,), side**2, True, 1e-5, True)
+    layout = GroupNormLayout((batch,), (channels,), (0,), (groups,), side**2, True, 1e-5, True)
     x, dy = (torch.randn(batch * channels * side**2, device="cuda").bfloat16() for _ in range(2))
     weight, bias = (torch.randn(channels, device="cuda") for _ in range(2))
     scale, shift = (torch.randn(batch * channels, device="cuda").bfloat16() for _ in range(2))
     affine = Affine(weight, bias, scale, shift)
-    _, mean, rstd = implementation.group_norm(x, affine, layout)
-    yield "forward", 2 * x.nbytes, lambda: implementation.group_norm(x, affine, layout)
-    inputs = (dy, x, mean, rstd, affine)
-    wanted = [True] * 5
+    _, mean, rstd = implementation.group_norm(x, None, affine, layout)
+    yield "forward", 2 * x.nbytes, lambda: implementation.group_norm(x, None, affine, layout)
+    inputs = (dy, x, None, mean, rstd, affine)
+    wanted = [True, False, *[True] * 4]
     yield (
         "backward",
         3 * x.nbytes,

@@ -55,20 +55,24 @@ struct GroupNormLayout {
   bool silu;
   std::array<bool, 4> is_float;
 
-  GroupNormLayout(Sizes counts, Sizes channels, Sizes groups, int64_t spatial, bool channels_last,
-                  double eps, bool silu, const Types<5>& types)
-      : shape{std::move(counts), std::move(channels), std::move(groups),
+  GroupNormLayout(Sizes counts, Sizes channels, Sizes skip_channels, Sizes groups, int64_t spatial,
+                  bool channels_last, double eps, bool silu, double dropout, const Types<5>& types)
+      : shape{std::move(counts), std::move(channels), std::move(skip_channels), std::move(groups),
               spatial,           channels_last,       element_type(types[0])},
         eps(static_cast<float>(eps)),
         silu(silu) {
     const size_t stages = shape.counts.size();
-    require(shape.channels.size() == stages && shape.groups.size() == stages && spatial >= 1,
+    require(shape.channels.size() == stages && shape.skip_channels.size() == stages &&
+                shape.groups.size() == stages && spatial >= 1,
             "group_norm: needs sizes of every stage, and pixels");
     for (size_t s = 0; s < stages; ++s) {
       require(shape.counts[s] >= 0 && shape.groups[s] >= 1 && shape.channels[s] >= 1 &&
-                  shape.channels[s] % shape.groups[s] == 0,
+                  shape.skip_channels[s] >= 0 &&
+                  (shape.channels[s] + shape.skip_channels[s]) % shape.groups[s] == 0,
               "group_norm: needs channels in whole groups");
     }
+    require(dropout == 0, "group_norm: no dropout");
+    require(channels_last || !shape.has_skip(), "group_norm: two sources have channels innermost");
     for (size_t i = 0; i < is_float.size(); ++i) {
       is_float[i] = element_type(types[1 + i]) == ElementType::kFloat;
       require(is_float[i] || types[1 + i] == types[0],
@@ -76,26 +80,29 @@ struct GroupNormLayout {
     }
   }
 
-  // Inputs: x, weight, bias, scale, shift. Outputs: y, mean, rstd.
-  GroupNormForward forward(const Addresses<5>& inputs, const Addresses<3>& outputs) const {
-    return {at(inputs[0]),         affine(&inputs[1]),   eps, silu, at(outputs[0]),
-            at<float>(outputs[1]), at<float>(outputs[2])};
+  // Inputs: x, skip, weight, bias, scale, shift. Outputs: y, mean, rstd.
+  GroupNormForward forward(const Addresses<6>& inputs, const Addresses<3>& outputs) const {
+    return {at(inputs[0]), at(inputs[1]),  affine(&inputs[2]),    eps,
+            silu,          at(outputs[0]), at<float>(outputs[1]), at<float>(outputs[2])};
   }
 
-  // Inputs: dy, mean, rstd, x, weight, bias, scale, shift. Outputs: the gradients of the last five.
-  GroupNormBackward backward(const Addresses<8>& inputs, const Addresses<5>& outputs) const {
+  // Inputs: dy, mean, rstd, x, skip, weight, bias, scale, shift. Outputs: the gradients of the last
+  // six.
+  GroupNormBackward backward(const Addresses<9>& inputs, const Addresses<6>& outputs) const {
     GroupNormBackward job;
     job.dy = at(inputs[0]);
     job.mean = at<float>(inputs[1]);
     job.rstd = at<float>(inputs[2]);
     job.x = at(inputs[3]);
-    job.affine = affine(&inputs[4]);
+    job.skip = at(inputs[4]);
+    job.affine = affine(&inputs[5]);
     job.silu = silu;
     job.dx = at(outputs[0]);
-    job.dweight = {at(outputs[1]), is_float[0]};
-    job.dbias = {at(outputs[2]), is_float[1]};
-    job.dscale = {at(outputs[3]), is_float[2]};
-    job.dshift = {at(outputs[4]), is_float[3]};
+    job.dskip = at(outputs[1]);
+    job.dweight = {at(outputs[2]), is_float[0]};
+    job.dbias = {at(outputs[3]), is_float[1]};
+    job.dscale = {at(outputs[4]), is_float[2]};
+    job.dshift = {at(outputs[5]), is_float[3]};
     return job;
   }
 
@@ -130,7 +137,8 @@ inline void bind_layouts(py::module_& m) {
   py::class_<GroupNormLayout>(m, "GroupNormLayout", py::module_local(),
                               "msd_kernels.layouts.GroupNormLayout, and the types of x, weight, "
                               "bias, scale and shift.")
-      .def(py::init<Sizes, Sizes, Sizes, int64_t, bool, double, bool, const Types<5>&>());
+      .def(py::init<Sizes, Sizes, Sizes, Sizes, int64_t, bool, double, bool, double,
+                    const Types<5>&>());
   py::class_<Resample2dLayout>(m, "Resample2dLayout", py::module_local(),
                                "msd_kernels.layouts.Resample2dLayout, and the type of x.")
       .def(py::init<std::vector<double>, bool, int64_t, Sizes, Sizes, int64_t, int64_t, int64_t,

@@ -19,6 +19,7 @@ using Cut = std::array<int64_t, 2>;
 std::shared_ptr<const msd::cuda::GroupNormPlan> plan_for(const msd::GroupNormLayout& layout,
                                                          bool backward, const Cut& cut,
                                                          int device) {
+  msd::require(!layout.shape.has_skip(), "group_norm: the CUDA kernels take one source");
   return msd::cuda::group_norm_plan(layout.shape, backward, device, {cut[0], cut[1]});
 }
 
@@ -27,7 +28,7 @@ int64_t group_norm_workspace(const msd::GroupNormLayout& layout, bool backward, 
   return plan_for(layout, backward, cut, device)->workspace(backward, parameters);
 }
 
-void group_norm_forward(const msd::GroupNormLayout& layout, const Addresses<5>& inputs,
+void group_norm_forward(const msd::GroupNormLayout& layout, const Addresses<6>& inputs,
                         const Addresses<3>& outputs, Address workspace, const Cut& cut, int device,
                         Address stream) {
   msd::cuda::group_norm_forward(layout.shape, *plan_for(layout, false, cut, device),
@@ -35,8 +36,8 @@ void group_norm_forward(const msd::GroupNormLayout& layout, const Addresses<5>& 
                                 at(stream));
 }
 
-void group_norm_backward(const msd::GroupNormLayout& layout, const Addresses<8>& inputs,
-                         const Addresses<5>& outputs, Address workspace, const Cut& cut, int device,
+void group_norm_backward(const msd::GroupNormLayout& layout, const Addresses<9>& inputs,
+                         const Addresses<6>& outputs, Address workspace, const Cut& cut, int device,
                          Address stream) {
   msd::cuda::group_norm_backward(layout.shape, *plan_for(layout, true, cut, device),
                                  layout.backward(inputs, outputs), at<float>(workspace), device,
@@ -77,10 +78,11 @@ PYBIND11_MODULE(_cuda, m) {
         "(layout, backward, whether gradients of weight or bias are wanted, cut, device) -> floats "
         "of the workspace");
   m.def("group_norm_forward", &group_norm_forward, msd::WithoutLock(),
-        "(layout, [x, weight, bias, scale, shift], [y, mean, rstd], workspace, cut, device, "
+        "(layout, [x, skip, weight, bias, scale, shift], [y, mean, rstd], workspace, cut, device, "
         "stream)");
   m.def("group_norm_backward", &group_norm_backward, msd::WithoutLock(),
-        "(layout, [dy, mean, rstd, x, weight, bias, scale, shift], [dx, dweight, dbias, dscale, "
+        "(layout, [dy, mean, rstd, x, skip, weight, bias, scale, shift], [dx, dskip, dweight, "
+        "dbias, dscale, "
         "dshift], workspace, cut, device, stream)");
   m.def("group_norm_cuts", &group_norm_cuts,
         "(layout, backward, (multiprocessors, shared memory per block, per multiprocessor, "

@@ -26,15 +26,24 @@ struct Affine {
   ConstArray weight, bias, scale, shift;
 };
 
+// A stage's channels are `channels` of x, then `skip_channels` of skip; groups may have both.
 struct GroupNormShape {
-  std::vector<int64_t> counts, channels, groups;
+  std::vector<int64_t> counts, channels, skip_channels, groups;
   int64_t spatial = 0;
   bool channels_last = true;
   ElementType type = ElementType::kFloat;
+
+  bool has_skip() const {
+    for (const int64_t channels : skip_channels) {
+      if (channels != 0) return true;
+    }
+    return false;
+  }
 };
 
 struct GroupNormForward {
   const void* x = nullptr;
+  const void* skip = nullptr;
   Affine affine;
   float eps = 0;
   bool silu = false;
@@ -48,11 +57,13 @@ struct GroupNormBackward {
   const void* dy = nullptr;
   bool dy_planar = false;  // dy is NCHW although x is NHWC; the CPU's only, one stage
   const void* x = nullptr;
+  const void* skip = nullptr;
   const float* mean = nullptr;
   const float* rstd = nullptr;
   Affine affine;
   bool silu = false;
   void* dx = nullptr;
+  void* dskip = nullptr;
   MutableArray dweight, dbias, dscale, dshift;
   // Per sample and channel, for dweight and dbias: sum of dz and sum of dz xhat.
   float* dz_sums = nullptr;

@@ -32,13 +32,13 @@ py::dict build_info() {
                   "cpu_isas"_a = msd::words(MSD_CPU_ISAS), "torch"_a = MSD_TORCH_VERSION);
 }
 
-void group_norm_forward(const msd::GroupNormLayout& layout, const Addresses<5>& inputs,
+void group_norm_forward(const msd::GroupNormLayout& layout, const Addresses<6>& inputs,
                         const Addresses<3>& outputs) {
   msd::group_norm_forward(layout.shape, layout.forward(inputs, outputs));
 }
 
-void group_norm_backward(const msd::GroupNormLayout& layout, const Addresses<8>& inputs,
-                         const Addresses<5>& outputs, bool dy_planar) {
+void group_norm_backward(const msd::GroupNormLayout& layout, const Addresses<9>& inputs,
+                         const Addresses<6>& outputs, bool dy_planar) {
   msd::GroupNormBackward job = layout.backward(inputs, outputs);
   job.dy_planar = dy_planar;
   msd::group_norm_backward(layout.shape, job);
@@ -104,9 +104,10 @@ PYBIND11_MODULE(_native, m) {
       "cpu_isa", [] { return msd::name(msd::cpu_isa()); },
       "The instruction set of the kernels that serve this processor.");
   m.def("group_norm_forward", &group_norm_forward, msd::WithoutLock(),
-        "(layout, [x, weight, bias, scale, shift], [y, mean, rstd])");
+        "(layout, [x, skip, weight, bias, scale, shift], [y, mean, rstd])");
   m.def("group_norm_backward", &group_norm_backward, msd::WithoutLock(),
-        "(layout, [dy, mean, rstd, x, weight, bias, scale, shift], [dx, dweight, dbias, dscale, "
+        "(layout, [dy, mean, rstd, x, skip, weight, bias, scale, shift], [dx, dskip, dweight, "
+        "dbias, dscale, "
         "dshift], whether dy of one stage is NCHW although x is NHWC)");
   m.def("resample2d", &resample2d, msd::WithoutLock(), "(layout, [x], [y])");
   m.def("optimal_denoiser_centre", &optimal_denoiser_centre, msd::WithoutLock(),

@@ -215,40 +215,58 @@ class GroupNormLayout(NamedTuple):
 
     Attributes:
         counts: samples per stage; a dense tensor is one stage.
-        channels, groups: per stage.
+        channels, skip_channels, groups: per stage; channels of the first source, and of the second (0 without one).
         spatial: pixels.
         channels_last: whether the channels lie innermost.
         eps: added to the variance.
         silu: whether a SiLU follows.
+        dropout: probability that an element of the result is 0.
     """
 
     counts: tuple[int, ...]
     channels: tuple[int, ...]
+    skip_channels: tuple[int, ...]
     groups: tuple[int, ...]
     spatial: int
     channels_last: bool
     eps: float
     silu: bool
+    dropout: float = 0.0
 
     @cached_property
     def sizes(self) -> GroupNormLayout:
         """What a launch is planned from."""
-        return self._replace(eps=0.0, silu=False)
+        return self._replace(eps=0.0, silu=False, dropout=0.0)
+
+    @property
+    def in_channels(self) -> tuple[int, ...]:
+        """Of both sources together, and of the output."""
+        return tuple(c + d for c, d in zip(self.channels, self.skip_channels, strict=True))
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether there is a second source."""
+        return any(self.skip_channels)
+
+    @cached_property
+    def joined(self) -> GroupNormLayout:
+        """Of the same call on one source that holds the channels of both."""
+        return self._replace(channels=self.in_channels, skip_channels=(0,) * len(self.channels))
 
     @cached_property
     def widest_group(self) -> int:
         """Channels of the largest group."""
-        return max(c // g for c, g in zip(self.channels, self.groups, strict=True))
+        return max(c // g for c, g in zip(self.in_channels, self.groups, strict=True))
 
     @cached_property
     def sample_sizes(self) -> list[int]:
         """Samples times channels, per stage."""
-        return products(self.counts, self.channels)
+        return products(self.counts, self.in_channels)
 
     @cached_property
     def weight_shapes(self) -> list[tuple[int]]:
         """Of each stage's weight, and of its bias."""
-        return [(c,) for c in self.channels]
+        return [(c,) for c in self.in_channels]
 
     @cached_property
     def stat_sizes(self) -> list[int]:
@@ -256,16 +274,21 @@ class GroupNormLayout(NamedTuple):
         return products(self.counts, self.groups)
 
     @cached_property
-    def x_sizes(self) -> list[int]:
-        """Elements of each stage."""
-        return [size * self.spatial for size in self.sample_sizes]
+    def out_sizes(self) -> list[int]:
+        """Elements of each stage's output."""
+        return self.source_sizes(self.in_channels)
 
-    def planes(self, x: Tensor) -> list[Tensor]:
-        """Views of the stages, ``[n, C, pixels]``, of the flat buffer."""
+    def source_sizes(self, channels: Sequence[int]) -> list[int]:
+        """Of each stage's part of a source."""
+        return [size * self.spatial for size in products(self.counts, channels)]
+
+    def planes(self, x: Tensor, channels: Sequence[int] | None = None) -> list[Tensor]:
+        """Views of the stages, ``[n, C, pixels]``, of a flat buffer of so many channels, or of the output's."""
         n, spatial = self.counts, self.spatial
+        channels = self.in_channels if channels is None else channels
         return [
             part.view(n[s], spatial, c).transpose(1, 2) if self.channels_last else part.view(n[s], c, spatial)
-            for s, (part, c) in enumerate(zip(x.split(self.x_sizes), self.channels, strict=True))
+            for s, (part, c) in enumerate(zip(x.split(self.source_sizes(channels)), channels, strict=True))
         ]
 
 

@@ -106,6 +106,29 @@ def stage_norm(side: int) -> Call:
     return Call(sizes, function)
 
 
+def norm_of_two_sources(side: int) -> Call:
+    counts, channels, skip_channels, groups = (2, 0, 1), (2, 3, 1), 4, (2, 1, 5)
+    joined = tuple(c + skip_channels for c in channels)
+
+    def function(x, skip, weight, scale):
+        return group_norm(
+            StageBatch(x, counts, channels, side, side),
+            groups,
+            parts_of(weight, [(c,) for c in joined]),
+            skip=skip.contiguous(memory_format=torch.channels_last),
+            scale=StageBatch(scale, counts, joined, 1, 1),
+            activation="silu",
+        ).values
+
+    sizes = [
+        packed_size(counts, channels, side**2),
+        (sum(counts), skip_channels, side, side),
+        (sum(joined),),
+        packed_size(counts, joined),
+    ]
+    return Call(sizes, function)
+
+
 def stage_linear(side: int) -> Call:
     counts, ins, outs = (2, 0, 1), (4, 3, 2), (3, 2, 5)
     shapes = list(zip(outs, ins, strict=True))
@@ -202,6 +225,7 @@ CALLS = {
     "group_norm of a dense tensor": (group_norm_op.BACKENDS, dense_norm),
     "group_norm without parameters": (group_norm_op.BACKENDS, plain_norm),
     "group_norm of stages": (group_norm_op.BACKENDS, stage_norm),
+    "group_norm of two sources": (group_norm_op.BACKENDS, norm_of_two_sources),
     "grouped_linear of stages": (grouped_linear_op.BACKENDS, stage_linear),
     "grouped_linear of a dense tensor": (grouped_linear_op.BACKENDS, dense_linear),
     "grouped_conv2d with everything": (grouped_conv2d_op.BACKENDS, fused_conv),

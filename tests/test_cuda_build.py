@@ -56,7 +56,7 @@ def test_cuda_extension_has_the_functions_of_the_cpu_extension(library):
 
 
 def test_cuda_extension_plans_without_a_gpu(library):
-    layout = GroupNormLayout((2, 0), (64, 32), (8, 8), 64, True, 1e-5, False)
+    layout = GroupNormLayout((2, 0), (64, 32), (0, 0), (8, 8), 64, True, 1e-5, False)
     compiled = compiled_layout(library.module.GroupNormLayout, layout, torch.empty(0), *[None] * 4)
     h200 = (132, 227 << 10, 228 << 10, 1 << 10, 1)
     ((one_pass, groups, parts, pixels, shared),) = library.module.group_norm_cuts(compiled, False, h200)

@@ -12,7 +12,7 @@ from msd_kernels.runtime.extension import TYPE_CODES, addresses, compiled_layout
 
 pytestmark = pytest.mark.skipif(bool(unavailable("cpu")), reason="the compiled kernels are not built")
 
-NORM = GroupNormLayout((1, 2), (4, 2), (2, 1), 6, True, 1e-5, True)
+NORM = GroupNormLayout((1, 2), (4, 2), (0, 0), (2, 1), 6, True, 1e-5, True)
 RESAMPLE = Resample2dLayout((0.5, 0.5), False, 2, (1, 2), (2, 1), 4, 6, 2, 3, True)
 X = torch.zeros(8)
 

@@ -67,7 +67,9 @@ def test_formulas_give_the_plans_of_plain_numbers():
         wanted = draw(r, 3, False, True)
         plain = plan_convolution(layout, counts, wanted)
         assert plan_convolution(layout._replace(counts=recorded), counts, wanted) == plain, (layout, wanted)
-        norm = GroupNormLayout(counts, draw(r, stages, 32, 96), draw(r, stages, 1, 8), side, True, 0.0, False)
+        norm = GroupNormLayout(
+            counts, draw(r, stages, 32, 96), (0,) * stages, draw(r, stages, 1, 8), side, True, 0.0, False
+        )
         heads = draw(r, stages, 1, 4)
         scores = AttentionLayout(counts, heads, draw(r, stages, 16, 40, 384), side, 64, "nthd", None)
         parameters = tuned.attention(90, "half", "dkv")
@@ -124,7 +126,7 @@ def test_new_counts_of_known_shapes_are_planned_by_formulas():
     plan = plan_cache.cached_plan(
         lambda layout, device: built.append(layout.counts) or (lambda counts: counts)
     )
-    layout = GroupNormLayout((1, 2), (8, 8), (2, 2), 4, True, 0.0, False)
+    layout = GroupNormLayout((1, 2), (8, 8), (0, 0), (2, 2), 4, True, 0.0, False)
     for counts in ((1, 2), (3, 4), (1, 2), (5, 0), (7, 0)):
         assert plan(layout._replace(counts=counts), CPU) == counts
     assert [[isinstance(n, Linear) for n in counts] for counts in built] == [[True, True], [True, False]]

@@ -62,10 +62,12 @@ def test_launches_are_those_of_the_plans_for_the_gpu():
         "_group_norm_parameters_kernel",
     ]
     forward, backward, parameters = [launch for launch in found if "group_norm" in launch.kernel]
-    assert forward.arguments == (HALF,) * 6 + (FLOAT, FLOAT, TABLE, 17, 0.5)  # 81 pixels, and eps
+    # One source, no seed; 81 pixels, eps, and what a dropout would take.
+    tensors = (HALF, None, *(HALF,) * 4, None, HALF, FLOAT, FLOAT, TABLE)
+    assert forward.arguments == (*tensors, 17, 0.5, 0, 0.5)
     from msd_kernels.ops.group_norm import triton as group_norm
 
-    layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (3, 8, 20), 81, True, 1e-5, False)
+    layout = GroupNormLayout((1, 1, 1), (3, 64, 160), (0, 0, 0), (3, 8, 20), 81, True, 1e-5, False)
     constants = group_norm.tile_constants(layout, tuned.group_norm(90))
     assert constants.items() <= dict(forward.options).items()
     assert dict(backward.options)["SILU"] is True

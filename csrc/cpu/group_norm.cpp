@@ -130,7 +130,9 @@ void group_norm_backward(const GroupNormShape& shape, const GroupNormBackward& j
   GroupNormBackward with_sums = job;
   const bool parameters = job.dweight.data != nullptr || job.dbias.data != nullptr;
   int64_t sums = 0;
-  for (size_t s = 0; s < shape.counts.size(); ++s) sums += shape.counts[s] * shape.channels[s];
+  for (size_t s = 0; s < shape.counts.size(); ++s) {
+    sums += shape.counts[s] * (shape.channels[s] + shape.skip_channels[s]);
+  }
   const Buffer buffer(parameters ? 2 * sums : 0);
   if (parameters) {
     with_sums.dz_sums = buffer.data();

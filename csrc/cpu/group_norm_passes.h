@@ -1,30 +1,11 @@
 // The steps of GroupNorm's passes over one unit, from column sums to channels to groups.
 #pragma once
 
+#include "group_norm_items.h"
 #include "group_norm_tiles.h"
-#include "group_norm_unit.h"
 #include "transpose.h"
 
 namespace msd::MSD_ISA {
-
-// One plane's piece as a matrix.
-struct Item {
-  int64_t plane, piece, pixel, rows, offset, stride, columns, first_row;
-  bool folded;  // columns are not the unit's channels
-
-  Item(const Unit& unit, int64_t item)
-      : plane(unit.piece_count == 1 ? item : item / unit.piece_count),
-        piece(item - plane * unit.piece_count) {
-    const Piece& cut = unit.pieces[piece];
-    pixel = cut.pixel;
-    rows = cut.rows;
-    offset = unit.x + plane * unit.plane_stride + cut.pixel * unit.pixel_stride;
-    stride = cut.fold * unit.pixel_stride;
-    columns = cut.fold * unit.plane_channels;
-    first_row = plane * unit.plane_rows + cut.row;
-    folded = cut.fold > 1 || unit.planes > 1;
-  }
-};
 
 // Scratch of a unit: `arrays` arrays of its channels for every piece, then `parameters` for the
 // whole.
@@ -201,14 +182,18 @@ struct ForwardPass {
   static void reduce(const GroupNormForward& job, const Unit& unit, float* base, int64_t index) {
     const Item item(unit, index);
     const Scratch scratch(unit, base, kArrays);
-    const T* x = static_cast<const T*>(job.x) + item.offset;
     alignas(64) float columns[kArrays][kMaxFoldedColumns + kColumnPadding];
     const int64_t width = unit.plane_channels;
     const ColumnMoments result = piece_moments(scratch, item.piece, item.plane * width);
     if (!item.folded) {
-      column_moments(x, item.stride, item.rows, item.columns, result);
+      for_each_source(unit, item, [&](const Span& span, bool of_skip) {
+        column_moments(
+            source_of<T>(job.x, job.skip, span, of_skip), span.stride, item.rows, span.columns,
+            {result.origin + span.column, result.mean + span.column, result.m2 + span.column});
+      });
       return;
     }
+    const T* x = static_cast<const T*>(job.x) + item.offset;
     const ColumnMoments folded = {columns[kOrigin], columns[kMean], columns[kM2]};
     column_moments(x, item.stride, item.rows, item.columns, folded);
     unfold_moments(folded, item.columns, width, item.rows);
@@ -289,10 +274,12 @@ struct ForwardPass {
                                          fold(scratch.parameters(kOffsets)),
                                          nullptr,
                                          nullptr};
-    const T* x = static_cast<const T*>(job.x) + item.offset;
     T* y = static_cast<T*>(job.y) + item.offset;
     const auto kernel = job.silu ? normalize<T, true> : normalize<T, false>;
-    kernel(x, y, item.stride, item.rows, item.columns, parameters);
+    for_each_source(unit, item, [&](const Span& span, bool of_skip) {
+      kernel(source_of<T>(job.x, job.skip, span, of_skip), y + span.column, span.stride,
+             item.stride, item.rows, span.columns, parameters.from(span.column));
+    });
   }
 };
 
@@ -310,7 +297,11 @@ struct BackwardPass {
     kParameters
   };
 
-  static bool keeps_dz(const GroupNormBackward& job) { return job.silu && job.dx != nullptr; }
+  static bool wants_dx(const GroupNormBackward& job) {
+    return job.dx != nullptr || job.dskip != nullptr;
+  }
+
+  static bool keeps_dz(const GroupNormBackward& job) { return job.silu && wants_dx(job); }
 
   static int64_t head_floats(const Unit& unit) {
     return (kArrays * unit.piece_count + kParameters) * padded(unit.channels) + kColumnPadding;
@@ -423,17 +414,22 @@ struct BackwardPass {
                        float* base, const ColumnParameters& parameters, float* sums,
                        float* moments) {
     const auto kernel = job.silu ? add_gradient_sums<T, true> : add_gradient_sums<T, false>;
-    const T* x = static_cast<const T*>(job.x) + item.offset;
     const Cotangent dy = cotangent_of(job, unit, item, base);
     float* dz = dz_of(job, unit, item, base);
+    const int64_t dz_stride = padded(item.columns);
     __builtin_memset(sums, 0, padded(item.columns) * sizeof(float));
     __builtin_memset(moments, 0, padded(item.columns) * sizeof(float));
     for (int64_t row = 0; row < item.rows; row += kChunkRows) {
       const int64_t rows = item.rows - row < kChunkRows ? item.rows - row : kChunkRows;
       const T* part = job.dy_planar ? interleave_rows(job, unit, item, base, row, rows)
                                     : dy.data + row * dy.stride;
-      kernel(x + row * item.stride, part, item.stride, dy.stride, rows, item.columns, parameters,
-             dz == nullptr ? nullptr : dz + row * padded(item.columns), sums, moments);
+      for_each_source(unit, item, [&](const Span& span, bool of_skip) {
+        const T* x = source_of<T>(job.x, job.skip, span, of_skip) + row * span.stride;
+        kernel(x, part + span.column, span.stride, dy.stride, rows, span.columns,
+               parameters.from(span.column),
+               dz == nullptr ? nullptr : dz + row * dz_stride + span.column, dz_stride,
+               sums + span.column, moments + span.column);
+      });
     }
   }
 
@@ -486,7 +482,7 @@ struct BackwardPass {
   }
 
   static void map(const GroupNormBackward& job, const Unit& unit, float* base, int64_t index) {
-    if (job.dx == nullptr) return;
+    if (!wants_dx(job)) return;
     const Item item(unit, index);
     const Scratch scratch(unit, base, kArrays);
     FoldedParameters fold(unit, item);
@@ -496,12 +492,17 @@ struct BackwardPass {
                                          nullptr,
                                          fold(scratch.parameters(kConstants)),
                                          fold(scratch.parameters(kSlopes))};
-    const T* x = static_cast<const T*>(job.x) + item.offset;
     const Cotangent dy = cotangent_of(job, unit, item, base);
-    T* dx = static_cast<T*>(job.dx) + item.offset;
+    const float* dz = dz_of(job, unit, item, base);
     const auto kernel = job.silu ? input_gradient<T, true> : input_gradient<T, false>;
-    kernel(x, dy.data, dz_of(job, unit, item, base), dx, item.stride, dy.stride, item.rows,
-           item.columns, parameters);
+    for_each_source(unit, item, [&](const Span& span, bool of_skip) {
+      void* gradient = of_skip ? job.dskip : job.dx;
+      if (gradient == nullptr) return;
+      kernel(source_of<T>(job.x, job.skip, span, of_skip), dy.data + span.column,
+             dz == nullptr ? nullptr : dz + span.column, static_cast<T*>(gradient) + span.offset,
+             span.stride, dy.stride, padded(item.columns), item.rows, span.columns,
+             parameters.from(span.column));
+    });
   }
 };
 

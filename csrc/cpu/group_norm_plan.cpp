@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 namespace msd {
 namespace {
@@ -77,6 +78,19 @@ Unit StagePlan::unit(int64_t index) const {
   unit.pixel_stride = channels_last ? channels : 1;
   unit.x = x + sample * channels * spatial + first_channel * (channels_last ? 1 : spatial);
   unit.planar_dy = x + sample * channels * spatial + first_channel * spatial;
+  unit.own_channels = std::clamp<int64_t>(own_channels - first_channel, 0, unit.channels);
+  if (own_channels == channels) {
+    unit.own = unit.x;
+    unit.own_stride = unit.pixel_stride;
+    unit.skip = unit.skip_stride = 0;
+  } else {
+    const int64_t skip_channels = channels - own_channels;
+    const int64_t first_of_skip = std::max<int64_t>(first_channel - own_channels, 0);
+    unit.own = own + sample * own_channels * spatial + std::min(first_channel, own_channels);
+    unit.own_stride = own_channels;
+    unit.skip = skip + sample * skip_channels * spatial + first_of_skip;
+    unit.skip_stride = skip_channels;
+  }
   unit.channel = channel + first_channel;
   unit.sample_channel = sample_channel + sample * channels + first_channel;
   unit.group = group + sample * groups + first_group;
@@ -87,17 +101,20 @@ Unit StagePlan::unit(int64_t index) const {
 }
 
 GroupNormPlan::GroupNormPlan(const GroupNormShape& shape, int64_t bytes_per_element) {
-  int64_t channel = 0, sample_channel = 0, group = 0;
+  int64_t own = 0, skip = 0, channel = 0, sample_channel = 0, group = 0;
   for (size_t s = 0; s < shape.counts.size(); ++s) {
     StagePlan stage;
     stage.count = shape.counts[s];
-    stage.channels = shape.channels[s];
+    stage.own_channels = shape.channels[s];
+    stage.channels = shape.channels[s] + shape.skip_channels[s];
     stage.groups = shape.groups[s];
     stage.spatial = shape.spatial;
     stage.channels_last = shape.channels_last || shape.spatial == 1;
     stage.block_groups = choose_block_groups(stage, bytes_per_element);
     stage.blocks = divide_up(stage.groups, stage.block_groups);
     stage.x = elements;
+    stage.own = own;
+    stage.skip = skip;
     stage.channel = channel;
     stage.sample_channel = sample_channel;
     stage.group = group;
@@ -106,8 +123,15 @@ GroupNormPlan::GroupNormPlan(const GroupNormShape& shape, int64_t bytes_per_elem
     const int64_t width = stage.channels_last ? block_channels : 1;
     // Folding needs the pixels of a plane to lie next to each other.
     const bool dense = !stage.channels_last || stage.blocks == 1;
-    stage.pieces = cut_plane(width, stage.spatial, dense ? choose_fold(width, stage.spatial) : 1);
+    const int64_t fold = dense ? choose_fold(width, stage.spatial) : 1;
+    if (stage.own_channels != stage.channels &&
+        (fold > 1 || stage.own_channels % kColumnPadding != 0)) {
+      throw std::invalid_argument("group_norm: two sources need rows of whole vectors");
+    }
+    stage.pieces = cut_plane(width, stage.spatial, fold);
     stage.plane_rows = stage.pieces.back().row + stage.pieces.back().rows;
+    own += stage.count * stage.own_channels * stage.spatial;
+    skip += stage.count * (stage.channels - stage.own_channels) * stage.spatial;
     channel += stage.channels;
     sample_channel += stage.count * stage.channels;
     group += stage.count * stage.groups;

@@ -19,6 +19,14 @@ struct ColumnParameters {
   bool uniform;  // one value for all columns
   const float *mean, *gain, *offset, *constant, *slope;
 
+  // Those of the columns from `column` on.
+  ColumnParameters from(int64_t column) const {
+    const auto moved = [&](const float* values) {
+      return values == nullptr || uniform ? values : values + column;
+    };
+    return {uniform, moved(mean), moved(gain), moved(offset), moved(constant), moved(slope)};
+  }
+
   template <class T>
   __attribute__((always_inline)) Pair at(const float* values, int64_t column) const {
     return uniform ? broadcast_pair(*values) : load_lanes<T>(values + column);
@@ -96,7 +104,7 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
 
 // y = z or z sigmoid(z)
 template <class T, bool kSilu>
-void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
+void normalize(const T* x, T* y, int64_t stride, int64_t y_stride, int64_t rows, int64_t columns,
                ColumnParameters parameters) {
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
@@ -105,11 +113,12 @@ void normalize(const T* x, T* y, int64_t stride, int64_t rows, int64_t columns,
     parameters.load<T>(parameters.gain, column, gain);
     parameters.load<T>(parameters.offset, column, offset);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * stride + column;
+      const T* x_here = x + r * stride + column;
+      T* y_here = y + r * y_stride + column;
       MSD_UNROLL
       for (int i = 0; i < n; ++i) {
-        const Pair z = fma(access.load(x + at + i * kPair) - mean[i], gain[i], offset[i]);
-        access.store(y + at + i * kPair, kSilu ? silu<T>(z) : z);
+        const Pair z = fma(access.load(x_here + i * kPair) - mean[i], gain[i], offset[i]);
+        access.store(y_here + i * kPair, kSilu ? silu<T>(z) : z);
       }
     }
   });
@@ -121,13 +130,11 @@ MSD_INLINE void add_lanes(float* sums, Pair v) {
 }
 
 // Adds to the columns' sums those of dz and of dz (x - mean) over at most kChunkRows rows. With
-// kSilu, dz itself goes to `dz` unless that is null: padded(columns) floats per row, in the order
-// of the lanes.
+// kSilu, dz itself goes to `dz` unless that is null, in the order of the lanes.
 template <class T, bool kSilu>
 void add_gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_stride, int64_t rows,
-                       int64_t columns, ColumnParameters parameters, float* dz, float* sums,
-                       float* moment_sums) {
-  const int64_t dz_stride = padded(columns);
+                       int64_t columns, ColumnParameters parameters, float* dz, int64_t dz_stride,
+                       float* sums, float* moment_sums) {
   for_column_tiles<1>(columns, [=](int64_t column, auto, auto access) {
     const Pair mean = parameters.at<T>(parameters.mean, column);
     const Pair gain = parameters.at<T>(parameters.gain, column);
@@ -156,8 +163,8 @@ void add_gradient_sums(const T* x, const T* dy, int64_t stride, int64_t dy_strid
 // kSilu.
 template <class T, bool kSilu>
 void input_gradient(const T* x, const T* dy, const float* dz, T* dx, int64_t stride,
-                    int64_t dy_stride, int64_t rows, int64_t columns, ColumnParameters parameters) {
-  const int64_t dz_stride = padded(columns);
+                    int64_t dy_stride, int64_t dz_stride, int64_t rows, int64_t columns,
+                    ColumnParameters parameters) {
   for_column_tiles<kTile>(columns, [=](int64_t column, auto pairs, auto access) {
     constexpr int n = decltype(pairs)::value;
     Pair mean[n], gain[n], constant[n], slope[n];

@@ -25,11 +25,15 @@ struct Piece {
 // Some groups of one sample: what is normalised independently of everything else. They lie in
 // `planes` planes of `spatial` pixels with `plane_channels` neighbouring channels each: one plane
 // of all channels in NHWC, one plane per channel in NCHW.
+//
+// Where there are two sources, these are the places of y and dy; the first `own_channels` of the
+// channels lie in x, the others in skip.
 struct Unit {
   int64_t x;          // offset of the first element
   int64_t planar_dy;  // the same in a planar dy
   int64_t planes, plane_channels, plane_stride, pixel_stride;
   int64_t spatial, channels, groups, group_channels;
+  int64_t own_channels, own, own_stride, skip, skip_stride;  // offsets and strides of the sources
   int64_t channel, sample_channel, group;  // offsets of the first channel and group in their arrays
   const Piece* pieces;
   int64_t piece_count, plane_rows;

@@ -29,9 +29,10 @@ def wanted_gradients(
 
 
 def group_norm_outputs(x: Tensor, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """``y`` like ``x``, ``mean`` and ``rstd`` with one entry per sample and group."""
+    """``y`` like ``x``, or flat for two sources, ``mean`` and ``rstd`` with one entry per sample and group."""
+    y = x.new_empty(sum(layout.out_sizes)) if layout.has_skip else torch.empty_like(x)
     mean = x.new_empty(sum(layout.stat_sizes), dtype=wide(x.dtype))
-    return torch.empty_like(x), mean, torch.empty_like(mean)
+    return y, mean, torch.empty_like(mean)
 
 
 def resample2d_output(x: Tensor, layout: Resample2dLayout) -> Tensor:

@@ -166,6 +166,21 @@ def require_stage_batch(op: str, name: str, batch: StageBatch) -> None:
         raise TypeError(f"{op}: {name} must be a StageBatch, got {type(batch).__name__}")
 
 
+def skip_batch(op: str, x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch | None:
+    """A second source of the counts and size of ``x``, which may be a dense tensor in stage order."""
+    if skip is None:
+        return None
+    if isinstance(skip, Tensor):
+        skip, shape = fixed_shape(skip)
+        if len(shape) != 4 or shape[0] != x.num_samples:
+            raise ValueError(f"{op}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(shape)}")
+        skip = StageBatch.from_dense(skip, x.counts)
+    if not isinstance(skip, StageBatch):
+        raise TypeError(f"{op}: skip must be a StageBatch or a dense tensor, got {type(skip).__name__}")
+    require_layout(op, "skip", skip, x.counts, skip.channels, x.height, x.width)
+    return skip
+
+
 def require_size(op: str, name: str, batch: StageBatch) -> None:
     """``batch`` must hold what its layout says: a tool that maps functions over tensors may have put in another."""
     if not batch.checked and not batch.fits():

@@ -61,6 +61,13 @@ def load(name: str) -> Library:
         return Library(name, None, f"{file.name} does not load: {error}")
 
 
+def cannot_run_on_cpu(dtype: torch.dtype) -> str | None:
+    """Why no compiled CPU kernel of a norm or a filter can serve tensors of a dtype, or None."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {dtype}"
+    return load("cpu").reason or None
+
+
 def compiled_layout(kind: type, layout: Layout, *tensors: Tensor | None) -> Any:
     """A layout and its tensors' types as the kernels take them; made once. ``kind`` is its class in their module."""
     key = (kind, *[t if t is None else t.dtype for t in tensors])

@@ -91,7 +91,7 @@ def test_maps_take_the_ways_they_are_here_for(backward):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the maps were chosen for Hopper")
     for name, ((n, channels, height, width), groups) in MAPS.items():
-        layout = GroupNormLayout((n,), (channels,), (groups,), height * width, True, 1e-5, False)
+        layout = GroupNormLayout((n,), (channels,), (0,), (groups,), height * width, True, 1e-5, False)
         compiled = compiled_layout(cuda.kernels().GroupNormLayout, layout, torch.empty(0), *[None] * 4)
         ((one_pass, _, parts, *_),) = cuda.kernels().group_norm_cuts(compiled, backward, device_facts())
         assert bool(one_pass) != name.startswith("two passes")

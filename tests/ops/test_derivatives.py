@@ -154,8 +154,8 @@ def test_derivatives_of_what_an_op_returns_for_its_backward_are_refused(op, gene
     """The statistics of the registered op serve its backward; ignoring their cotangents would be wrong."""
     x = torch.randn(2 * 4 * 3, generator=generator, dtype=torch.float64, requires_grad=True)
     if op == "group_norm":
-        layout = ([2], [4], [2], 3, False, 1e-5, False)
-        y, *statistics = torch.ops.msd_kernels.group_norm(x, None, None, [], [], *layout)
+        layout = ([2], [4], [0], [2], 3, False, 1e-5, False, 0.0)
+        y, *statistics = torch.ops.msd_kernels.group_norm(x, None, None, None, None, [], [], *layout)
     else:
         y, *statistics = torch.ops.msd_kernels.attention(x, x, x, [2], [2], [2], 3, 3, "nhtd", None)
     assert y.requires_grad

@@ -57,7 +57,7 @@ def emulator(emulated_cuda):
 
 def cuts(kernels, count, channels, groups, spatial, channels_last, dtype, backward, device):
     """How one stage is cut: (one pass, groups of a unit, parts, pixels of a part, bytes of shared memory)."""
-    layout = GroupNormLayout((count,), (channels,), (groups,), spatial, channels_last, 1e-5, False)
+    layout = GroupNormLayout((count,), (channels,), (0,), (groups,), spatial, channels_last, 1e-5, False)
     compiled = compiled_layout(kernels.GroupNormLayout, layout, torch.empty(0, dtype=dtype), *[None] * 4)
     (found,) = kernels.group_norm_cuts(compiled, backward, device)
     return found
@@ -243,7 +243,7 @@ def test_group_norm_refuses_wide_groups(emulator):
         RuntimeError, match="4096 channels in 1 groups: at most 2048 channels per group are served"
     ):
         group_norm(torch.zeros(1, 4096, 1, 2), 1)
-    layout = GroupNormLayout((1,), (4096,), (1,), 2, True, 1e-5, False)
+    layout = GroupNormLayout((1,), (4096,), (0,), (1,), 2, True, 1e-5, False)
     said = cuda_group_norm.cannot(Call("group_norm", torch.device("cuda"), torch.float32, layout))
     assert said == "takes up to 2048 channels per group, got 4096"
 

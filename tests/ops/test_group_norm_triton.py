@@ -10,10 +10,11 @@ require_interpreter()
 
 from test_group_norm import check, cotangent, make_inputs  # noqa: E402
 
-from helpers import stage_batch  # noqa: E402
-from msd_kernels import explain, group_norm  # noqa: E402
+from helpers import ROUNDING, stage_batch  # noqa: E402
+from msd_kernels import StageBatch, explain, group_norm  # noqa: E402
 from msd_kernels.dispatch.backends import use  # noqa: E402
 from msd_kernels.ops.group_norm import triton as implementation  # noqa: E402
+from msd_kernels.ops.group_norm.masks import multipliers  # noqa: E402
 
 # Triton's interpreter truncates to bfloat16 instead of rounding.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -104,6 +105,54 @@ def test_group_norm_of_a_stage_batch_equals_separate_calls_bit_for_bit(counts, c
         found = torch.autograd.grad(alone, [segment, weight], d, materialize_grads=True)
         assert torch.equal(x.with_values(dx).segments()[stage], found[0])
         assert torch.equal(dweights[stage], found[1])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("counts", "channels", "skip_channels", "groups"),
+    [
+        ((2, 0, 1), (24, 16, 8), (16, 16, 16), (4, 8, 3)),
+        ((1, 2), (5, 3), (3, 6), (2, 3)),
+        ((1,), (96,), (160,), (16,)),
+    ],
+    ids=str,
+)
+def test_two_sources_give_the_bits_of_one_that_joins_them(
+    counts, channels, skip_channels, groups, dtype, generator
+):
+    x, skip = (
+        stage_batch(generator, counts, widths, 3, 5, dtype=dtype, requires_grad=True)
+        for widths in (channels, skip_channels)
+    )
+    weights = [
+        torch.randn(c + d, generator=generator).requires_grad_()
+        for c, d in zip(channels, skip_channels, strict=True)
+    ]
+    leaves, found = [x.values, skip.values, *weights], []
+    for source, options in ((x, {"skip": skip}), (StageBatch.concatenate(x, skip), {})):
+        y = group_norm(source, groups, weights, activation="silu", **options).values
+        dy = torch.linspace(-1, 1, y.numel()).sin().to(dtype)
+        found.append([y, *torch.autograd.grad(y, leaves, dy, materialize_grads=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", [5, -(2**63) + 77, 2**40 + 2**33])
+def test_dropout_drops_what_its_definition_does(seed, dtype, generator):
+    counts, channels, groups, options = (2, 1), (24, 16), (4, 2), {"activation": "silu"}
+    x = stage_batch(generator, counts, channels, 3, 5, requires_grad=True)
+    x = x.with_values((x.values + 1).detach().to(dtype).requires_grad_())
+    seed = torch.tensor([seed])
+    y = group_norm(x, groups, dropout=0.3, seed=seed, **options).values
+    plain = group_norm(x, groups, **options).values
+    factors = multipliers(seed, y.numel(), 0.3, torch.float32)
+    dy = torch.linspace(-1, 1, y.numel()).sin().to(dtype)
+    (found,) = torch.autograd.grad(y, x.values, dy)
+    (expected,) = torch.autograd.grad(plain, x.values, (dy * factors).to(dtype))
+    tolerance = 4 * ROUNDING[dtype]
+    assert torch.equal(y == 0, factors == 0)
+    torch.testing.assert_close(y.float(), plain.float() * factors, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("stages", [1, 3, 7])

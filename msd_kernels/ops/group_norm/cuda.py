@@ -25,36 +25,48 @@ CUT = ESTIMATED
 
 def cannot(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
+    if call.layout.has_skip:
+        return "takes one source, got two"
+    if call.layout.dropout:
+        return "has no dropout"
     widest = call.layout.widest_group
     if widest > MAX_GROUP_CHANNELS:
         return f"takes up to {MAX_GROUP_CHANNELS} channels per group, got {widest}"
     return cuda.cannot_run(call.dtype)
 
 
-def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    _seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd.
 
     In one launch if a slab fits the shared memory of a cluster.
     """
     outputs = allocate.group_norm_outputs(x, layout)
-    _run("group_norm_forward", layout, (x, *affine), outputs)
+    _run("group_norm_forward", layout, (x, skip, *affine), outputs)
     return outputs
 
 
 def group_norm_backward(
     dy: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    _seed: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
+    """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted."""
     if layout.channels_last and dy.dim() == 4:
         dy = dy.contiguous(memory_format=torch.channels_last)
-    gradients = allocate.gradients_like((x, *affine), wanted)
-    _run("group_norm_backward", layout, (dy, mean, rstd, x, *affine), gradients)
+    gradients = allocate.gradients_like((x, skip, *affine), wanted)
+    _run("group_norm_backward", layout, (dy, mean, rstd, x, skip, *affine), gradients)
     return gradients
 
 
@@ -63,12 +75,12 @@ def _run(
 ) -> None:
     """Launches a kernel, with a workspace that the stream keeps until it is done.
 
-    The last five inputs are ``x`` and what is affine.
+    The last six inputs are ``x``, ``skip`` and what is affine.
     """
-    kernels, x = cuda.kernels(), inputs[-5]
-    compiled = compiled_layout(kernels.GroupNormLayout, layout, *inputs[-5:])
+    kernels, x = cuda.kernels(), inputs[-6]
+    compiled = compiled_layout(kernels.GroupNormLayout, layout, x, *inputs[-4:])
     backward = name == "group_norm_backward"
-    parameters = backward and any(gradient is not None for gradient in outputs[1:3])
+    parameters = backward and any(gradient is not None for gradient in outputs[2:4])
 
     def launch(device: int, stream: int) -> None:
         floats = kernels.group_norm_workspace(compiled, backward, parameters, CUT, device)

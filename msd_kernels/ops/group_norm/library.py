@@ -12,10 +12,19 @@ from msd_kernels.batch_invariance import elementwise
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.dispatch.segments import gather, split
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.ops.group_norm.masks import dropped
+from msd_kernels.ops.group_norm.sources import joined, parted
 
 
-def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
+    x, layout = joined(x, skip, layout)
     arguments = _per_stage(x, affine, layout)
     stats: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -25,35 +34,39 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
         stats[s] = (mean.reshape(-1), rstd.reshape(-1))
         return _flatten(_modulate(y, a, d, layout.silu), layout.channels_last)
 
-    y = gather(x, layout.x_sizes, stage_output)
+    y = gather(x, layout.out_sizes, stage_output)
     mean, rstd = (gather(x, layout.stat_sizes, lambda s, i=i: stats[s][i]) for i in (0, 1))
-    return y, mean.to(wide(x.dtype)), rstd.to(wide(x.dtype))
+    return dropped(y, layout, seed), mean.to(wide(x.dtype)), rstd.to(wide(x.dtype))
 
 
 def group_norm_backward(
     dy: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias, scale, shift)``. The statistics come from a new forward, in the dtype that the
-    library's own backward expects on this device."""
-    arguments = _per_stage(x, affine, layout)
-    cotangents = [planes for planes, *_ in _per_stage(dy, Affine(), layout)]
+    """Gradients for ``(x, skip, weight, bias, scale, shift)``. The statistics come from a new forward, in the dtype
+    that the library's own backward expects on this device."""
+    dy = dropped(dy, layout, seed)
+    x, whole = joined(x, skip, layout)
+    arguments = _per_stage(x, affine, whole)
+    cotangents = [planes for planes, *_ in _per_stage(dy, Affine(), whole)]
+    flags = (wanted[0] or wanted[1], *wanted[2:])
     found = {
-        s: _stage_gradients(cotangents[s], arguments[s], layout.groups[s], layout, wanted)
+        s: _stage_gradients(cotangents[s], arguments[s], layout.groups[s], whole, flags)
         for s, n in enumerate(layout.counts)
         if n
     }
-    return [
-        _join_gradient(argument, position, found, layout)
-        if argument is not None and wanted[position]
-        else None
+    dx, *others = (
+        _join_gradient(argument, position, found, whole) if argument is not None and flags[position] else None
         for position, argument in enumerate((x, *affine))
-    ]
+    )
+    return [*parted(dx, layout, wanted), *others]
 
 
 def _stage_gradients(dy, arguments, groups, layout, wanted):

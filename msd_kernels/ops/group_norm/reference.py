@@ -10,6 +10,8 @@ from torch import Tensor
 
 from msd_kernels.dispatch.dtypes import wide
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.ops.group_norm.masks import dropped
+from msd_kernels.ops.group_norm.sources import joined, parted
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,18 @@ class _Stage:
         return mean.repeat_interleave(c // self.groups, dim=1)[:, :, None]
 
 
-def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat.
 
     Differentiable in plain autograd.
     """
+    x, layout = joined(x, skip, layout)
     ys, means, rstds = [], [], []
     for stage in _stages(x, affine, layout):
         x_hat, mean, rstd = _normalise(stage, layout.eps)
@@ -44,27 +53,34 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
         first_of_group = slice(None, None, y.shape[1] // stage.groups)
         means.append(mean[:, first_of_group].reshape(-1))
         rstds.append(rstd[:, first_of_group].reshape(-1))
-    return torch.cat(ys), torch.cat(means), torch.cat(rstds)
+    return dropped(torch.cat(ys), layout, seed), torch.cat(means), torch.cat(rstds)
 
 
 def group_norm_backward(
     dy: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted."""
-    stages, cotangents = _stages(x, affine, layout), _stages(dy, Affine(), layout)
-    gradients = [_stage_gradients(d.x, stage, layout) for d, stage in zip(cotangents, stages, strict=True)]
+    """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted."""
+    dy = dropped(dy, layout, seed)
+    source, whole = joined(x, skip, layout)
+    stages, cotangents = _stages(source, affine, whole), _stages(dy, Affine(), whole)
+    gradients = [_stage_gradients(d.x, stage, whole) for d, stage in zip(cotangents, stages, strict=True)]
     dx, *others = zip(*gradients, strict=True)
-    joined = [torch.cat([_flatten(d, layout.channels_last) for d in dx])]
-    joined += [torch.cat([d.reshape(-1) for d in parts]) for parts in others]
+    dsource = torch.cat([_flatten(d, whole.channels_last) for d in dx])
+    found = [
+        *parted(dsource, layout, wanted),
+        *(torch.cat([d.reshape(-1) for d in parts]) for parts in others),
+    ]
     return [
         d.to(t.dtype) if t is not None and flag else None
-        for d, t, flag in zip(joined, (x, *affine), wanted, strict=True)
+        for d, t, flag in zip(found, (x, skip, *affine), wanted, strict=True)
     ]
 
 

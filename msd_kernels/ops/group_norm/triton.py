@@ -18,17 +18,21 @@ from torch import Tensor
 from msd_kernels.dispatch import allocate
 from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Affine, GroupNormLayout
+from msd_kernels.ops.group_norm import masks
 from msd_kernels.runtime import tuned
 from msd_kernels.runtime.launch import cannot_run, launch, slower_than_others
 from msd_kernels.runtime.plan_cache import Table, Tables, cached_plan
 
 FIELDS = (
     "first_tile",  # programs of the stages before this one
-    "channels",
+    "channels",  # of both sources
+    "own_channels",  # those of x
     "groups",
     "groups_per_block",  # groups that one program owns
     "samples",
-    "x",  # first element in x, y, dy, dx
+    "x",  # first element in y and dy, and in x and dx where there is one source
+    "own",  # first element in x and dx
+    "skip",  # first element in skip and dskip
     "per_sample",  # first element in scale, shift and their gradients
     "per_channel",  # first element in weight, bias and their gradients
     "stats",  # first element in mean and rstd
@@ -86,14 +90,14 @@ def tile_constants(layout: GroupNormLayout, parameters: tuned.GroupNormParameter
     """
     per_block = _groups_per_block(layout, parameters)
     tile = parameters.tile if layout.channels_last else parameters.planar_tile
-    blocks = [b * (c // g) for b, c, g in zip(per_block, layout.channels, layout.groups, strict=True)]
+    blocks = [b * (c // g) for b, c, g in zip(per_block, layout.in_channels, layout.groups, strict=True)]
     columns = _power_of_two(max(parameters.block_channels if layout.channels_last else 1, *blocks))
     return {
         "CHANNELS_LAST": layout.channels_last,
         "BP": max(1, min(_power_of_two(layout.spatial), tile // columns)),
         "BC": columns,
         "GB": _power_of_two(max(per_block)),
-        "ALIGN": math.gcd(8, *layout.channels, *blocks),
+        "ALIGN": math.gcd(8, *layout.channels, *layout.in_channels, *blocks),
         "num_warps": parameters.warps,
     }
 
@@ -103,7 +107,7 @@ def _groups_per_block(layout: GroupNormLayout, parameters: tuned.GroupNormParame
     if not layout.channels_last:
         return [1] * len(layout.groups)
     most = parameters.block_channels
-    return [_aligned_groups(c // g, g, most) for c, g in zip(layout.channels, layout.groups, strict=True)]
+    return [_aligned_groups(c // g, g, most) for c, g in zip(layout.in_channels, layout.groups, strict=True)]
 
 
 def _aligned_groups(width: int, groups: int, most: int) -> int:
@@ -116,10 +120,14 @@ def _aligned_groups(width: int, groups: int, most: int) -> int:
 def _stages(layout: GroupNormLayout, blocks: Sequence[int]) -> list[dict[str, int]]:
     """One row per stage: its sizes, the groups of its blocks, and where it starts in every buffer."""
     rows = []
-    start = {"x": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
-    for n, c, g, b in zip(layout.counts, layout.channels, layout.groups, blocks, strict=True):
-        rows.append({"channels": c, "groups": g, "groups_per_block": b, "samples": n, **start})
-        sizes = {"x": n * c * layout.spatial, "per_sample": n * c, "per_channel": c, "stats": n * g}
+    start = {"x": 0, "own": 0, "skip": 0, "per_sample": 0, "per_channel": 0, "stats": 0}
+    stages = zip(layout.counts, layout.in_channels, layout.channels, layout.groups, blocks, strict=True)
+    for n, c, own, g, b in stages:
+        widths = {"channels": c, "own_channels": own, "groups": g, "groups_per_block": b}
+        rows.append({**widths, "samples": n, **start})
+        maps = {"x": n * c, "own": n * own, "skip": n * (c - own)}
+        sizes = {name: size * layout.spatial for name, size in maps.items()}
+        sizes |= {"per_sample": n * c, "per_channel": c, "stats": n * g}
         start = {name: begin + sizes[name] for name, begin in start.items()}
     return rows
 
@@ -129,12 +137,23 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def _of_dropout(layout: GroupNormLayout) -> tuple[int, float]:
+    """The levels that drop an element, and the factor of the others."""
+    return masks.dropped_levels(layout.dropout), masks.kept_factor(layout.dropout)
+
+
 @cache
 def _kernels() -> ModuleType:
     return import_module("msd_kernels.ops.group_norm.kernels")
 
 
-def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(
+    x: Tensor,
+    skip: Tensor | None,
+    affine: Affine,
+    layout: GroupNormLayout,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output of :func:`msd_kernels.group_norm`, and each group's mean and rstd, all flat."""
     y, mean, rstd = allocate.group_norm_outputs(x, layout)
     planned = plan(layout.sizes, x.device)
@@ -142,7 +161,7 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
     if blocks.tiles:
         launch(
             _kernels()._group_norm_forward_kernel, blocks.tiles, x,
-            x, *affine, y, mean, rstd, blocks.values, layout.spatial, layout.eps,
+            x, skip, *affine, seed, y, mean, rstd, blocks.values, layout.spatial, layout.eps, *_of_dropout(layout),
             SILU=layout.silu, PROBLEMS=blocks.problems, **planned.constants,
         )  # fmt: skip
     return y, mean, rstd
@@ -151,15 +170,17 @@ def group_norm(x: Tensor, affine: Affine, layout: GroupNormLayout) -> tuple[Tens
 def group_norm_backward(
     dy: Tensor,
     x: Tensor,
+    skip: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     affine: Affine,
     layout: GroupNormLayout,
     wanted: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients for ``(x, weight, bias, scale, shift)``, None where not wanted, in two launches."""
-    gradients = allocate.gradients_like((x, *affine), wanted)
-    dx, dweight, dbias, dscale, dshift = gradients
+    """Gradients for ``(x, skip, weight, bias, scale, shift)``, None where not wanted, in two launches."""
+    gradients = allocate.gradients_like((x, skip, *affine), wanted)
+    dx, dskip, dweight, dbias, dscale, dshift = gradients
     samples = sum(layout.sample_sizes)
     parts = [None if d is None else x.new_empty(samples, dtype=torch.float32) for d in (dweight, dbias)]
     planned = plan(layout.sizes, x.device)
@@ -167,7 +188,8 @@ def group_norm_backward(
     if blocks.tiles:
         launch(
             _kernels()._group_norm_backward_kernel, blocks.tiles, x,
-            dy, x, mean, rstd, *affine, dx, dscale, dshift, *parts, blocks.values, layout.spatial,
+            dy, x, skip, mean, rstd, *affine, seed, dx, dskip, dscale, dshift, *parts, blocks.values, layout.spatial,
+            *_of_dropout(layout),
             SILU=layout.silu, PROBLEMS=blocks.problems, **planned.constants,
         )  # fmt: skip
     if dweight is not None or dbias is not None:

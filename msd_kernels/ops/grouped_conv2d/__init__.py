@@ -14,7 +14,7 @@ from msd_kernels.dispatch.samples import sample_by_sample
 from msd_kernels.layouts import Conv2dLayout, resampled_size
 from msd_kernels.ops.grouped_conv2d import cpu, library, reference, triton
 from msd_kernels.runtime.launch import devices
-from msd_kernels.stage_batch import StageBatch, fixed_shape
+from msd_kernels.stage_batch import StageBatch
 
 __all__ = ["grouped_conv2d"]
 
@@ -103,7 +103,7 @@ def _prepare(x, weight, bias=None, *, skip=None, sample_bias=None, residual=None
     if not isinstance(x, StageBatch):
         raise TypeError(f"{OP}: x must be a StageBatch, got {type(x).__name__}; see StageBatch.from_dense")
     checks.require_floating(OP, "x", x.values)
-    skip = _skip_batch(x, skip)
+    skip = checks.skip_batch(OP, x, skip)
     weight, weight_shapes = checks.stage_weights(OP, "weight", weight)
     bias, bias_shapes = checks.optional_stage_weights(OP, "bias", bias)
     for name, batch in (("sample_bias", sample_bias), ("residual", residual)):
@@ -130,7 +130,6 @@ def _layout(singles, weight, bias, batches, weight_shapes, bias_shapes, resample
     _require_resample(x, resample)
     skip_channels = (0,) * x.num_stages
     if skip is not None:
-        checks.require_layout(OP, "skip", skip, x.counts, skip.channels, x.height, x.width)
         skip_channels = skip.channels
     expected = [(None, c + d, None, None) for c, d in zip(x.channels, skip_channels, strict=True)]
     checks.require_layer(OP, singles[0], weight, bias, weight_shapes, bias_shapes, expected)
@@ -153,19 +152,6 @@ def _require_resample(x: StageBatch, resample: str | None) -> None:
         raise ValueError(f"{OP}: resample must be None, 'up' or 'down', got {resample!r}")
     if resample == "down" and (x.height % 2 or x.width % 2):
         raise ValueError(f"{OP}: resample='down' needs even height and width, got {x.height}x{x.width}")
-
-
-def _skip_batch(x: StageBatch, skip: StageBatch | Tensor | None) -> StageBatch | None:
-    if skip is None:
-        return None
-    if isinstance(skip, Tensor):
-        skip, shape = fixed_shape(skip)
-        if len(shape) != 4 or shape[0] != x.num_samples:
-            raise ValueError(f"{OP}: a dense skip must be [{x.num_samples}, D, H, W], got {tuple(shape)}")
-        skip = StageBatch.from_dense(skip, x.counts)
-    if not isinstance(skip, StageBatch):
-        raise TypeError(f"{OP}: skip must be a StageBatch or a dense tensor, got {type(skip).__name__}")
-    return skip
 
 
 def _kernel_size(shapes: Sequence[tuple[int, ...]]) -> int:

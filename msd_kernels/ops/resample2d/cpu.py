@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from msd_kernels.dispatch import allocate
+from msd_kernels.dispatch.backends import Call
 from msd_kernels.layouts import Resample2dLayout
-from msd_kernels.ops.group_norm.cpu import cannot
-from msd_kernels.runtime.extension import addresses, compiled_layout, load
+from msd_kernels.runtime.extension import addresses, cannot_run_on_cpu, compiled_layout, load
 
-__all__ = ["cannot", "resample2d"]
+
+def cannot(call: Call) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    return cannot_run_on_cpu(call.dtype)
 
 
 def resample2d(x: Tensor, layout: Resample2dLayout) -> Tensor:

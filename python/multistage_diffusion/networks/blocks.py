@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from msd_kernels import StageBatch, grouped_linear, resample2d
-from multistage_diffusion.networks.dropout import dropout
+from multistage_diffusion.networks.dropout import belongs_to_norm, dropout
 from multistage_diffusion.networks.layers import (
     BOX,
     Initialiser,
@@ -26,6 +27,7 @@ from multistage_diffusion.networks.stage_module import is_sharded
 
 SKIP_SCALE = math.sqrt(0.5)
 ZERO = xavier_uniform(1e-5)
+SEEDS_AT_ONCE = 256  # of the dropouts of a network
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Projections:
     def __init__(self, emb: StageBatch) -> None:
         self.emb = emb
         self._outputs: dict[StageLinear, StageBatch] = {}
+        self._seeds: dict[nn.Module, Tensor] = {}
+        self._drawn: list[Tensor] = []
 
     def inside(self, *modules: nn.Module) -> Projections:
         """Projects in one launch for all blocks in these modules but those in parts that are sharded by themselves."""
@@ -85,6 +89,18 @@ class Projections:
             for layer, values in zip(layers, outputs.split(sizes), strict=True):
                 self._outputs[layer] = StageBatch(values, emb.counts, layer.out_features, 1, 1)
         return self
+
+    def seed_of(self, module: nn.Module) -> Tensor:
+        """What a module's dropout follows from: an int64 ``[1]`` where the embedding is, of PyTorch's generator there.
+
+        The same whenever it is asked, as where a checkpointed part runs once more. One draw serves many modules.
+        """
+        if module not in self._seeds:
+            if not self._drawn:
+                seeds = torch.empty(SEEDS_AT_ONCE, dtype=torch.int64, device=self.emb.device)
+                self._drawn = list(seeds.random_(-(1 << 63), None).split(1))
+            self._seeds[module] = self._drawn.pop()
+        return self._seeds[module]
 
     def of(self, part: nn.Module) -> Projections:
         """As a part of the network takes them, in its forward."""
@@ -152,21 +168,30 @@ class ResidualBlock(nn.Module):
         Args:
             x: features of the level below, or of the block before.
             emb: holds this block's projection.
-            skip: features of the encoder, concatenated to ``x``.
+            skip: features of the encoder, whose channels come behind those of ``x``; both are read where they are.
             context: what the attention looks at as well.
         """
-        if skip is not None:
-            x = StageBatch.concatenate(x, skip)
-        h, affine = self.norm0(x, activation="silu"), emb.of(self)[self.affine]
+        sources = {} if skip is None else {"skip": skip}
+        h, affine = self.norm0(x, activation="silu", **sources), emb.of(self)[self.affine]
+        options = {"activation": "silu"}
+        in_norm = belongs_to_norm(x.values)
+        if self.training and self.dropout and in_norm:
+            options |= {"dropout": self.dropout, "seed": emb.seed_of(self)}
         if self.adaptive_scale:
             halves = [segment.chunk(2, dim=1) for segment in affine.segments()]
             scale, shift = (StageBatch.from_segments([half[i] for half in halves]) for i in (0, 1))
-            h = self.norm1(self.conv0(h), scale=scale, shift=shift, activation="silu")
+            h = self.norm1(self.conv0(h), scale=scale, shift=shift, **options)
         else:
-            h = self.norm1(self.conv0(h, sample_bias=affine), activation="silu")
-        h = h.map(lambda values: dropout(values, self.dropout, self.training))
-        h = self.conv1(h, residual=x if self.skip is None else self.skip(x), scale=self.scale)
+            h = self.norm1(self.conv0(h, sample_bias=affine), **options)
+        if not in_norm:
+            h = h.map(lambda values: dropout(values, self.dropout, self.training))
+        h = self.conv1(h, residual=self._residual(x, sources), scale=self.scale)
         return h if self.attention is None else self.attention(h, context)
+
+    def _residual(self, x: StageBatch, sources: dict[str, StageBatch]) -> StageBatch:
+        if self.skip is not None:
+            return self.skip(x, **sources)
+        return StageBatch.concatenate(x, sources["skip"]) if sources else x
 
 
 def encoder_blocks(

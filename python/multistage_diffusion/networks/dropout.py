@@ -1,4 +1,4 @@
-"""Dropout that does not hold up training on the CPU."""
+"""Dropout that does not hold up training: on the CPU an op with few random numbers, elsewhere a part of the norm."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dropout"]
+__all__ = ["belongs_to_norm", "dropout"]
 
 # PyTorch draws the numbers of a CPU mask one by one in one thread, an eighth of an EDM training step. A 64-bit number
 # decides about four elements here, 16 bits each.
 _LANES = 4
 _LEVELS = 1 << 16
+
+
+def belongs_to_norm(x: Tensor) -> bool:
+    """Whether :func:`msd_kernels.group_norm` drops what it writes itself, by a seed: wherever no CPU serves it."""
+    return not x.is_cpu
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -292,14 +292,17 @@ class StageGroupNorm(StageModule):
         self,
         x: StageBatch,
         *,
+        skip: StageBatch | Tensor | None = None,
         scale: StageBatch | None = None,
         shift: StageBatch | None = None,
         activation: str | None = None,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
     ) -> StageBatch:
-        weight, bias = self.weight(), self.bias()
-        return group_norm(
-            x, self.groups, weight, bias, self.eps, scale=scale, shift=shift, activation=activation
-        )
+        """``channels`` counts both sources where there is a skip."""
+        options = {"skip": skip, "scale": scale, "shift": shift, "activation": activation}
+        options |= {"dropout": dropout, "seed": seed}
+        return group_norm(x, self.groups, self.weight(), self.bias(), self.eps, **options)
 
     def extra_repr(self) -> str:
         return f"{self.channels} in {self.groups} groups"
@@ -404,13 +407,27 @@ class OnStages(nn.Module):
                     )
                 layer.renumber(self.stages)
 
-    def forward(self, x: StageBatch, *others: StageBatch | None) -> StageBatch:
-        """``module(x, *others)`` with the stages served taken out of each of them."""
-        served = self.module(*(batch if batch is None else self._take(batch) for batch in (x, *others)))
-        segments = x.segments()
+    def forward(
+        self, x: StageBatch, *others: StageBatch | None, skip: StageBatch | None = None
+    ) -> StageBatch:
+        """``module(x, *others)`` with the stages served taken out of each of them.
+
+        With a ``skip``, which the module takes by this name, the others have its channels behind those of ``x``.
+        """
+        sources = {} if skip is None else {"skip": self._take(skip)}
+        taken = (batch if batch is None else self._take(batch) for batch in (x, *others))
+        served = self.module(*taken, **sources)
+        segments = self._left_alone(x, skip)
         for stage, segment in zip(self.stages, served.segments(), strict=True):
             segments[stage] = segment
         return StageBatch.from_segments(segments)
+
+    def _left_alone(self, x: StageBatch, skip: StageBatch | None) -> list[Tensor]:
+        """The segments of the stages that the module does not serve; of the others anything."""
+        if skip is None:
+            return x.segments()
+        pairs = enumerate(zip(x.segments(), skip.segments(), strict=True))
+        return [pair[0] if stage in self.stages else torch.cat(pair, dim=1) for stage, pair in pairs]
 
     def _take(self, batch: StageBatch) -> StageBatch:
         if not isinstance(batch, StageBatch):

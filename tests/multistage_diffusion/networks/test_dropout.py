@@ -7,8 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from msd_kernels import StageBatch
+from multistage_diffusion.networks import blocks
+from multistage_diffusion.networks.blocks import BlockStyle, Projections, ResidualBlock
 from multistage_diffusion.networks.dropout import dropout
+from multistage_diffusion.networks.layers import StageGroupNorm
 
 ELEMENTS = 200_001  # no multiple of the elements per random number
 
@@ -79,3 +84,61 @@ def test_dropout_refuses_what_pytorch_refuses(p):
         F.dropout(torch.ones(3), p, True)
     with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
         dropout(torch.ones(3), p, True)
+
+
+@pytest.fixture
+def dropping_block(monkeypatch):
+    """A block whose norm drops, as on a GPU, and what it takes."""
+    monkeypatch.setattr(blocks, "belongs_to_norm", lambda x: True)
+    torch.manual_seed(0)
+    style = BlockStyle(
+        (8, 8),
+        lambda channels: StageGroupNorm(channels, (2, 2)),
+        lambda _: None,
+        dropout=0.4,
+        initialise_last=None,
+    )
+    block = ResidualBlock((8, 4), (8, 4), style).train()
+    x = StageBatch(torch.randn(2 * 16 * 8 + 16 * 4, requires_grad=True), (2, 1), (8, 4), 4, 4)
+    return block, x, StageBatch(torch.randn(3 * 8), (2, 1), (8, 8), 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::msd_kernels.FallbackWarning")
+def test_a_norms_dropout_repeats_with_the_seed_and_not_without(dropping_block):
+    block, x, emb = dropping_block
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(block(x, Projections(emb)).values)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], block.eval()(x, Projections(emb)).values)
+
+
+@pytest.mark.filterwarnings("ignore::msd_kernels.FallbackWarning")
+def test_a_block_that_runs_again_drops_the_same(dropping_block):
+    """As a checkpointed one does in its backward."""
+    block, x, emb = dropping_block
+    found = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        projections = Projections(emb)
+        y = checkpoint(block, x, projections, use_reentrant=False) if again else block(x, projections)
+        found.append(torch.autograd.grad(y.values.square().sum(), x.values)[0])
+    assert torch.equal(*found)
+
+
+def test_each_block_has_a_seed_of_its_own(dropping_block):
+    _, _, emb = dropping_block
+    projections, modules = Projections(emb), [torch.nn.Identity() for _ in range(300)]
+    seeds = [projections.seed_of(module).item() for module in modules]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [projections.seed_of(module).item() for module in modules]
+
+
+@pytest.mark.filterwarnings("ignore::msd_kernels.FallbackWarning")
+def test_a_norm_refuses_the_probability_that_dropout_refuses(dropping_block):
+    block, x, emb = dropping_block
+    block.dropout = -0.1
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        block(x, Projections(emb))
