@@ -1,4 +1,8 @@
-"""One process at a time writes a run folder."""
+"""One process at a time writes a run folder.
+
+Not by ``filelock`` (4.3): where there is ``flock`` it does not say who has a lock, and where there is none it falls
+back to a file that stays when its process is killed.
+"""
 
 from __future__ import annotations
 
