@@ -26,6 +26,7 @@ import guided_unet
 import plain_network
 import torch
 import whole_networks
+import winograd_layers
 from torch import Tensor, nn
 
 import harness
@@ -178,7 +179,8 @@ def measured(name: str, dtype: torch.dtype, order: str, arguments: argparse.Name
         if passes not in arguments.passes:
             continue
         cases = {OURS: lambda run=run: run(model, True), ORIGINAL: lambda run=run: run(model, False)}
-        race = harness.Rounds(cases).run(arguments.seconds)
+        timer = winograd_layers.processor_time if arguments.threads == 1 else harness.wall_clock
+        race = harness.Rounds(cases, timer).run(arguments.seconds)
         say(f"    {passes}: {harness.ratio_text(race.ratio(ORIGINAL))}")
         yield {
             "model": name,
@@ -194,7 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--large", action="store_true", help="the sizes of goal C9")
     parser.add_argument("--seconds", type=float, default=6.0, help="of every race, beyond its first calls")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--threads", type=int, default=2, help="with 1 the processor's time counts, for busy machines"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--orders", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
