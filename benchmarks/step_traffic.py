@@ -6,8 +6,8 @@ Counted exactly, on any machine: the trainer's own step runs on PyTorch's fake t
 loss, gradients, clipping where the preset has it, optimizer, average. ``--forward`` counts one evaluation of the
 denoiser without gradients. Every op counts that is no view and no allocation, with all bytes that it reads and writes,
 each once; what a fill overwrites is not read. An op of ours is served as on a GPU by its Triton kernels, and what these
-launches leave for each other counts as scratch: written, and read, as often as a launch has it. ``auto`` may take a
-library for some of the convolutions, which moves no fewer bytes.
+launches leave for each other counts as scratch: written, and read, as often as a launch has it. For some of the
+convolutions ``auto`` may take a library, whose own scratch nobody knows.
 
 ``--json`` prints ``{"ops": ..., "bytes": ...}`` of the whole, and the same of its parts.
 """

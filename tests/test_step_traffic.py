@@ -26,6 +26,14 @@ pytestmark = pytest.mark.skipif(
 BOUNDS = {
     ("edm-cifar10", (92, 3, 1), "step"): (527, 52.32e9),
     ("edm-cifar10", (92, 3, 1), "forward"): (206, 12.44e9),
+    ("edm-celeba", (92, 3, 1), "step"): (661, 109.31e9),
+    ("edm-celeba", (92, 3, 1), "forward"): (257, 30.28e9),
+    ("ncsnpp-cifar10", (32, 32, 32), "step"): (1159, 66.46e9),
+    ("ncsnpp-cifar10", (32, 32, 32), "forward"): (447, 13.15e9),
+    ("uvit-cifar10", (32, 32, 32), "step"): (350, 50.16e9),
+    ("uvit-cifar10", (32, 32, 32), "forward"): (167, 13.57e9),
+    ("ldm-celebahq256", (16, 16, 16), "step"): (487, 86.67e9),
+    ("ldm-celebahq256", (16, 16, 16), "forward"): (206, 18.47e9),
 }
 
 
