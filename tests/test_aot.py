@@ -58,11 +58,18 @@ def _wrong(reports, version=None):
     return [r for r in reports if r.error and (r.spilled > allowed or r.error != f"spills {r.spilled} bytes")]
 
 
+# Those of a minute's compilation, of memory alone: make test-full compiles them.
+MANY_KERNELS = ("msd_kernels.ops.group_norm.kernels", "msd_kernels.ops.resample2d.kernels")
+
+
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("module", aot.kernel_modules())
 @pytest.mark.parametrize(
-    "architectures", [(90,), pytest.param(tuned.architectures(), marks=pytest.mark.full)], ids=["90", "all"]
+    ("architectures", "module"),
+    [
+        *(((90,), module) for module in aot.kernel_modules() if module not in MANY_KERNELS),
+        *(pytest.param(tuned.architectures(), m, marks=pytest.mark.full) for m in aot.kernel_modules()),
+    ],
 )
 def test_every_kernel_compiles_without_spills(architectures, module):
     reports = list(aot.compile_all(architectures, module))
@@ -124,7 +131,10 @@ def _report(**findings):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("module", aot.kernel_modules())
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(m, marks=pytest.mark.full if m in MANY_KERNELS else ()) for m in aot.kernel_modules()],
+)
 def test_every_kernel_compiles_where_a_number_is_one(module):
     """A launch makes a constant of an integer that is 1, and a constant has no methods of a tensor."""
     reports = []

@@ -299,13 +299,13 @@ def test_gpu_smoke_rehearses_through_its_own_processes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_gpu_captured_step_is_checked(wrong, tmp_path, monkeypatch):
     """On the processor, where the step runs without a graph."""
-    named = gpu_smoke.bench_training_step.GraphedStep.named
+    named = gpu_smoke.training_steps.GraphedStep.named
 
     def off(step):
         return {name: 1.01 * value if name == "loss" else value for name, value in named(step).items()}
 
     if wrong:
-        monkeypatch.setattr(gpu_smoke.bench_training_step.GraphedStep, "named", off)
+        monkeypatch.setattr(gpu_smoke.training_steps.GraphedStep, "named", off)
     monkeypatch.setattr(gpu_smoke, "STEP_TOLERANCES", {torch.float32: 1e-3})
     monkeypatch.setattr(
         gpu_smoke, "NETWORK", {**gpu_smoke.NETWORK, "image_size": 8, "attn_resolutions": (4,)}

@@ -29,6 +29,7 @@ def test_every_op_is_measured_in_both_directions(capsys):
     bool(launch.unavailable()) or launch.interpreted() or torch.cuda.is_available(),
     reason="needs Triton's compiler, and no GPU",
 )
+@pytest.mark.full
 def test_planning_is_measured_for_every_op_of_a_step(capsys):
     import host_planning
 

@@ -7,6 +7,8 @@ import digit_classifier as module
 from digit_classifier import DigitClassifier, digit_classifier, digit_halves
 from digit_metrics import evaluate_digits
 
+# The classifier is trained for half a minute.
+pytestmark = pytest.mark.full
 NUM = 1000
 
 

@@ -119,7 +119,7 @@ def test_help_does_not_load_torch():
         ("train --out x --data digits --device tpu", "--device tpu"),
         ("train --out x --data digits --device cuda:99", "CUDA device(s)"),
         ("sample --run nowhere --out x.png", "there is no folder nowhere"),
-        ("sample --run nowhere --out x.jpg", "must end in .png or .npz"),
+        ("sample --run nowhere --out x.jpg", "must end in .png, .npz, or / for a folder"),
         ("sample --run nowhere --out x.png --seeds 4-2", "'4-2' is neither a seed nor a range"),
         ("sample --run nowhere --out x.png --seeds 1,²", "'²' is neither a seed nor a range"),
         ("sample --run nowhere --out x.png --seeds 0-99999999999", "are more than 10000000 seeds"),
