@@ -51,11 +51,16 @@ GROUP_NORM = {
     "forward + backward, fp32 [8, 640, 32, 32]": "group_norm[step-8x640x32x32-float32]",
     "forward + backward, bf16 [4, 256, 64, 64]": "group_norm[step-4x256x64x64-bfloat16]",
 }
+GROUPED_CONV2D = {
+    f"{label}, {side}²": f"grouped_conv2d[thirds-float32-{side}-{kind}]"
+    for kind, label in (("forward", "forward"), ("step", "forward + backward"))
+    for side in (32, 16, 8)
+}
 RESAMPLE2D = {
-    "[1, 3, 3, 1] down, bf16": "fir-down-bfloat16-nhwc",
-    "[1, 3, 3, 1] up, bf16": "fir-up-bfloat16-nhwc",
-    "[1, 3, 3, 1] down, fp32": "fir-down-float32-nhwc",
-    "[1, 1] down, fp32": "box-down-float32-nhwc",
+    "[1, 3, 3, 1] down, bf16": "resample2d_reaches_its_goal[fir-down-bfloat16-nhwc]",
+    "[1, 3, 3, 1] up, bf16": "resample2d_reaches_its_goal[fir-up-bfloat16-nhwc]",
+    "[1, 3, 3, 1] down, fp32": "resample2d_reaches_its_goal[fir-down-float32-nhwc]",
+    "[1, 1] down, fp32": "resample2d_reaches_its_goal[box-down-float32-nhwc]",
 }
 ATTENTION = {
     "forward, head dimension 384": "attention[forward-edm-16-per_head]",
@@ -66,11 +71,16 @@ ATTENTION = {
 NORM = "8x256x32x32-bfloat16"
 BARS = {
     **{f"fp32 {label}": (*where, "plain") for label, where in WHOLE_STEPS.items()},
+    "fp32 3×3 convolutions of 3, 3 and 2 samples, 16²": (
+        "grouped_conv2d",
+        GROUPED_CONV2D["forward + backward, 16²"],
+        "loop",
+    ),
     "GroupNorm + SiLU, bf16": ("group_norm", f"group_norm[forward-{NORM}]", "eager"),
     "GroupNorm + SiLU, bf16, with gradients": ("group_norm", f"group_norm[step-{NORM}]", "eager"),
     "FIR resampling, bf16, with gradients": (
         "resample2d",
-        f"resample2d_reaches_its_goal[{RESAMPLE2D['[1, 3, 3, 1] down, bf16']}]",
+        RESAMPLE2D["[1, 3, 3, 1] down, bf16"],
         "library",
     ),
     "attention, bf16, with gradients": ("attention", "attention[step-edm-16-per_head]", "einsum"),
@@ -158,25 +168,29 @@ def _norm_cells(race: dict) -> tuple[str, str, str]:
     return number(ratio.get("eager")), number(ratio.get("compiled")), share
 
 
-def resample2d(results: Results) -> str:
-    peers = ("score SDE", "depthwise", "library")
+def ratios(results: Results, stem: str, names: dict[str, str], peers: dict[str, str]) -> str:
+    """A row per race of a benchmark, a column per peer, by what they are called in the table."""
+    if not results.races(stem):
+        return NOT_MEASURED
     rows = [
-        (
-            label,
-            *(number(results.ratio("resample2d", f"resample2d_reaches_its_goal[{name}]", p)) for p in peers),
-        )
-        for label, name in RESAMPLE2D.items()
+        (label, *(number(results.ratio(stem, name, peer)) for peer in peers)) for label, name in names.items()
     ]
-    return markdown(("", *(f"{peer} / ours" for peer in peers)), rows)
+    return markdown(("", *(f"{title} / ours" for title in peers.values())), rows)
+
+
+def grouped_conv2d(results: Results) -> str:
+    peers = {"loop": "one per stage", "padded": "padded to the widest", "as_groups": "`groups=batch`"}
+    return ratios(results, "grouped_conv2d", GROUPED_CONV2D, peers)
+
+
+def resample2d(results: Results) -> str:
+    peers = {"score SDE": "score SDE", "depthwise": "depthwise", "library": "library"}
+    return ratios(results, "resample2d", RESAMPLE2D, peers)
 
 
 def attention(results: Results) -> str:
-    peers = {"einsum": "einsum / ours", "sdpa of packed": "SDPA / ours", "sdpa": "SDPA of parts / ours"}
-    rows = [
-        (label, *(number(results.ratio("attention", name, peer)) for peer in peers))
-        for label, name in ATTENTION.items()
-    ]
-    return markdown(("", *peers.values()), rows)
+    peers = {"einsum": "einsum", "sdpa of packed": "SDPA", "sdpa": "SDPA of parts"}
+    return ratios(results, "attention", ATTENTION, peers)
 
 
 def optimal_denoiser(results: Results) -> str:
@@ -205,6 +219,7 @@ def machines(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "whole steps": whole_steps,
     "whole models": whole_models,
+    "grouped_conv2d": grouped_conv2d,
     "group_norm": group_norm,
     "resample2d": resample2d,
     "attention": attention,
