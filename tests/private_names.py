@@ -90,6 +90,8 @@ def results() -> list[torch.Tensor]:
 
 
 def average_moves() -> None:
+    # Else tests/multistage_diffusion, beside this program, hides the package.
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "python")]
     from multistage_diffusion.training.ema import _move
 
     averages = [torch.zeros(3), torch.ones(2)]
