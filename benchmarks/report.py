@@ -254,7 +254,7 @@ def draw(results: Results, path: Path = PLOT) -> None:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_color(FAINT)
         axes.set_xlim(0, 1.12 * max(found.values(), default=1.0))
-        axes.set_title("How many times as long PyTorch takes on a processor")
+        axes.set_title("PyTorch's time over ours, on a processor")
     note = PngImagePlugin.PngInfo()
     note.add_text("bars", json.dumps(found))
     with Image.open(path) as image:
