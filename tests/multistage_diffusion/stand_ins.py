@@ -1,15 +1,27 @@
 """Small networks and data for the tests of the training layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from multistage_diffusion import networks
 from multistage_diffusion.data.images import ImageData
+from multistage_diffusion.presets import find
 from multistage_diffusion.training import checkpoints
 from multistage_diffusion.training.config import TrainingConfig
 from multistage_diffusion.training.trainer import Trainer
 
 TINY = {"family": "tiny", "image_size": 8}
+SMALLEST = {
+    "image_size": 8,
+    "encoder_widths": [16],
+    "decoder_widths": [16, 16, 8],
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
 SMALL_UNET = {
     "family": "edm",
     "image_size": 8,
@@ -124,6 +136,25 @@ def assert_same_run(a, b, step):
         x, y = weights_of(a, step, name), weights_of(b, step, name)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) for k in x), name
+
+
+def untrained_run(directory: Path, preset: str, values: str = "images", **changes) -> Path:
+    """A run folder with a network of a preset's family, as small as ``SMALLEST`` but for the changes."""
+    torch.manual_seed(0)
+    preset = find(preset)
+    network = networks.build({"family": preset.network["family"], **SMALLEST, **changes})
+    for parameter in network.parameters():  # the last layers of an untrained network are zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    config = {
+        "network": network.config,
+        "stages": preset.stages().to_json(),
+        "schedule": preset.schedule,
+        "sigma_data": 0.5,
+        "values": values,
+    }
+    tensors = {"network": network.state_dict(), "ema": network.state_dict()}
+    checkpoints.save_checkpoint(directory / "checkpoints", 1, tensors, {"images": 1, "config": config})
+    return directory
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,7 @@ def add_parser(subparsers):
 
 def run(args: argparse.Namespace) -> None:
     from multistage_diffusion.common.atomic_files import check_replaceable, replacing
+    from multistage_diffusion.data.images import load_images
     from multistage_diffusion.evaluation import Statistics, compare, load_features
 
     device = set_up_machine(args)
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         if args.save_statistics is not None:
             Statistics.of(real).save(args.save_statistics)
     if model is None:
-        batches = _eight_bits(_images(args.samples), args.batch)
+        batches = _eight_bits(load_images(args.samples), args.batch)
     else:
         batches = _sampled(model, args, args.num or count)
     samples = _features(batches, features, str(args.samples))
@@ -149,6 +150,7 @@ def _model(args: argparse.Namespace, device: torch.device) -> LoadedModel | None
 def _against(source: str) -> ImageData | Statistics:
     import numpy as np
 
+    from multistage_diffusion.data.images import load_images
     from multistage_diffusion.evaluation import Statistics
 
     path = Path(source)
@@ -159,12 +161,6 @@ def _against(source: str) -> ImageData | Statistics:
                     return Statistics.load(path)
         except (OSError, ValueError, EOFError, AttributeError):
             pass  # the reader of images says what is wrong
-    return _images(source)
-
-
-def _images(source: str | Path) -> ImageData:
-    from multistage_diffusion.data.images import load_images
-
     return load_images(source)
 
 
@@ -172,18 +168,16 @@ def _eight_bits(data: ImageData, size: int) -> Iterator[torch.Tensor]:
     """Batches of uint8 images, ``[n, C, H, W]``."""
     import torch
 
+    from multistage_diffusion.data.images import eight_bits
+
     for indices in torch.arange(data.num_images).split(size):
-        yield _bytes(data.sample(indices))
-
-
-def _bytes(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] in eight bits."""
-    return (images * 127.5 + 128).clamp(0, 255).byte()
+        yield eight_bits(data.sample(indices))
 
 
 def _sampled(model: LoadedModel, args: argparse.Namespace, count: int) -> Iterator[torch.Tensor]:
     import torch
 
+    from multistage_diffusion.data.images import eight_bits
     from multistage_diffusion.sampling.samplers import (
         class_labels,
         default_sampler,
@@ -206,7 +200,7 @@ def _sampled(model: LoadedModel, args: argparse.Namespace, count: int) -> Iterat
             raise ValueError(
                 f"{args.samples}: samples of seeds {seeds[0]} to {seeds[-1]} are NaN or infinite"
             )
-        yield _bytes(found.images)
+        yield eight_bits(found.images)
 
 
 def _features(batches: Iterator[torch.Tensor], features: Features, name: str) -> torch.Tensor:

@@ -357,6 +357,8 @@ def written_form(path: Path, samples: Tensor, values: str = "images") -> Tensor:
     Raises:
         ValueError: samples that are not finite, which eight bits could not tell from black.
     """
+    from multistage_diffusion.data.images import eight_bits
+
     broken = int((~samples.float().isfinite()).flatten(1).any(1).sum())
     if broken:
         raise ValueError(
@@ -365,7 +367,7 @@ def written_form(path: Path, samples: Tensor, values: str = "images") -> Tensor:
         )
     if path.suffix == ".png" or values == "latents":
         return samples.float()
-    return (samples * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+    return eight_bits(samples).permute(0, 2, 3, 1).contiguous()
 
 
 def write_samples(path: Path, written: Tensor, seeds: Sequence[int], values: str = "images") -> None:

@@ -182,6 +182,11 @@ class ImageData:
         return part
 
 
+def eight_bits(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1], as `ImageData.sample` gives them, in eight bits; what lies beyond is clipped."""
+    return (images * 127.5 + 128).clamp(0, 255).byte()
+
+
 def load_images(
     source: str | os.PathLike, *, image_size: int | None = None, values: str = "images"
 ) -> ImageData:

@@ -10,7 +10,7 @@ from torch import Tensor
 from multistage_diffusion.common.checks import integer
 from multistage_diffusion.evaluation.distances import Statistics, frechet_distance, kernel_distance
 from multistage_diffusion.evaluation.features import Features, Images, extract
-from multistage_diffusion.evaluation.neighbours import precision, radii
+from multistage_diffusion.evaluation.neighbours import precision, radii, recall
 
 # Half the width of a 95 % interval in standard errors.
 NORMAL = 1.96
@@ -157,14 +157,18 @@ def _check_few(images: Images, name: str, k: int) -> None:
     count = getattr(images, "num_images", None)
     if count is None and isinstance(images, Tensor) and images.dim() == 4:
         count = len(images)
-    if count is not None and count <= max(k, 1):
-        raise ValueError(f"evaluate: {name} must be more than {max(k, 1)} images for k={k}, got {count}")
+    if count is not None:
+        _require_more(count, name, k)
+
+
+def _require_more(count: int, name: str, k: int) -> None:
+    if count <= k:
+        raise ValueError(f"evaluate: {name} must be more than {k} images for k={k}, got {count}")
 
 
 def _require_enough(features: Tensor, name: str, k: int) -> None:
     count, size = features.shape
-    if count <= k:
-        raise ValueError(f"evaluate: {name} must be more than {k} images for k={k}, got {count}")
+    _require_more(count, name, k)
     if count < size:
         raise ValueError(
             f"evaluate: {name} must be at least as many as features ({size}), got {count}: no covariance follows from "
@@ -174,7 +178,7 @@ def _require_enough(features: Tensor, name: str, k: int) -> None:
 
 def _halves(count: int, resamples: int, k: int, seed: int) -> list[Tensor]:
     """The indices of halves of the images; none where a half has too few."""
-    if count // 2 <= max(k, 1):
+    if count // 2 <= k:
         return []
     generator = torch.Generator().manual_seed(seed)
     return [torch.randperm(count, generator=generator)[: count // 2] for _ in range(resamples)]
@@ -198,7 +202,7 @@ def _neighbours(found: Tensor, real: Tensor, k: int, halves: list[Tensor]) -> di
     inside = precision(found, real, radii(real, k)).double()
 
     def recall_of(features: Tensor) -> float:
-        return float(precision(real, features, radii(features, k)).double().mean())
+        return float(recall(features, real, k).double().mean())
 
     return {
         "precision": _figure(

@@ -9,20 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion import cli, evaluate, networks
-from multistage_diffusion.presets import find
-from multistage_diffusion.training import checkpoints
+from multistage_diffusion import cli, evaluate
+from stand_ins import untrained_run
 
-TINY = {
-    "image_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "encoder_widths": [16],
-    "decoder_widths": [16, 16, 8],
-    "channel_mult": [1],
-    "num_blocks": 1,
-    "attn_resolutions": [],
-}
 FIGURES = ["frechet", "precision", "recall", "kid"]
 
 
@@ -89,26 +78,9 @@ def test_statistics_take_the_place_of_images(folder):
     assert found["figures"]["frechet"]["value"] == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.fixture
-def run(tmp_path):
-    torch.manual_seed(0)
-    preset = find("edm-cifar10")
-    network = networks.build({"family": "edm", **TINY})
-    config = {
-        "network": network.config,
-        "stages": preset.stages().to_json(),
-        "schedule": preset.schedule,
-        "sigma_data": 0.5,
-        "values": "images",
-    }
-    tensors = {"network": network.state_dict(), "ema": network.state_dict()}
-    metadata = {"images": 1, "config": config}
-    checkpoints.save_checkpoint(tmp_path / "run" / "checkpoints", 1, tensors, metadata)
-    return tmp_path / "run"
-
-
-def test_a_run_is_sampled(run, folder, capsys):
+def test_a_run_is_sampled(folder, capsys):
     path, _, _ = folder
+    run = untrained_run(path / "run", "edm-cifar10", in_channels=1, out_channels=1)
     options = ("--against", path / "real.npz", "--num", 6, "--steps", 2, "--batch", 4)
     assert msd_evaluate(run, *options) == 0
     assert "6 samples" in capsys.readouterr().out

@@ -6,29 +6,23 @@ import torch
 from PIL import Image
 
 from msd_kernels.runtime import processor
-from multistage_diffusion import cli, networks
+from multistage_diffusion import cli
 from multistage_diffusion.commands.sample import check_output, write_samples, written_form
 from multistage_diffusion.common import plots
 from multistage_diffusion.data.images import load_images
 from multistage_diffusion.noise.schedules import LDM, VP
-from multistage_diffusion.presets import find
 from multistage_diffusion.sampling.samplers import DDIMConfig, generate, sampler_config
 from multistage_diffusion.training import checkpoints
-from stand_ins import one_thread  # noqa: F401
+from stand_ins import one_thread, untrained_run  # noqa: F401
 
-TINY = {
-    "image_size": 8,
-    "encoder_widths": [16],
-    "decoder_widths": [16, 16, 8],
-    "channel_mult": [1],
-    "num_blocks": 1,
-    "attn_resolutions": [],
-}
-LATENT = {**TINY, "encoder_widths": [32], "decoder_widths": [32, 32, 32], "in_channels": 5, "out_channels": 5}
 MODELS = {
-    "edm": ("edm-cifar10", {**TINY, "in_channels": 1, "out_channels": 1}, "images"),
-    "vp": ("ncsnpp-cifar10", TINY, "images"),
-    "ldm": ("ldm-celebahq256", LATENT, "latents"),
+    "edm": ("edm-cifar10", {"in_channels": 1, "out_channels": 1}, "images"),
+    "vp": ("ncsnpp-cifar10", {}, "images"),
+    "ldm": (
+        "ldm-celebahq256",
+        {"encoder_widths": [32], "decoder_widths": [32, 32, 32], "in_channels": 5, "out_channels": 5},
+        "latents",
+    ),
 }
 
 
@@ -45,22 +39,8 @@ def _keep_warnings_as_they_are(monkeypatch):
 def runs(tmp_path_factory):
     """A folder with an untrained model of each schedule, that of LDM for latents."""
     directory = tmp_path_factory.mktemp("runs")
-    for name, (preset, network_config, values) in MODELS.items():
-        torch.manual_seed(0)
-        preset = find(preset)
-        network = networks.build({"family": preset.network["family"], **network_config})
-        for parameter in network.parameters():  # the last layers of an untrained network are zero
-            torch.nn.init.normal_(parameter, std=0.05)
-        config = {
-            "network": network.config,
-            "stages": preset.stages().to_json(),
-            "schedule": preset.schedule,
-            "sigma_data": 0.5,
-            "values": values,
-        }
-        tensors = {"network": network.state_dict(), "ema": network.state_dict()}
-        metadata = {"images": 1, "config": config}
-        checkpoints.save_checkpoint(directory / name / "checkpoints", 1, tensors, metadata)
+    for name, (preset, changes, values) in MODELS.items():
+        untrained_run(directory / name, preset, values, **changes)
     return directory
 
 

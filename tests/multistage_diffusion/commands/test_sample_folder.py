@@ -4,48 +4,24 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from multistage_diffusion import cli, networks
+from multistage_diffusion import cli
 from multistage_diffusion.data.images import load_images
-from multistage_diffusion.presets import find
 from multistage_diffusion.sampling import samplers
-from multistage_diffusion.training import checkpoints
+from stand_ins import untrained_run
 
-TINY = {
-    "image_size": 8,
-    "encoder_widths": [16],
-    "decoder_widths": [16, 16, 8],
-    "channel_mult": [1],
-    "num_blocks": 1,
-    "attn_resolutions": [],
+MODELS = {
+    "edm": ("edm-cifar10", {"label_dim": 3}, "images"),
+    "ldm": ("ldm-celebahq256", {"encoder_widths": [32], "decoder_widths": [32, 32, 32]}, "latents"),
 }
-MODELS = {"edm": ("edm-cifar10", {"label_dim": 3}, "images"), "ldm": ("ldm-celebahq256", {}, "latents")}
-LATENT = {"encoder_widths": [32], "decoder_widths": [32, 32, 32]}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     for name, (preset, changes, values) in MODELS.items():
-        torch.manual_seed(0)
-        preset = find(preset)
-        family = preset.network["family"]
-        network = networks.build({"family": family, **TINY, **(LATENT if name == "ldm" else {}), **changes})
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        config = {
-            "network": network.config,
-            "stages": preset.stages().to_json(),
-            "schedule": preset.schedule,
-            "sigma_data": 0.5,
-            "values": values,
-        }
-        tensors = {"network": network.state_dict(), "ema": network.state_dict()}
-        checkpoints.save_checkpoint(
-            directory / name / "checkpoints", 1, tensors, {"images": 1, "config": config}
-        )
+        untrained_run(directory / name, preset, values, **changes)
     return directory
 
 
