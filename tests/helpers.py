@@ -29,6 +29,20 @@ ROUNDING = {
 }
 
 
+# EDM's CIFAR-10 network, small, for the benchmarks of whole networks.
+SMALL_EDM = {
+    "family": "edm",
+    "image_size": 8,
+    "encoder_widths": (16,),
+    "decoder_widths": (24, 16, 8),
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+    "dropout": 0.13,
+    "augment_dim": 9,
+}
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fills uninitialised memory with NaN, so that an element that nobody writes shows.

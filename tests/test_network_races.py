@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from helpers import import_benchmarks
+from helpers import SMALL_EDM, import_benchmarks
 
 import_benchmarks()
 
@@ -19,24 +19,13 @@ import whole_networks  # noqa: E402
 import harness  # noqa: E402
 from multistage_diffusion.noise.losses import edm_loss  # noqa: E402
 
-UNET = {
-    "family": "edm",
-    "image_size": 8,
-    "encoder_widths": (16,),
-    "decoder_widths": (24, 16, 8),
-    "channel_mult": (1, 2),
-    "num_blocks": 1,
-    "attn_resolutions": (4,),
-    "dropout": 0.13,
-    "augment_dim": 9,
-}
 TIMERS = dict.fromkeys(("cold", "warm", "as found"), harness.wall_clock)
 
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
     """Compiled by the front end alone."""
-    monkeypatch.setattr(whole_networks, "CONFIG", UNET)
+    monkeypatch.setattr(whole_networks, "CONFIG", SMALL_EDM)
     monkeypatch.setattr(gpu_races, "SECONDS_PER_RACE", 0.0)
     monkeypatch.setattr(gpu_races, "THIRDS", (2, 2, 2))
     for module in (sampling_steps, training_steps):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from forks import run
-from helpers import import_benchmarks
+from helpers import SMALL_EDM, import_benchmarks
 
 import_benchmarks()
 
@@ -23,23 +23,12 @@ from msd_kernels.dispatch.backends import BackendError  # noqa: E402
 from msd_kernels.layouts import AttentionLayout, LinearLayout  # noqa: E402
 from multistage_diffusion import flops, networks  # noqa: E402
 
-UNET = {
-    "family": "edm",
-    "image_size": 8,
-    "encoder_widths": (16,),
-    "decoder_widths": (24, 16, 8),
-    "channel_mult": (1, 2),
-    "num_blocks": 1,
-    "attn_resolutions": (4,),
-    "dropout": 0.13,
-    "augment_dim": 9,
-}
 COUNTS = (3, 0, 2)
 
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
-    monkeypatch.setattr(whole_networks, "CONFIG", UNET)
+    monkeypatch.setattr(whole_networks, "CONFIG", SMALL_EDM)
     whole_networks.published.cache_clear()
     yield
     whole_networks.published.cache_clear()
@@ -77,8 +66,8 @@ def test_a_wrong_network_is_not_timed(forward):
 
 def test_the_floor_has_every_product_as_often_as_the_step():
     with torch.device("meta"):
-        cost = flops.count(networks.build(UNET))
-    found = products.layouts(UNET, COUNTS)
+        cost = flops.count(networks.build(SMALL_EDM))
+    found = products.layouts(SMALL_EDM, COUNTS)
     operations = sum(
         times * (2 * layout.product_flops if isinstance(layout, AttentionLayout) else layout.flops)
         for layout, times in found.items()
@@ -126,7 +115,7 @@ print(whole_step.WholeStep((8, 0, 0), forward=sys.argv[2] == "forward").weigh(sy
 @pytest.mark.parametrize(("name", "kind"), [("ours", "forward"), ("plain", "step")])
 def test_a_step_is_weighed_alone(name, kind):
     """The memory of a process is that of its tensors and of what a first call loads."""
-    config = {**UNET, "image_size": 32, "attn_resolutions": (16,)}
+    config = {**SMALL_EDM, "image_size": 32, "attn_resolutions": (16,)}
     program = run(WEIGH.format(config=config), name, kind, path=[harness.ROOT / "benchmarks"])
     assert program.returncode == 0, program.stderr
     ones, step = map(int, program.stdout.split())
