@@ -18,7 +18,7 @@ BLOCK = 1 << 22
 def radii(features: Tensor, k: int = 3) -> Tensor:
     """``[N]`` squared distances of each of ``[N, D]`` features to its k-th nearest other one."""
     found = []
-    for start, distances in _blocks(features, features):
+    for start, distances in _blocks(*_centred(features, features)):
         rows = torch.arange(len(distances))
         distances[rows, start + rows] = torch.inf
         found.append(distances.kthvalue(k, dim=1).values)
@@ -31,8 +31,10 @@ def precision(features: Tensor, reference: Tensor, reference_radii: Tensor) -> T
     Their share is the improved precision of Kynkäänniemi et al. (arXiv 1904.06991): of samples that look like data. A
     distance that equals a radius to rounding counts as within.
     """
-    slack = _rounding(features, reference)
-    inside = [(d <= reference_radii + slack).any(1) for _, d in _blocks(features, reference)]
+    a, b = _centred(features, reference)
+    largest = max(float(t.square().sum(1).max()) for t in (a, b))
+    within = reference_radii + 16 * torch.finfo(torch.float64).eps * largest  # what rounding may add
+    inside = [(d <= within).any(1) for _, d in _blocks(a, b)]
     return torch.cat(inside)
 
 
@@ -53,24 +55,21 @@ class Nearest(NamedTuple):
 
 def nearest(features: Tensor, reference: Tensor) -> Nearest:
     """The nearest of ``[M, D]`` reference features to each of ``[N, D]`` features."""
-    minima = [d.min(1) for _, d in _blocks(features, reference)]
+    minima = [d.min(1) for _, d in _blocks(*_centred(features, reference))]
     return Nearest(torch.cat([m.indices for m in minima]), torch.cat([m.values for m in minima]))
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The squared distances ``[n, M]`` of some elements of ``a`` to all of ``b``, and the first one's index."""
+def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64, about the mean of ``b``, where products lose the least."""
     center = b.double().mean(0)
-    a, b = a.double() - center, b.double() - center
+    return a.double() - center, b.double() - center
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first index and the squared distances ``[n, M]`` to all of ``b`` of some elements of ``a``, in turn."""
     norms = b.square().sum(1)
     start = 0
     for rows in a.split(max(1, BLOCK // len(b))):
         distances = torch.addmm(norms + rows.square().sum(1, keepdim=True), rows, b.T, alpha=-2).clamp_(min=0)
         yield start, distances
         start += len(rows)
-
-
-def _rounding(a: Tensor, b: Tensor) -> float:
-    """What the squared distances of two sets may be wrong by."""
-    center = b.double().mean(0)
-    largest = max(float((t.double() - center).square().sum(1).max()) for t in (a, b))
-    return 16 * torch.finfo(torch.float64).eps * largest
